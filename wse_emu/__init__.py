@@ -1,0 +1,96 @@
+"""wse-emu: a functional emulator of a wafer-scale AI computer.
+
+>>> import wse_emu as wse
+>>> wafer = wse.Wafer(wse.WSE3, rows=8, cols=8)
+>>> model = wse.from_pretrained("checkpoint-dir", wafer=wafer)  # doctest: +SKIP
+
+Every name below loads its module when it is first used, so that ``import wse_emu`` costs nothing: neither Numba nor NumPy is imported.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from wse_emu.foundation.errors import (
+        CheckpointError,
+        ConfigError,
+        InputError,
+        KernelError,
+        PlacementError,
+        RouteError,
+        SpecError,
+        SramOverflowError,
+        SramStateError,
+        StoreError,
+        TraceError,
+        UninitializedReadError,
+        WseError,
+    )
+    from wse_emu.foundation.model_spec import ModelSpec
+    from wse_emu.foundation.wafer_spec import TINY, WSE2, WSE3, WaferSpec
+    from wse_emu.model import ModelOutput, WaferModel, from_config, from_pretrained
+    from wse_emu.sampling import Sampler
+    from wse_emu.wafer.kernel import kernel, scratch
+    from wse_emu.wafer.wafer import Wafer
+
+_HOME = {
+    "wse_emu.foundation.errors": (
+        "CheckpointError", "ConfigError", "InputError", "KernelError", "PlacementError", "RouteError", "SpecError", "SramOverflowError",
+        "SramStateError", "StoreError", "TraceError", "UninitializedReadError", "WseError",
+    ),
+    "wse_emu.foundation.model_spec": ("ModelSpec",),
+    "wse_emu.foundation.wafer_spec": ("TINY", "WSE2", "WSE3", "WaferSpec"),
+    "wse_emu.model": ("ModelOutput", "WaferModel", "from_config", "from_pretrained"),
+    "wse_emu.sampling": ("Sampler",),
+    "wse_emu.wafer.kernel": ("kernel", "scratch"),
+    "wse_emu.wafer.wafer": ("Wafer",),
+}  # fmt: skip
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "TINY",
+    "WSE2",
+    "WSE3",
+    "CheckpointError",
+    "ConfigError",
+    "InputError",
+    "KernelError",
+    "ModelOutput",
+    "ModelSpec",
+    "PlacementError",
+    "RouteError",
+    "Sampler",
+    "SpecError",
+    "SramOverflowError",
+    "SramStateError",
+    "StoreError",
+    "TraceError",
+    "UninitializedReadError",
+    "Wafer",
+    "WaferModel",
+    "WaferSpec",
+    "WseError",
+    "__version__",
+    "from_config",
+    "from_pretrained",
+    "kernel",
+    "scratch",
+]
+
+
+def __getattr__(name: str) -> object:
+    try:
+        module = _MODULE_OF[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    value = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
