@@ -1,0 +1,1 @@
+"""Names and numbers: specifications of wafers and models, and the errors of the project."""

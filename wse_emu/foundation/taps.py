@@ -1,0 +1,30 @@
+"""What the probe channel brings back: the value of every stage of a forward pass, in published (Hugging Face) order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Stage = tuple[int | None, str]
+"""Layer index (None outside the layers) and the stage's name."""
+
+
+@dataclass(slots=True)
+class TapRecord:
+    """Stages of one forward pass over ``T`` flattened, unpadded tokens ordered by (sequence, position)."""
+
+    seq: NDArray[np.int64]
+    """(T,) sequence of each token."""
+    pos: NDArray[np.int64]
+    """(T,) absolute position of each token in its sequence."""
+    token_ids: NDArray[np.int64]
+    """(T,) token ids."""
+    stages: dict[Stage, NDArray[Any]] = field(default_factory=dict)
+    """Stage to array, in the order in which the stages ran."""
+    row_of_token: NDArray[np.int64] | None = None
+    """(T,) row of cores that holds each token, if a wafer ran it."""
+    col_starts: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    """Axis name ("hidden", "ffn", "heads", "vocab") to the first element of every column's block, in the wafer layout's order."""

@@ -1,0 +1,72 @@
+"""Names, shapes and order of the weights as MemoryX holds them: the *wafer layout*.
+
+A matrix is ``[in, out]`` so that ``x @ w``; its columns are ordered so that every split of the wafer is one contiguous range:
+
+``w_qkv`` ``(hidden, num_kv_heads * head_dim/2 * (q + 2) * 2)`` with ``q = num_heads / num_kv_heads``
+    Column ``((g * d/2 + u) * (q + 2) + s) * 2 + e`` is element ``u + e * d/2`` of: query head ``g * q + s`` for ``s < q``, key head ``g``
+    for ``s = q``, value head ``g`` for ``s = q + 1``. So the two halves ``(u, u + d/2)`` of a rotary pair (a *pair unit*) are neighbours,
+    and a pair unit of a key/value head keeps its queries beside it.
+``w_o`` ``(num_kv_heads * head_dim/2 * q * 2, hidden)``
+    Row ``((g * d/2 + u) * q + s) * 2 + e`` is row ``(g * q + s) * d + u + e * d/2`` of the published matrix (transposed).
+``w_gate_up`` ``(hidden, 2 * intermediate)``
+    Column ``2 f`` is the gate's column ``f``, column ``2 f + 1`` is the up projection's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from wse_emu.foundation.model_spec import ModelSpec
+
+TILE_COLS = 128
+"""Columns of one tile of the layout file; a tile is one C-contiguous ``(n_in, <= TILE_COLS)`` block."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightShape:
+    """One tensor of the wafer layout: its canonical name and its shape, ``(n_in, n_out)`` or ``(n,)``."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        n = 1
+        for s in self.shape:
+            n *= s
+        return n
+
+
+def layer_prefix(layer: int) -> str:
+    """Canonical prefix of a layer's tensors, for instance ``"layers.3."``."""
+    return f"layers.{layer}."
+
+
+def layer_weights(spec: ModelSpec, layer: int) -> list[WeightShape]:
+    """Tensors of one layer, in the order in which they are streamed."""
+    p = layer_prefix(layer)
+    h, f, d = spec.hidden_size, spec.intermediate_size, spec.head_dim
+    out = [
+        WeightShape(p + "attn_norm", (h,)),
+        WeightShape(p + "w_qkv", (h, (spec.num_heads + 2 * spec.num_kv_heads) * d)),
+        WeightShape(p + "w_o", (spec.num_heads * d, h)),
+        WeightShape(p + "ffn_norm", (h,)),
+    ]
+    if not spec.is_moe:
+        return [*out, WeightShape(p + "w_gate_up", (h, 2 * f)), WeightShape(p + "w_down", (f, h))]
+    out.append(WeightShape(p + "router", (h, spec.num_experts)))
+    for e in range(spec.num_experts):
+        out.append(WeightShape(f"{p}experts.{e}.w_gate_up", (h, 2 * f)))
+        out.append(WeightShape(f"{p}experts.{e}.w_down", (f, h)))
+    return out
+
+
+def all_weights(spec: ModelSpec) -> Iterator[WeightShape]:
+    """Every tensor of the wafer layout, in file order; ``embed`` is ``(vocab, hidden)``, row-major, never tiled."""
+    yield WeightShape("embed", (spec.vocab_size, spec.hidden_size))
+    for layer in range(spec.num_layers):
+        yield from layer_weights(spec, layer)
+    yield WeightShape("final_norm", (spec.hidden_size,))
+    yield WeightShape("lm_head", (spec.hidden_size, spec.vocab_size))
