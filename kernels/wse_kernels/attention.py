@@ -1,0 +1,221 @@
+"""Attention as one core computes it: plain blocks in, plain blocks out, nothing allocated.
+
+A head may be cut over a *group* of adjacent cores of a row, each with a slice of its pair units. So a score is a chain of partial dot
+products (`partial_scores` on each core, added west to east), after which every core of the group holds the same score and works on its own
+elements of the values. Keys lie over the rows of the wafer; whether key blocks visit the queries (prefill) or the queries and their
+accumulators visit the keys (decode), the arithmetic of a query is the same:
+
+1. score = chain over the group of the partial sums, each over ascending pair units (element 0, then 1) with fma from +0;
+2. scaled = score * scale, rounded;
+3. m = exact maximum of the admitted scaled scores (`score_max`);
+4. over admitted keys in ascending order: p = exp32(scaled - m), denominator = denominator + p, o[f] = fma(p, v[f], o[f])
+   (`softmax_accumulate`), both from +0;
+5. context = o / denominator (`finish`).
+
+A key is admitted if its position is not after the query's; a key that is not admitted is skipped, never added as zero. Blocks of queries are
+transposed, ``(elements, Q)``: column ``s * t + i`` is query slot ``s`` of token ``i`` of the ``t`` tokens at hand, so that inner loops run
+over queries and no sum is ever reordered.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wse_kernels._jit import kernel
+from wse_kernels.exp import exp32
+from wse_kernels.fma import fma
+
+_ZERO = np.float32(0.0)
+
+
+@kernel()
+def store_kv(qkv: NDArray[np.float32], q_slots: int, row0: int, k: NDArray[np.float32], v: NDArray[np.float32]) -> None:
+    """Copy the keys and values of ``t`` tokens of a core's block into its cache rows.
+
+    Parameters
+    ----------
+    qkv : ndarray, (>= row0 + t, n_units * (q_slots + 2) * 2), float32
+        This core's block, keys already rotated.
+    q_slots : int
+        Query heads for each key/value head.
+    row0 : int
+        First row of the block to copy.
+    k, v : ndarray, (t, n_units * 2), float32
+        Rows of the cache that belong to these tokens, written. Element ``e`` of unit ``u`` is column ``2 u + e``.
+    """
+    width = (q_slots + 2) * 2
+    for i in range(k.shape[0]):
+        for u in range(k.shape[1] // 2):
+            j = u * width + q_slots * 2
+            k[i, 2 * u] = qkv[row0 + i, j]
+            k[i, 2 * u + 1] = qkv[row0 + i, j + 1]
+            v[i, 2 * u] = qkv[row0 + i, j + 2]
+            v[i, 2 * u + 1] = qkv[row0 + i, j + 3]
+
+
+@kernel()
+def pack_queries(qkv: NDArray[np.float32], q_slots: int, row0: int, u0: int, q_t: NDArray[np.float32]) -> None:
+    """Transpose the queries of one key/value head into scratch.
+
+    Parameters
+    ----------
+    qkv : ndarray, (>= row0 + t, n_units * (q_slots + 2) * 2), float32
+        This core's block, queries already rotated.
+    q_slots : int
+        Query heads for each key/value head.
+    row0 : int
+        First token (row of the block) to pack.
+    u0 : int
+        First of the head's pair units among the core's; 0 unless the core owns several whole heads.
+    q_t : ndarray, (nf, q_slots * t), float32
+        Written: element ``f = 2 u + e`` of the head's units on this core, column ``s * t + i``.
+    """
+    t = q_t.shape[1] // q_slots
+    width = (q_slots + 2) * 2
+    for f in range(q_t.shape[0]):
+        for s in range(q_slots):
+            j = (u0 + f // 2) * width + s * 2 + f % 2
+            for i in range(t):
+                q_t[f, s * t + i] = qkv[row0 + i, j]
+
+
+@kernel()
+def partial_scores(k: NDArray[np.float32], f0: int, q_t: NDArray[np.float32], s_t: NDArray[np.float32]) -> None:
+    """Dot products of a block of keys with the queries, over the elements of the head that this core holds.
+
+    Each is a chain of fma over ascending ``f`` from +0. Where a head is cut over several cores, these are the partial sums to be chained
+    west to east.
+
+    Parameters
+    ----------
+    k : ndarray, (n_keys, w), float32
+        Keys on this core (or visiting it).
+    f0 : int
+        First column of ``k`` that belongs to the head.
+    q_t : ndarray, (nf, Q), float32
+        Queries from `pack_queries`.
+    s_t : ndarray, (n_keys, Q), float32
+        Written. All keys are computed, admitted or not.
+    """
+    for j in range(s_t.shape[0]):
+        for c in range(s_t.shape[1]):
+            s_t[j, c] = _ZERO
+        for f in range(q_t.shape[0]):
+            x = k[j, f0 + f]
+            for c in range(s_t.shape[1]):
+                s_t[j, c] = fma(x, q_t[f, c], s_t[j, c])
+
+
+@kernel()
+def score_max(s_t: NDArray[np.float32], scale: np.float32, key_pos0: int, q_pos: NDArray[np.int64], m: NDArray[np.float32]) -> None:
+    """Raise the running maximum of every query by the scaled scores of a block of keys.
+
+    Exact, so the order of blocks does not matter; a maximum of zero is always +0, and a NaN score stays (its query has no answer).
+
+    Parameters
+    ----------
+    s_t : ndarray, (n_keys, Q), float32
+        Whole scores (the chain is complete), not yet scaled.
+    scale : float32
+        Factor of the scores; must be a ``np.float32``.
+    key_pos0 : int
+        Position of the block's first key; the others follow without gap.
+    q_pos : ndarray, (t,), int64
+        Positions of the query tokens, ascending; ``Q = q_slots * t``.
+    m : ndarray, (Q,), float32
+        Read and written; -inf before the first block.
+    """
+    t = q_pos.shape[0]
+    slots = m.shape[0] // max(t, 1)
+    first = 0  # queries before this one do not admit the key
+    for j in range(s_t.shape[0]):
+        while first < t and q_pos[first] < key_pos0 + j:
+            first += 1
+        for s in range(slots):
+            for c in range(s * t + first, (s + 1) * t):
+                x = s_t[j, c] * scale
+                if x > m[c] or x != x:
+                    m[c] = x + _ZERO
+
+
+@kernel()
+def softmax_accumulate(
+    s_t: NDArray[np.float32],
+    scale: np.float32,
+    key_pos0: int,
+    q_pos: NDArray[np.int64],
+    m: NDArray[np.float32],
+    v: NDArray[np.float32],
+    f0: int,
+    denom: NDArray[np.float32],
+    o_t: NDArray[np.float32],
+) -> None:
+    """Add a block of keys to the denominators and outputs of the queries; blocks must come in ascending key order.
+
+    Parameters
+    ----------
+    s_t : ndarray, (n_keys, Q), float32
+        Whole scores, not yet scaled. Overwritten by the weights ``exp32(score * scale - m)`` of the admitted keys.
+    scale : float32
+        Factor of the scores; must be a ``np.float32``.
+    key_pos0 : int
+        Position of the block's first key; the others follow without gap.
+    q_pos : ndarray, (t,), int64
+        Positions of the query tokens, ascending; ``Q = q_slots * t``.
+    m : ndarray, (Q,), float32
+        Final maxima from `score_max` over *all* admitted keys.
+    v : ndarray, (n_keys, w), float32
+        Values of the same keys.
+    f0 : int
+        First column of ``v`` that belongs to the head.
+    denom : ndarray, (Q,), float32
+        Read and written; +0 before the first block.
+    o_t : ndarray, (nf, Q), float32
+        Read and written; +0 before the first block.
+    """
+    t = q_pos.shape[0]
+    slots = m.shape[0] // max(t, 1)
+    first = 0  # queries before this one do not admit the key
+    for j in range(s_t.shape[0]):
+        while first < t and q_pos[first] < key_pos0 + j:
+            first += 1
+        for s in range(slots):
+            for c in range(s * t + first, (s + 1) * t):
+                p = exp32(s_t[j, c] * scale - m[c])
+                s_t[j, c] = p
+                denom[c] = denom[c] + p
+        for f in range(o_t.shape[0]):
+            x = v[j, f0 + f]
+            for s in range(slots):
+                for c in range(s * t + first, (s + 1) * t):
+                    o_t[f, c] = fma(s_t[j, c], x, o_t[f, c])
+
+
+@kernel()
+def finish(
+    o_t: NDArray[np.float32], denom: NDArray[np.float32], q_slots: int, row0: int, u0: int, context: NDArray[np.float32]
+) -> None:
+    """Divide by the denominators and put the result where the output projection reads it.
+
+    Parameters
+    ----------
+    o_t : ndarray, (nf, q_slots * t), float32
+        From `softmax_accumulate`, all keys seen.
+    denom : ndarray, (q_slots * t,), float32
+        From `softmax_accumulate`.
+    q_slots : int
+        Query heads for each key/value head.
+    row0 : int
+        Row of ``context`` of the first token.
+    u0 : int
+        First of the head's pair units among the core's; 0 unless the core owns several whole heads.
+    context : ndarray, (>= row0 + t, n_units * q_slots * 2), float32
+        This core's block, written: element ``e`` of slot ``s`` of unit ``u`` is column ``(u * q_slots + s) * 2 + e``.
+    """
+    t = denom.shape[0] // q_slots
+    for f in range(o_t.shape[0]):
+        for s in range(q_slots):
+            j = ((u0 + f // 2) * q_slots + s) * 2 + f % 2
+            for i in range(t):
+                context[row0 + i, j] = o_t[f, s * t + i] / denom[s * t + i]

@@ -1,0 +1,227 @@
+"""A register tile for attention: a few rows (keys, or elements of a head) by sixteen queries, held in the CPU's registers while a sum runs.
+
+A tile is an opaque Numba value. Each operation is a plain function on NumPy blocks (its definition, and what runs as plain Python) and,
+compiled, the same arithmetic on LLVM vectors, one vector a row; LLVM splits vectors wider than the machine's. A lane is one query: no operation
+adds two lanes. Rows are `stride` apart in flat memory; where fewer than `ROWS` are left, the last one is repeated: rows after `last` hold what
+row `last` holds and are never seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import lower_builtin, models, register_model, type_callable
+from numpy.typing import NDArray
+
+from wse_kernels.fma import fma
+
+WIDTH = 16
+"""Queries in a tile: one AVX-512 register, two of AVX2, four of NEON."""
+
+ROWS = 8 if llvm.get_host_cpu_features().get("avx512f") else 4
+"""Independent sums in a tile: enough to hide the latency of the multiply-add, few enough for the registers."""
+
+F32 = NDArray[np.float32]
+
+
+def fill_tile(x: np.float32) -> F32:
+    """Tile of `ROWS` x `WIDTH` times `x`."""
+    return np.full((ROWS, WIDTH), x, np.float32)
+
+
+def load_tile(array: F32, offset: int, stride: int, last: int) -> F32:
+    """Tile whose row r is ``array[offset + min(r, last) * stride :]``."""
+    out = np.empty((ROWS, WIDTH), np.float32)
+    for r in range(ROWS):
+        at = offset + min(r, last) * stride
+        out[r] = array[at : at + WIDTH]
+    return out
+
+
+def store_tile(tile: F32, array: F32, offset: int, stride: int, last: int) -> None:
+    """Write rows 0 to `last` of a tile to ``array[offset + r * stride :]``."""
+    for r in range(last + 1):
+        at = offset + r * stride
+        array[at : at + WIDTH] = tile[r]
+
+
+def add_tiles(total: F32, p: F32) -> F32:
+    """``total + p``, each element rounded to float32."""
+    return total + p
+
+
+def scale_tile(p: F32, x: np.float32) -> F32:
+    """``p * x``, each element rounded to float32."""
+    return p * x
+
+
+def fma_step(p: F32, a: F32, i: int, stride: int, last: int, b: F32, j: int) -> F32:
+    """One step of every sum: ``p[r, n] = fma(a[i + min(r, last) * stride], b[j + n], p[r, n])``."""
+    return fma_step_from(0, p, a, i, stride, last, b, j)
+
+
+def fma_step_from(first: int, p: F32, a: F32, i: int, stride: int, last: int, b: F32, j: int) -> F32:
+    """`fma_step` for lanes `first` and after; those before it skip the step and keep their sum."""
+    out = p.copy()
+    for r in range(last + 1):
+        x = a[i + r * stride]
+        for n in range(max(0, first), WIDTH):
+            out[r, n] = fma(x, b[j + n], p[r, n])
+    return out
+
+
+class _TileType(types.Type):  # type: ignore[misc]  # numba is untyped
+    """Numba type of a tile."""
+
+    def __init__(self) -> None:
+        super().__init__(name=f"AttentionTile({ROWS}, {WIDTH})")
+
+
+_TILE = _TileType()
+_FLOAT = ir.FloatType()
+_VECTOR = ir.VectorType(_FLOAT, WIDTH)
+_INT_VECTOR = ir.VectorType(ir.IntType(64), WIDTH)
+
+
+@register_model(_TileType)
+class _TileModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, tile: _TileType) -> None:
+        super().__init__(manager, tile, ir.ArrayType(_VECTOR, ROWS))
+
+
+def _type_fill(context: Any) -> Callable[..., Any]:
+    return lambda x: _TILE
+
+
+def _type_load(context: Any) -> Callable[..., Any]:
+    return lambda array, offset, stride, last: _TILE
+
+
+def _type_store(context: Any) -> Callable[..., Any]:
+    return lambda tile, array, offset, stride, last: types.void
+
+
+def _type_add(context: Any) -> Callable[..., Any]:
+    return lambda total, p: _TILE
+
+
+def _type_scale(context: Any) -> Callable[..., Any]:
+    return lambda p, x: _TILE
+
+
+def _type_step(context: Any) -> Callable[..., Any]:
+    return lambda p, a, i, stride, last, b, j: _TILE
+
+
+def _type_step_from(context: Any) -> Callable[..., Any]:
+    return lambda first, p, a, i, stride, last, b, j: _TILE
+
+
+def _splat(builder: Any, vector: Any, x: Any) -> Any:
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), x, ir.IntType(32)(0))
+    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), None))
+
+
+def _address(context: Any, builder: Any, array_type: Any, array: Any, offset: Any) -> Any:
+    return builder.gep(context.make_array(array_type)(context, builder, array).data, [offset])
+
+
+def _row(builder: Any, offset: Any, stride: Any, last: Any, r: int) -> Any:
+    """Offset of row r of a tile, or of the last one."""
+    row = last.type(r)
+    row = builder.select(builder.icmp_signed("<", row, last), row, last)
+    return builder.add(offset, builder.mul(row, stride))
+
+
+def _vector_address(context: Any, builder: Any, array_type: Any, array: Any, offset: Any) -> Any:
+    return builder.bitcast(_address(context, builder, array_type, array, offset), _VECTOR.as_pointer())
+
+
+def _lower_fill(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    row = _splat(builder, _VECTOR, args[0])
+    out = ir.Constant(context.get_value_type(_TILE), ir.Undefined)
+    for r in range(ROWS):
+        out = builder.insert_value(out, row, r)
+    return out
+
+
+def _lower_load(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    array, offset, stride, last = args
+    out = ir.Constant(context.get_value_type(_TILE), ir.Undefined)
+    for r in range(ROWS):
+        at = _vector_address(context, builder, signature.args[0], array, _row(builder, offset, stride, last, r))
+        out = builder.insert_value(out, builder.load(at, align=4), r)
+    return out
+
+
+def _lower_store(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    tile, array, offset, stride, last = args
+    for r in range(ROWS):
+        at = _vector_address(context, builder, signature.args[1], array, _row(builder, offset, stride, last, r))
+        builder.store(builder.extract_value(tile, r), at, align=4)
+    return context.get_dummy_value()
+
+
+def _lower_add(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    total, p = args
+    for r in range(ROWS):
+        total = builder.insert_value(total, builder.fadd(builder.extract_value(total, r), builder.extract_value(p, r)), r)
+    return total
+
+
+def _lower_scale(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    p, x = args
+    factor = _splat(builder, _VECTOR, x)
+    for r in range(ROWS):
+        p = builder.insert_value(p, builder.fmul(builder.extract_value(p, r), factor), r)
+    return p
+
+
+def _step(context: Any, builder: Any, types_of: Any, args: Any, admitted: Any) -> Any:
+    a_type, b_type = types_of
+    p, a, i, stride, last, b, j = args
+    fma_of_vectors = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{WIDTH}f32")
+    lanes = builder.load(_vector_address(context, builder, b_type, b, j), align=4)
+    for r in range(ROWS):
+        one = builder.load(_address(context, builder, a_type, a, _row(builder, i, stride, last, r)))
+        old = builder.extract_value(p, r)
+        new = builder.call(fma_of_vectors, [_splat(builder, _VECTOR, one), lanes, old])
+        if admitted is not None:
+            new = builder.select(admitted, new, old)
+        p = builder.insert_value(p, new, r)
+    return p
+
+
+def _lower_step(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    return _step(context, builder, (signature.args[1], signature.args[5]), args, None)
+
+
+def _lower_step_from(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    lane = ir.Constant(_INT_VECTOR, list(range(WIDTH)))
+    first = builder.sext(args[0], _INT_VECTOR.element) if args[0].type.width < 64 else args[0]
+    admitted = builder.icmp_signed(">=", lane, _splat(builder, _INT_VECTOR, first))
+    return _step(context, builder, (signature.args[2], signature.args[6]), args[1:], admitted)
+
+
+_ARRAY = types.Array
+_INT = types.int64
+type_callable(fill_tile)(_type_fill)
+type_callable(load_tile)(_type_load)
+type_callable(store_tile)(_type_store)
+type_callable(add_tiles)(_type_add)
+type_callable(scale_tile)(_type_scale)
+type_callable(fma_step)(_type_step)
+type_callable(fma_step_from)(_type_step_from)
+lower_builtin(fill_tile, types.float32)(_lower_fill)
+lower_builtin(load_tile, _ARRAY, _INT, _INT, _INT)(_lower_load)
+lower_builtin(store_tile, _TileType, _ARRAY, _INT, _INT, _INT)(_lower_store)
+lower_builtin(add_tiles, _TileType, _TileType)(_lower_add)
+lower_builtin(scale_tile, _TileType, types.float32)(_lower_scale)
+lower_builtin(fma_step, _TileType, _ARRAY, _INT, _INT, _INT, _ARRAY, _INT)(_lower_step)
+lower_builtin(fma_step_from, _INT, _TileType, _ARRAY, _INT, _INT, _INT, _ARRAY, _INT)(_lower_step_from)

@@ -1,0 +1,304 @@
+"""Matrix products of a wafer: what one core does, and the driver that does it for all cores of a launch at once.
+
+``y = x @ w`` with the columns of `x` (and so the rows of `w`) spread over the wafer's columns. The sum over k has one order:
+
+* the core of wafer column c sums its own k ascending, with fma, from +0.0: ``p_c``;
+* the row's partials are chained from west to east: ``acc = p`` of the first column that has any k, then ``acc = acc + p_c``, rounded to
+  float32; columns without k are skipped.
+
+:func:`partial_matmul` and :func:`chain_add` are that definition, one core at a time. :func:`mesh_matmul` does the same arithmetic for the
+whole mesh: partials and totals live in registers, and only the finished output is written. Same bits, by a property test.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import get_num_threads, prange
+from numpy.typing import NDArray
+
+from wse_kernels._jit import helper, kernel
+from wse_kernels.exp import silu32
+from wse_kernels.fma import fma
+from wse_kernels.matmul_tile import COLS, ROWS, add_tiles, fma_step, load_tile, read_only, store_tile, zero_tile
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+
+STORE = 0
+"""`mesh_matmul` writes ``out[out_rows[i], j] = acc``."""
+SWIGLU = 1
+"""`mesh_matmul` writes ``out[out_rows[i], f] = silu(acc[2 f]) * acc[2 f + 1]``."""
+COMBINE = 2
+"""`mesh_matmul` writes ``out[out_rows[i], j] = fma(scale[i], acc, out[out_rows[i], j])``."""
+
+WEIGHT_TILE_COLS = 128
+"""Columns of one tile of a weight matrix at rest: each tile is one C-contiguous ``(n_in, <= WEIGHT_TILE_COLS)`` block."""
+
+_K_BLOCK = 2048
+"""Rows of a strip of weights that stay in the CPU's second-level cache while the rows of x pass."""
+
+_BLOCKS_PER_THREAD = 16
+"""With this many row blocks for every thread the rows are shared out, and each is packed once; otherwise the strips."""
+
+
+@kernel()
+def partial_matmul(x: F32, rows: I64, w: F32, p: F32) -> None:
+    """One core's partial product of the rows it selects with the chunk of weights it was sent.
+
+    Parameters
+    ----------
+    x : ndarray, (n_rows, k), float32
+        The core's block of the input.
+    rows : ndarray, (m,), int64
+        Rows of `x` to use, local to the core.
+    w : ndarray, (k, n), float32
+        The core's slab of the chunk.
+    p : ndarray, (m, n), float32
+        Written: ``p[i, j]`` is the sum of ``x[rows[i], k] * w[k, j]`` over ascending k, one fma a step, from +0.0.
+    """
+    for i in range(rows.shape[0]):
+        r = rows[i]
+        for j in range(w.shape[1]):
+            p[i, j] = np.float32(0.0)
+        for k in range(w.shape[0]):
+            a = x[r, k]
+            for j in range(w.shape[1]):
+                p[i, j] = fma(a, w[k, j], p[i, j])
+
+
+@kernel()
+def chain_add(acc: F32, p: F32) -> None:
+    """Add a core's partial to the total that came from the west: ``acc = acc + p``.
+
+    Parameters
+    ----------
+    acc : ndarray, (m, n), float32
+        Read and written.
+    p : ndarray, (m, n), float32
+        The core's own partial.
+    """
+    for i in range(p.shape[0]):
+        for j in range(p.shape[1]):
+            acc[i, j] = acc[i, j] + p[i, j]
+
+
+@kernel()
+def swiglu_pairs(g: F32, h: F32) -> None:
+    """Gate a block whose columns are interleaved: ``h[i, f] = silu(g[i, 2 f]) * g[i, 2 f + 1]``.
+
+    Parameters
+    ----------
+    g : ndarray, (m, 2 * f), float32
+        Gate and up projection, column by column.
+    h : ndarray, (m, f), float32
+        Written.
+    """
+    for i in range(h.shape[0]):
+        for f in range(h.shape[1]):
+            h[i, f] = silu32(g[i, 2 * f]) * g[i, 2 * f + 1]
+
+
+@kernel()
+def scatter_scaled_add(y: F32, rows: I64, scale: F32, out: F32) -> None:
+    """Add rows to the tokens they belong to: ``out[rows[i], j] = fma(scale[i], y[i, j], out[rows[i], j])``.
+
+    Parameters
+    ----------
+    y : ndarray, (m, n), float32
+        One row for each entry of `rows`.
+    rows : ndarray, (m,), int64
+        Rows of `out`.
+    scale : ndarray, (m,), float32
+        Weight of each row.
+    out : ndarray, (n_rows, n), float32
+        Read and written.
+    """
+    for i in range(y.shape[0]):
+        r = rows[i]
+        s = scale[i]
+        for j in range(y.shape[1]):
+            out[r, j] = fma(s, y[i, j], out[r, j])
+
+
+@helper
+def _chain_tile(a: F32, a0: int, w: F32, w0: int, stride: int, k_starts: I64, c0: int, c1: int, t: F32, t0: int) -> None:
+    """Wafer columns c0 to c1 of one register tile; the chain's total comes from, and goes to, element t0 of `t`."""
+    total = load_tile(t, t0)
+    for c in range(c0, c1):
+        if k_starts[c] < k_starts[c + 1]:
+            p = zero_tile()
+            for k in range(k_starts[c], k_starts[c + 1]):
+                p = fma_step(p, a, a0 + k * ROWS, w, w0 + k * stride)
+            total = add_tiles(total, p)
+    store_tile(total, t, t0)
+
+
+@helper
+def _chain_strip(a: F32, r0: int, r1: int, w: F32, w0: int, stride: int, k_starts: I64, t: F32) -> None:
+    """All wafer columns of the strip of weights at ``w[w0]``, rows `stride` apart, for the packed row blocks r0 to r1; to `t`."""
+    n_cols = k_starts.shape[0] - 1
+    # -0.0 + p is p, bit for bit: the chain's first partial needs no case of its own.
+    for i in range((r1 - r0) * ROWS):
+        for j in range(COLS):
+            t[i, j] = np.float32(-0.0)
+    c0 = 0
+    while c0 < n_cols:
+        c1 = c0 + 1
+        while c1 < n_cols and k_starts[c1 + 1] - k_starts[c0] <= _K_BLOCK:
+            c1 += 1
+        for r in range(r0, r1):
+            _chain_tile(a, r * ROWS * k_starts[n_cols], w, w0, stride, k_starts, c0, c1, t, (r - r0) * ROWS * COLS)
+        c0 = c1
+
+
+@helper
+def _pack_rows(x: F32, n_x_rows: int, k_starts: I64, rows: I64, i0: int, i1: int, starts: I64, a: F32) -> None:
+    """Copy the chosen rows i0 to i1 of x to `a` as (blocks, k, ROWS); the last row is repeated to fill the last block. `starts` is scratch."""
+    n_cols = k_starts.shape[0] - 1
+    for c in range(n_cols):
+        k_c = k_starts[c + 1] - k_starts[c]
+        for i in range(i0, i1, ROWS):
+            for r in range(ROWS):
+                starts[r] = n_x_rows * k_starts[c] + rows[min(i + r, i1 - 1)] * k_c
+            q = (i - i0) * k_starts[n_cols] + k_starts[c] * ROWS
+            for k in range(k_c):
+                for r in range(ROWS):
+                    a[q + r] = x[starts[r] + k]
+                q += ROWS
+
+
+@helper
+def _pack_strip(w: F32, w0: int, stride: int, n: int, n_in: int, b: F32) -> None:
+    """Copy n columns of weights, fewer than a register tile has, to `b` as (n_in, COLS), filled up with zeros."""
+    for q in range(n_in * COLS):
+        b[q] = np.float32(0.0)
+    for k in range(n_in):
+        for j in range(n):
+            b[k * COLS + j] = w[w0 + k * stride + j]
+
+
+@helper
+def _write_strip(
+    t: F32, i0: int, i1: int, j0: int, j1: int,
+    out: F32, n_out_rows: int, out_starts: I64, out_rows: I64, scale: F32, combine: bool,
+) -> None:  # fmt: skip
+    """Write the block `t` as rows i0 to i1 and columns j0 to j1 of the output, into the panels of their owners."""
+    lo, hi = 0, out_starts.shape[0] - 1  # out_starts[lo] <= j0 < out_starts[hi]
+    while hi - lo > 1:
+        mid = (lo + hi) // 2
+        if out_starts[mid] <= j0:
+            lo = mid
+        else:
+            hi = mid
+    j = j0
+    while j < j1:
+        begin, end = out_starts[lo], out_starts[lo + 1]
+        n = min(j1, end) - j
+        for i in range(i1 - i0):
+            to = n_out_rows * begin + out_rows[i0 + i] * (end - begin) + j - begin
+            if combine:
+                s = scale[i0 + i]
+                for q in range(n):
+                    out[to + q] = fma(s, t[i, j - j0 + q], out[to + q])
+            else:
+                for q in range(n):
+                    out[to + q] = t[i, j - j0 + q]
+        j += n
+        lo += 1
+
+
+@helper
+def _matmul_part(
+    x: F32, n_x_rows: int, k_starts: I64, rows: I64,
+    w: F32, w_offset: int, n_in: int, n_out: int,
+    out: F32, n_out_rows: int, out_starts: I64, out_rows: I64, scale: F32, mode: int,
+    part: int, n_parts: int, share_rows: bool,
+    starts: I64, a: F32, b: F32, t: F32, h: F32,
+) -> None:  # fmt: skip
+    """One thread's share of `mesh_matmul`: its row blocks of all strips, or its piece of the sequence of (strip, row block)."""
+    m = rows.shape[0]
+    n_blocks = (m + ROWS - 1) // ROWS
+    n_strips = (n_out + COLS - 1) // COLS
+    begin, end = part * n_blocks * n_strips // n_parts, (part + 1) * n_blocks * n_strips // n_parts
+    first, last = 0, n_blocks
+    if share_rows:
+        first, last = part * n_blocks // n_parts, (part + 1) * n_blocks // n_parts
+    _pack_rows(x, n_x_rows, k_starts, rows, first * ROWS, min(m, last * ROWS), starts, a)
+    for s in range(n_strips):
+        r0, r1 = first, last
+        if not share_rows:
+            r0, r1 = max(0, begin - s * n_blocks), min(n_blocks, end - s * n_blocks)
+        if r0 >= r1:
+            continue
+        j0, j1 = s * COLS, min((s + 1) * COLS, n_out)
+        tile = j0 // WEIGHT_TILE_COLS * WEIGHT_TILE_COLS
+        stride = min(WEIGHT_TILE_COLS, n_out - tile)
+        w0 = w_offset + tile * n_in + j0 - tile
+        strip = w
+        if j1 - j0 < COLS:
+            _pack_strip(w, w0, stride, j1 - j0, n_in, b)
+            strip, w0, stride = read_only(b), 0, COLS
+        _chain_strip(a, r0 - first, r1 - first, strip, w0, stride, k_starts, t)
+        i0, i1 = r0 * ROWS, min(m, r1 * ROWS)
+        block = t
+        if mode == SWIGLU:
+            swiglu_pairs(t[: i1 - i0], h[: i1 - i0])
+            block, j0, j1 = h, j0 // 2, j1 // 2
+        _write_strip(block, i0, i1, j0, j1, out, n_out_rows, out_starts, out_rows, scale, mode == COMBINE)
+
+
+@kernel(parallel=True)
+def mesh_matmul(
+    x: F32, n_x_rows: int, k_starts: I64, rows: I64,
+    w: F32, w_offset: int, n_in: int, n_out: int,
+    out: F32, n_out_rows: int, out_starts: I64, out_rows: I64, scale: F32, mode: int,
+) -> None:  # fmt: skip
+    """Product of chosen rows of a placed tensor with a weight matrix, chained over the wafer's columns; parallel over outputs.
+
+    Parameters
+    ----------
+    x : ndarray, (n_x_rows * n_in,), float32
+        Placed input, column-panel-major: wafer column c holds ``x[n_x_rows * k_starts[c] :]`` viewed as ``(n_x_rows, k_c)``.
+    n_x_rows : int
+        Rows of the placed input.
+    k_starts : ndarray, (n_cols + 1,), int64
+        Split of the `n_in` features over the wafer's columns; ascending from 0 to `n_in`, empty columns allowed.
+    rows : ndarray, (m,), int64
+        Rows of `x` to use, the same in every column.
+    w : ndarray, float32, read-only
+        Tiled weights: from ``w[w_offset]`` on, tile t is a C-contiguous ``(n_in, min(128, n_out - 128 t))`` block.
+    w_offset, n_in, n_out : int
+        First element of the matrix in `w`, and its shape.
+    out : ndarray, flat, float32
+        Placed output with `n_out_rows` rows; its columns, `n_out` of them (`n_out / 2` with `SWIGLU`), are split by `out_starts`.
+    n_out_rows : int
+        Rows of the placed output.
+    out_starts : ndarray, (n_out_cols + 1,), int64
+        Split of the output's columns; empty ones allowed.
+    out_rows : ndarray, (m,), int64
+        Row of `out` that each product goes to; no row twice.
+    scale : ndarray, (m,), float32
+        Factor of each row, read with `COMBINE` only.
+    mode : int
+        `STORE`, `SWIGLU` (gate and up projection in alternate columns; `n_out` even) or `COMBINE`.
+
+    Notes
+    -----
+    Shapes and indices are the caller's to check: compiled, nothing is. The result does not depend on the number of threads.
+    """
+    n_blocks = (rows.shape[0] + ROWS - 1) // ROWS
+    n_parts = get_num_threads()
+    share_rows = n_blocks >= _BLOCKS_PER_THREAD * n_parts
+    part_rows = n_blocks * ROWS
+    if share_rows:
+        part_rows = (n_blocks // n_parts + 1) * ROWS
+    starts = np.empty((n_parts, ROWS), np.int64)
+    a = np.empty((n_parts, part_rows * n_in), np.float32)
+    b = np.empty((n_parts, COLS * n_in), np.float32)
+    t = np.empty((n_parts, part_rows, COLS), np.float32)
+    h = np.empty((n_parts, part_rows, COLS // 2), np.float32)
+    for part in prange(n_parts):
+        _matmul_part(
+            x, n_x_rows, k_starts, rows, w, w_offset, n_in, n_out, out, n_out_rows, out_starts, out_rows, scale, mode,
+            np.int64(part), n_parts, share_rows, starts[part], a[part], b[part], t[part], h[part],
+        )  # fmt: skip

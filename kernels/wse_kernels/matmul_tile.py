@@ -1,0 +1,184 @@
+"""Register tiles: a few rows by a few vectors of float32 held in the CPU's registers while a core's sum runs.
+
+A tile is an opaque Numba value; what can be done with it is load, store, zero, one multiply-add step and an elementwise addition. Each
+operation is a plain function on NumPy blocks (its definition, and what runs as plain Python) and, compiled, the same arithmetic on LLVM
+vectors. A lane is one output: no operation adds two lanes, so a tile's height and width never change a bit.
+
+LLVM splits vectors wider than the machine's, so every tile compiles everywhere; the sizes below only decide how fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.imputils import impl_ret_borrowed
+from numba.extending import lower_builtin, models, register_model, type_callable
+from numpy.typing import NDArray
+
+from wse_kernels.fma import fma
+
+LANES = 16 if llvm.get_host_cpu_features().get("avx512f") else 8
+"""Outputs per vector: one AVX-512 register, one AVX2 register or two NEON registers."""
+
+ROWS = 3
+COLS = 4 * LANES
+"""Shape of a tile: a partial and a running total of 12 vectors each fill the 32 registers of AVX-512 (with 16, the total waits on the stack
+while a core's k runs), and a row of weights is four vectors long, which memory delivers at twice the rate of two."""
+
+F32 = NDArray[np.float32]
+
+
+class _TileType(types.Type):  # type: ignore[misc]  # numba is untyped
+    def __init__(self) -> None:
+        super().__init__(name=f"RegisterTile({ROWS}, {COLS})")
+
+
+_TILE = _TileType()
+_N_VECTORS = COLS // LANES
+_FLOAT = ir.FloatType()
+_VECTOR = ir.VectorType(_FLOAT, LANES)
+
+
+def load_tile(array: F32, offset: int) -> F32:
+    """Tile of the C-contiguous block that starts at element `offset` of `array`."""
+    return array.reshape(-1)[offset : offset + ROWS * COLS].reshape(ROWS, COLS).copy()
+
+
+def store_tile(tile: F32, array: F32, offset: int) -> None:
+    """Write `tile` as a C-contiguous block from element `offset` of `array` on."""
+    array.reshape(-1)[offset : offset + ROWS * COLS] = tile.ravel()
+
+
+def zero_tile() -> F32:
+    """Tile of +0.0."""
+    return np.zeros((ROWS, COLS), np.float32)
+
+
+def add_tiles(total: F32, p: F32) -> F32:
+    """``total + p``, each output rounded to float32."""
+    return total + p
+
+
+def fma_step(p: F32, a: F32, i: int, w: F32, j: int) -> F32:
+    """One k of a core's sum: ``p[r, n] = fma(a[i + r], w[j + n], p[r, n])`` for every output of the tile."""
+    out = np.empty_like(p)
+    for r in range(ROWS):
+        for n in range(COLS):
+            out[r, n] = fma(a[i + r], w[j + n], p[r, n])
+    return out
+
+
+def read_only(array: F32) -> F32:
+    """View of `array` that cannot be written: the type that weights have, so that a copy of them needs no code of its own."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+@register_model(_TileType)
+class _TileModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, tile: _TileType) -> None:
+        super().__init__(manager, tile, ir.ArrayType(_VECTOR, ROWS * _N_VECTORS))
+
+
+def _type_load_tile(context: Any) -> Callable[..., Any]:
+    return lambda array, offset: _TILE
+
+
+def _type_store_tile(context: Any) -> Callable[..., Any]:
+    return lambda tile, array, offset: types.void
+
+
+def _type_zero_tile(context: Any) -> Callable[..., Any]:
+    return lambda: _TILE
+
+
+def _type_add_tiles(context: Any) -> Callable[..., Any]:
+    return lambda total, p: _TILE
+
+
+def _type_fma_step(context: Any) -> Callable[..., Any]:
+    return lambda p, a, i, w, j: _TILE
+
+
+def _type_read_only(context: Any) -> Callable[..., Any]:
+    return lambda array: array.copy(readonly=True)
+
+
+def _address(context: Any, builder: Any, array_type: Any, array: Any, offset: Any, lane: int) -> Any:
+    """Return the address of element ``offset + lane``; no index wraps around."""
+    return builder.gep(context.make_array(array_type)(context, builder, array).data, [builder.add(offset, offset.type(lane))])
+
+
+def _load_vector(context: Any, builder: Any, array_type: Any, array: Any, offset: Any, lane: int) -> Any:
+    address = _address(context, builder, array_type, array, offset, lane)
+    return builder.load(builder.bitcast(address, _VECTOR.as_pointer()), align=4)
+
+
+def _lower_load_tile(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    tile = ir.Constant(context.get_value_type(_TILE), ir.Undefined)
+    for v in range(ROWS * _N_VECTORS):
+        tile = builder.insert_value(tile, _load_vector(context, builder, signature.args[0], *args, v * LANES), v)
+    return tile
+
+
+def _lower_store_tile(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    tile, array, offset = args
+    for v in range(ROWS * _N_VECTORS):
+        address = _address(context, builder, signature.args[1], array, offset, v * LANES)
+        builder.store(builder.extract_value(tile, v), builder.bitcast(address, _VECTOR.as_pointer()), align=4)
+    return context.get_dummy_value()
+
+
+def _lower_zero_tile(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    return ir.Constant(context.get_value_type(_TILE), None)
+
+
+def _lower_add_tiles(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    total, p = args
+    for v in range(ROWS * _N_VECTORS):
+        total = builder.insert_value(total, builder.fadd(builder.extract_value(total, v), builder.extract_value(p, v)), v)
+    return total
+
+
+def _lower_fma_step(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    _, a_type, _, w_type, _ = signature.args
+    p, a, i, w, j = args
+    vector_fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{LANES}f32")
+    lane_zero = ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
+    weights = [_load_vector(context, builder, w_type, w, j, v * LANES) for v in range(_N_VECTORS)]
+    for r in range(ROWS):
+        one = builder.load(_address(context, builder, a_type, a, i, r))
+        first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), one, ir.IntType(32)(0))
+        row = builder.shuffle_vector(first, first, lane_zero)
+        for v in range(_N_VECTORS):
+            slot = r * _N_VECTORS + v
+            step = builder.call(vector_fma, [row, weights[v], builder.extract_value(p, slot)])
+            p = builder.insert_value(p, step, slot)
+    return p
+
+
+def _lower_read_only(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    return impl_ret_borrowed(context, builder, signature.return_type, args[0])
+
+
+_ARRAY = types.Array
+_INT = types.Integer
+type_callable(load_tile)(_type_load_tile)
+type_callable(store_tile)(_type_store_tile)
+type_callable(zero_tile)(_type_zero_tile)
+type_callable(add_tiles)(_type_add_tiles)
+type_callable(fma_step)(_type_fma_step)
+type_callable(read_only)(_type_read_only)
+lower_builtin(load_tile, _ARRAY, _INT)(_lower_load_tile)
+lower_builtin(store_tile, _TileType, _ARRAY, _INT)(_lower_store_tile)
+lower_builtin(zero_tile)(_lower_zero_tile)
+lower_builtin(add_tiles, _TileType, _TileType)(_lower_add_tiles)
+lower_builtin(fma_step, _TileType, _ARRAY, _INT, _ARRAY, _INT)(_lower_fma_step)
+lower_builtin(read_only, _ARRAY)(_lower_read_only)
