@@ -1,0 +1,276 @@
+"""config.json in both styles, and everything that is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wse_emu.checkpoint import parse_config, read_config, to_config
+from wse_emu.foundation.errors import ConfigError
+from wse_emu.foundation.model_spec import ModelSpec
+from wse_emu.testing import contract_specs
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MIXTRAL: dict[str, Any] = {
+    **LLAMA,
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "sliding_window": None,
+}
+
+
+def without(config: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {k: v for k, v in config.items() if k not in names}
+
+
+def test_released_and_transformers_5_styles_give_one_spec() -> None:
+    released = {**MIXTRAL, "rope_theta": 5e5, "rope_scaling": None, "torch_dtype": "bfloat16", "attention_bias": False, "mlp_bias": False}
+    newer = {**MIXTRAL, "rope_parameters": {"rope_theta": 500000, "rope_type": "default"}, "dtype": "bfloat16", "head_dim": None}
+    spec = parse_config(released)
+    assert spec == parse_config(newer)
+    assert spec == ModelSpec(
+        family="mixtral",
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=172,
+        num_layers=3,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=8,
+        rms_norm_eps=1e-5,
+        rope_theta=5e5,
+        max_position_embeddings=512,
+        num_experts=6,
+        top_k=2,
+        bos_token_id=1,
+        eos_token_ids=(2,),
+    )
+
+
+def test_absent_fields_take_the_defaults_of_each_family() -> None:
+    optional = (
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "num_local_experts",
+        "num_experts_per_tok",
+        "sliding_window",
+    )
+    llama = parse_config(without(LLAMA, *optional, "bos_token_id", "eos_token_id", "hidden_act"))
+    assert (llama.num_kv_heads, llama.max_position_embeddings, llama.rms_norm_eps, llama.rope_theta) == (8, 2048, 1e-6, 1e4)
+    assert (llama.num_experts, llama.top_k, llama.tie_word_embeddings) == (0, 0, False)
+    assert (llama.bos_token_id, llama.eos_token_ids, llama.pad_token_id) == (1, (2,), None)
+    mixtral = parse_config(without(MIXTRAL, *optional))
+    assert (mixtral.num_kv_heads, mixtral.max_position_embeddings, mixtral.rms_norm_eps, mixtral.rope_theta) == (8, 131_072, 1e-5, 1e6)
+    assert (mixtral.num_experts, mixtral.top_k) == (8, 2)
+
+
+def test_null_kv_heads_are_as_many_as_heads() -> None:
+    assert parse_config({**MIXTRAL, "num_key_value_heads": None}).num_kv_heads == 8
+
+
+def test_head_dim_need_not_divide_hidden() -> None:
+    assert parse_config({**LLAMA, "hidden_size": 60, "head_dim": 10}).head_dim == 10
+    with pytest.raises(ConfigError, match=r"`hidden_size` \(60\) must be a multiple of `num_attention_heads` \(8\)"):
+        parse_config({**LLAMA, "hidden_size": 60})
+
+
+def test_model_type_alone_names_the_family() -> None:
+    assert parse_config(without(LLAMA, "architectures")).family == "llama"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"],
+)
+@pytest.mark.parametrize(
+    "value",
+    [0, -1, True, 1.0, "8", None, [8], 1 << 40, 10**5000],
+    ids=lambda v: f"{type(v).__name__}{str(v)[:3]}" if not isinstance(v, int) or v < 1 << 60 else "huge",
+)
+def test_sizes_of_wrong_type_or_range_are_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"somewhere: `{name}` must be an integer in") as e:
+        parse_config({**LLAMA, name: value}, where="somewhere")
+    assert len(str(e.value)) < 300
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"])
+def test_sizes_have_no_default(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"`{name}` is missing; it has no default"):
+        parse_config(without(LLAMA, name))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            r"unknown architecture 'GPT2LMHeadModel'; known are LlamaForCausalLM .*MixtralForCausalLM",
+        ),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "unknown architecture"),
+        ({"architectures": []}, "`architectures` must be a list of names"),
+        ({"architectures": "LlamaForCausalLM"}, "`architectures` must be a list of names"),
+        ({"architectures": ["MixtralForCausalLM"]}, "`model_type` must be 'mixtral'"),
+        ({"architectures": None, "model_type": None}, "neither `architectures` nor `model_type`"),
+        ({"architectures": None, "model_type": "qwen3"}, "unknown `model_type` 'qwen3'; known architectures are"),
+        ({"architectures": None, "model_type": ["llama"]}, "unknown `model_type`"),
+        ({"hidden_act": "gelu"}, "`hidden_act` must be 'silu', got 'gelu'"),
+        ({"attention_bias": True}, "`attention_bias` must be false"),
+        ({"attention_bias": 1}, "`attention_bias` must be true or false"),
+        ({"mlp_bias": True}, "`mlp_bias` must be false"),
+        ({"tie_word_embeddings": "yes"}, "`tie_word_embeddings` must be true or false"),
+        ({"quantization_config": {"bits": 4}}, "`quantization_config` is not supported"),
+        ({"layer_types": ["sliding_attention"] * 3}, "`layer_types` must name 'full_attention' only"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "`rope_scaling`: type 'linear' is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "`rope_scaling`: rope_type 'llama3' is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "`rope_parameters`: rope_type 'yarn' is not supported"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "'full_attention' is not supported"),
+        ({"rope_parameters": [1]}, "`rope_parameters` must be an object or null"),
+        (
+            {"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 1e4},
+            "rotary bases disagree: rope_theta = 10000.0, rope_parameters.rope_theta",
+        ),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "`partial_rotary_factor` must be 1"),
+        ({"partial_rotary_factor": 0.5}, "`partial_rotary_factor` must be 1"),
+        ({"rope_theta": 0}, "`rope_theta` must be positive"),
+        ({"rope_theta": "1e4"}, "`rope_theta` must be a finite number"),
+        ({"rope_theta": float("inf")}, "`rope_theta` must be a finite number"),
+        ({"rms_norm_eps": float("nan")}, "`rms_norm_eps` must be a finite number"),
+        ({"rms_norm_eps": 0.0}, "`rms_norm_eps` must lie in"),
+        ({"rms_norm_eps": True}, "`rms_norm_eps` must be a finite number"),
+        ({"num_key_value_heads": 3}, "`num_heads` must be a multiple of `num_kv_heads`"),
+        ({"head_dim": 7}, "`head_dim` must be even"),
+        ({"eos_token_id": 100}, r"`eos_token_id` must be null, a token id or a list of them, in 0\.\.99"),
+        ({"eos_token_id": [2, True]}, "`eos_token_id` must be"),
+        ({"eos_token_id": [[2]]}, "`eos_token_id` must be"),
+        ({"bos_token_id": -1}, "`bos_token_id` must be null or a token id"),
+        ({"pad_token_id": 100}, "`pad_token_id` must be null or a token id"),
+        ({"hidden_size": 1 << 30, "intermediate_size": 1 << 30}, "parameters, at most"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config({**LLAMA, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sliding_window": 256}, r"`sliding_window` must be null or at least `max_position_embeddings` \(512\).*got 256"),
+        ({"sliding_window": "all"}, "`sliding_window` must be an integer"),
+        ({"num_local_experts": 0}, "`num_local_experts` must be an integer in 1"),
+        ({"num_experts_per_tok": 7}, r"`top_k` must lie in 1\.\.6"),
+        ({"num_hidden_layers": 60_000, "num_local_experts": 30_000}, "tensors"),
+    ],
+)
+def test_what_a_mixture_cannot_be_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config({**MIXTRAL, **change})
+
+
+@pytest.mark.parametrize("window", [None, 512, 4096])
+def test_a_window_over_the_whole_context_is_no_window(window: int | None) -> None:
+    assert parse_config({**MIXTRAL, "sliding_window": window}) == parse_config(MIXTRAL)
+
+
+def test_eos_may_be_a_list_null_or_repeated() -> None:
+    assert parse_config({**LLAMA, "eos_token_id": [7, 2, 7]}).eos_token_ids == (7, 2)
+    assert parse_config({**LLAMA, "eos_token_id": None}).eos_token_ids == ()
+    assert parse_config({**LLAMA, "pad_token_id": -1}).pad_token_id is None
+
+
+def test_generation_config_gives_the_token_ids() -> None:
+    generation = {"eos_token_id": [9, 8], "bos_token_id": None, "pad_token_id": 3, "temperature": 0.7}
+    spec = parse_config(LLAMA, generation=generation)
+    assert (spec.eos_token_ids, spec.bos_token_id, spec.pad_token_id) == ((9, 8), 1, 3)
+    with pytest.raises(ConfigError, match=r"with generation_config\.json: `eos_token_id` must be"):
+        parse_config(LLAMA, generation={"eos_token_id": 100})
+
+
+@pytest.mark.parametrize("name", list(contract_specs()))
+def test_a_spec_survives_the_way_through_config(name: str) -> None:
+    spec = contract_specs()[name]
+    assert parse_config(json.loads(json.dumps(to_config(spec)))) == spec
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*MIXTRAL, "rope_parameters", "rope_scaling", "rope_theta", "head_dim", "layer_types", "tie_word_embeddings"]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+            lambda inner: (
+                st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["rope_type", "rope_theta", "x"]), inner, max_size=2)
+            ),
+            max_leaves=4,
+        ),
+        max_size=4,
+    )
+)
+@settings(deadline=None, max_examples=150)
+def test_any_values_give_a_spec_or_a_named_error(changes: dict[str, Any]) -> None:
+    try:
+        spec = parse_config({**MIXTRAL, **changes})
+    except ConfigError:
+        return
+    assert spec.num_heads * spec.head_dim > 0
+
+
+def test_config_is_read_from_a_directory_or_a_file_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 5}))
+    config, spec = read_config(tmp_path)
+    assert config == LLAMA
+    assert spec.eos_token_ids == (5,)
+    assert read_config(tmp_path / "config.json") == (config, spec)
+    other = tmp_path / "sub" / "mixtral-8x7b.json"
+    other.parent.mkdir()
+    other.write_text(json.dumps(MIXTRAL))
+    assert read_config(other)[1].family == "mixtral"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"[1]", "must hold a JSON object, holds list"),
+        (b"\xff\xfe{}", "not valid JSON"),
+        (b'{"a": 1, "a": 2}', "key 'a' stands there twice"),
+        (b'{"hidden_size": NaN}', "NaN is not a JSON number"),
+        (b'{"hidden_size": ' + b"9" * 5000 + b"}", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b" " * ((4 << 20) + 1), "bytes, at most 4194304 are allowed"),
+    ],
+    ids=["empty", "open", "list", "utf16", "duplicate", "nan", "digits", "deep", "large"],
+)
+def test_malformed_config_is_refused_with_its_path(tmp_path: Path, text: bytes, message: str) -> None:
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ConfigError, match=message) as e:
+        read_config(tmp_path)
+    assert str(tmp_path / "config.json") in str(e.value)
+
+
+def test_missing_config_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json: there is no such file"):
+        read_config(tmp_path)

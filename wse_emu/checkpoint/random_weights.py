@@ -1,0 +1,124 @@
+"""Checkpoints with random weights, made tensor by tensor on demand: the same config and seed give the same bits in any order of reading."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wse_emu.checkpoint.config import parse_config, to_config
+from wse_emu.checkpoint.names import published_tensors
+from wse_emu.checkpoint.source import Checkpoint
+from wse_emu.foundation.errors import CheckpointError, ConfigError
+from wse_emu.foundation.model_spec import ModelSpec
+
+_BLOCK_ELEMENTS = 1 << 15
+
+
+class RandomTensors:
+    """Tensors drawn from seeded normal distributions; a `TensorSource` that holds no data.
+
+    A matrix is ``initializer_range * normal``, a norm's weight ``1 + 0.1 * normal``, so that no weight equals its usual default.
+    Block ``b`` of the rows of tensor ``n`` comes from a generator of its own, keyed by (seed, n, b).
+    """
+
+    def __init__(self, spec: ModelSpec, seed: int, initializer_range: float) -> None:
+        self._shapes = {t.name: t.shape for _, t in published_tensors(spec)}
+        self._seed = seed
+        self._scale = np.float32(initializer_range)
+        key = json.dumps([sorted(self._shapes.items()), seed, initializer_range])
+        self._fingerprint = "random-" + hashlib.sha256(key.encode()).hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """Text that changes with the seed, the shapes and the scale."""
+        return self._fingerprint
+
+    def names(self) -> Sequence[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape as published; matrices are (out, in)."""
+        try:
+            return self._shapes[name]
+        except KeyError:
+            raise CheckpointError(f"random weights: there is no tensor {name!r}") from None
+
+    def dtype(self, name: str) -> str:
+        """Stored type, always ``"float32"``."""
+        self.shape(name)
+        return "float32"
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """Whole tensor, float32, C-contiguous, read-only."""
+        return self.read_rows(name, 0, self.shape(name)[0])
+
+    def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """Entries ``start:stop`` of the first axis, float32, C-contiguous, read-only."""
+        shape = self.shape(name)
+        if not 0 <= start <= stop <= shape[0]:
+            raise CheckpointError(f"random weights: {name} has {shape[0]} rows, {start}:{stop} asked")
+        out = np.empty((stop - start, *shape[1:]), dtype=np.float32)
+        rows = max(1, _BLOCK_ELEMENTS // math.prod(shape[1:]))
+        words = np.frombuffer(hashlib.sha256(name.encode()).digest(), dtype="<u4").tolist()
+        for block in range(start // rows, -(-stop // rows)):
+            first, last = block * rows, min((block + 1) * rows, shape[0])
+            values = np.random.default_rng([self._seed, *words, block]).standard_normal((last - first, *shape[1:]), dtype=np.float32)
+            if len(shape) == 1:
+                values *= np.float32(0.1)
+                values += np.float32(1.0)
+            else:
+                values *= self._scale
+            a, b = max(first, start), min(last, stop)
+            out[a - start : b - start] = values[a - first : b - first]
+        out.flags.writeable = False
+        return out
+
+    def release(self, name: str) -> None:
+        """Nothing is held."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def random_checkpoint(config: Mapping[str, Any] | ModelSpec, seed: int = 0) -> Checkpoint:
+    """Checkpoint with random weights, made on demand and never stored.
+
+    Parameters
+    ----------
+    config : mapping or ModelSpec
+        config.json as parsed, or a spec. ``initializer_range`` of a mapping (default 0.02) scales the matrices.
+    seed : int
+        Non-negative; equal seeds and configs give equal bits (under one NumPy version).
+
+    Returns
+    -------
+    Checkpoint
+
+    Raises
+    ------
+    ConfigError
+        If `parse_config` refuses the config, or seed or ``initializer_range`` are out of range.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise ConfigError(f"`seed` must be a non-negative integer, got {seed!r}")
+    given = to_config(config) if isinstance(config, ModelSpec) else dict(config)
+    spec = config if isinstance(config, ModelSpec) else parse_config(given, where="config")
+    scale = given.get("initializer_range", 0.02)
+    if type(scale) not in (int, float) or not 0 < scale <= 1:
+        raise ConfigError(f"config: `initializer_range` must lie in (0, 1], got {scale!r}")
+    tensors = RandomTensors(spec, int(seed), float(scale))
+    key = json.dumps([tensors.fingerprint, repr(spec)])
+    return Checkpoint(
+        name=f"random weights (seed {int(seed)})",
+        spec=spec,
+        config=given,
+        tensors=tensors,
+        fingerprint="random-" + hashlib.sha256(key.encode()).hexdigest(),
+    )

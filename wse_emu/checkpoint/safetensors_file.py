@@ -1,0 +1,173 @@
+"""One safetensors file, checked before anything is mapped: header size, names, types, shapes and offsets.
+
+Format: eight bytes of little-endian header length, a JSON header, then the data; the entries cover the data exactly, without holes
+or overlaps (https://huggingface.co/docs/safetensors).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wse_emu.checkpoint.jsonfile import parse_object
+from wse_emu.foundation.errors import CheckpointError
+
+MAX_HEADER_BYTES = 32 << 20
+"""The format's own library allows 100 MB; the tensors of a model that we accept are named in less than this."""
+_MAX_DIMS = 8
+_ITEM_BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64,
+    "U64": 64,
+}  # fmt: skip
+READABLE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Type names of the format that are read, and what we call them."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies in its file."""
+
+    dtype: str
+    """Type as the format writes it, for instance ``"BF16"``."""
+    shape: tuple[int, ...]
+    begin: int
+    """First byte, from the start of the file."""
+    nbytes: int
+
+
+class SafetensorsFile:
+    """One mapped file; the header has been checked, so no read can leave the file or disagree with a shape."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            # O_NONBLOCK: a FIFO of that name must not block before it is refused.
+            fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        except OSError as e:
+            raise CheckpointError(f"{path}: cannot be opened: {os.strerror(e.errno) if e.errno else e}") from e
+        try:
+            info = os.fstat(fd)
+            if not stat.S_ISREG(info.st_mode):
+                raise CheckpointError(f"{path}: not a regular file")
+            self.file_bytes = info.st_size
+            self.stat_key = f"{info.st_size}:{info.st_mtime_ns}:{info.st_ctime_ns}:{info.st_ino}"
+            self.header, data_start = self._read_header(fd)
+            self.entries = self._check_entries(data_start)
+            self._map = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+        finally:
+            os.close(fd)
+
+    def _read_header(self, fd: int) -> tuple[bytes, int]:
+        head = os.read(fd, 8)
+        if len(head) < 8:
+            raise CheckpointError(f"{self.path}: {self.file_bytes} bytes, too short for a safetensors file; download it again")
+        n = int.from_bytes(head, "little")
+        if n > MAX_HEADER_BYTES:
+            rule = f"at most {MAX_HEADER_BYTES} are allowed; not a safetensors file, or damaged"
+            raise CheckpointError(f"{self.path}: header of {n} bytes, {rule}")
+        if 8 + n > self.file_bytes:
+            raise CheckpointError(f"{self.path}: truncated: header of {n} bytes in a file of {self.file_bytes}; download it again")
+        parts: list[bytes] = []
+        missing = n
+        while missing:
+            part = os.read(fd, missing)
+            if not part:
+                raise CheckpointError(f"{self.path}: ended while its header was read")
+            parts.append(part)
+            missing -= len(part)
+        return b"".join(parts), 8 + n
+
+    def _check_entries(self, data_start: int) -> dict[str, TensorEntry]:
+        where = f"{self.path}: header"
+        table = parse_object(self.header, where=where, error=CheckpointError)
+        table.pop("__metadata__", None)
+        data_bytes = self.file_bytes - data_start
+        entries: dict[str, TensorEntry] = {}
+        for name, value in table.items():
+            entries[name] = self._entry(name, value, data_start, data_bytes)
+        end, before = data_start, "the header"
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
+            if entry.begin < end:
+                raise CheckpointError(f"{where}: {name!r} overlaps {before}")
+            if entry.begin > end:
+                raise CheckpointError(f"{where}: {entry.begin - end} bytes before {name!r} belong to no tensor")
+            end, before = entry.begin + entry.nbytes, repr(name)
+        if end != self.file_bytes:
+            raise CheckpointError(f"{where}: tensors end at byte {end}, the file at {self.file_bytes}; download it again")
+        return entries
+
+    def _entry(self, name: str, value: Any, data_start: int, data_bytes: int) -> TensorEntry:
+        where = f"{self.path}: header: {name!r}"
+        if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+            raise CheckpointError(f"{where}: must have exactly dtype, shape and data_offsets")
+        dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in _ITEM_BITS:
+            raise CheckpointError(f"{where}: unknown dtype {str(dtype)[:40]!r}; readable are {', '.join(READABLE)}")
+        limit = self.file_bytes + 1
+        if not isinstance(shape, list) or len(shape) > _MAX_DIMS or not all(type(s) is int and 0 <= s < limit * 8 for s in shape):
+            raise CheckpointError(f"{where}: shape must be at most {_MAX_DIMS} sizes that fit the file, got {str(shape)[:80]}")
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(o) is int and 0 <= o < limit for o in offsets):
+            raise CheckpointError(f"{where}: data_offsets must be two byte positions inside the file, got {str(offsets)[:80]}")
+        begin, end = offsets
+        if not begin <= end <= data_bytes:
+            raise CheckpointError(f"{where}: bytes {begin}:{end} do not lie in the file's {data_bytes} bytes of data; download it again")
+        bits = math.prod(shape) * _ITEM_BITS[dtype]
+        if bits != 8 * (end - begin):
+            raise CheckpointError(f"{where}: shape {shape} of {dtype} needs {bits / 8:g} bytes, data_offsets give {end - begin}")
+        return TensorEntry(dtype, tuple(shape), data_start + begin, end - begin)
+
+    def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """Entries ``start:stop`` of the first axis as float32, read-only; a view of the map where it is stored so and aligned."""
+        entry = self.entries[name]
+        if entry.dtype not in READABLE:
+            raise CheckpointError(f"{self.path}: {name!r} is stored as {entry.dtype}; readable are {', '.join(READABLE)}")
+        if not entry.shape or not 0 <= start <= stop <= entry.shape[0]:
+            raise CheckpointError(f"{self.path}: {name!r} has shape {entry.shape}, rows {start}:{stop} asked")
+        shape = (stop - start, *entry.shape[1:])
+        per_row = math.prod(entry.shape[1:])
+        count = (stop - start) * per_row
+        wide = entry.dtype == "F32"
+        begin = entry.begin + start * per_row * (4 if wide else 2)
+        if self._map.closed:
+            raise CheckpointError(f"{self.path}: {name!r} was asked for after the checkpoint was closed")
+        stored = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[entry.dtype]
+        raw: NDArray[Any] = np.frombuffer(self._map, dtype=stored, count=count, offset=begin).reshape(shape)
+        if wide:
+            out = raw.astype(np.float32, copy=not raw.flags.aligned)
+        elif entry.dtype == "F16":
+            out = raw.astype(np.float32)
+        else:
+            bits = raw.astype(np.uint32)
+            bits <<= 16
+            out = bits.view(np.float32)
+        out.flags.writeable = False
+        return out
+
+    def release(self, name: str) -> None:
+        """Drop the resident pages of one tensor."""
+        if self._map.closed or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        entry = self.entries[name]
+        begin = -(-entry.begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (entry.begin + entry.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > begin:
+            self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+    def hash_into(self, digest: Any) -> None:
+        """Feed the whole file to a hashlib object."""
+        digest.update(self._map)
+
+    def close(self) -> None:
+        """Unmap, at once or when the last array that looks into the map is gone."""
+        with contextlib.suppress(BufferError):
+            self._map.close()
