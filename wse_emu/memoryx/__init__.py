@@ -1,0 +1,23 @@
+"""Weights at rest and in flight: the wafer-layout store, its cache, and bounded prefetch."""
+
+from wse_emu.memoryx.build import CacheEntry, cache_directory, cache_entries, clear_cache, open_store
+from wse_emu.memoryx.layout import context_to_published, layout_bytes, qkv_to_published
+from wse_emu.memoryx.mapped import MappedStore
+from wse_emu.memoryx.prefetch import LayerStream
+from wse_emu.memoryx.store import ArrayStore, ShapeStore, WeightStore
+
+__all__ = [
+    "ArrayStore",
+    "CacheEntry",
+    "LayerStream",
+    "MappedStore",
+    "ShapeStore",
+    "WeightStore",
+    "cache_directory",
+    "cache_entries",
+    "clear_cache",
+    "context_to_published",
+    "layout_bytes",
+    "open_store",
+    "qkv_to_published",
+]

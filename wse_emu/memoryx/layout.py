@@ -1,0 +1,228 @@
+"""Published tensors to the wafer layout and back: transposed, columns reordered (`wse_emu.foundation.weights`), cut into tiles.
+
+A *tiled* matrix is one flat float32 array: tile ``t`` holds columns ``[128 t, min(128 t + 128, N))`` as a C-contiguous ``(K, w)`` block and
+starts at element ``128 t K``. Tensors are converted tile by tile, so a build needs little memory however large the model is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wse_emu.checkpoint import TensorSource, published_names
+from wse_emu.checkpoint.names import LM_HEAD, PublishedTensor
+from wse_emu.foundation.errors import CheckpointError, StoreError
+from wse_emu.foundation.model_spec import ModelSpec
+from wse_emu.foundation.weights import TILE_COLS, WeightShape, all_weights
+
+LAYOUT_VERSION = 1
+"""Changes whenever the bytes of a layout file would change for the same checkpoint."""
+
+_EMBED_CHUNK_ELEMENTS = 1 << 20
+
+F32 = NDArray[np.float32]
+
+
+def layout_bytes(spec: ModelSpec) -> int:
+    """Bytes of all tensors in the wafer layout, without header and padding; a tied head is stored too."""
+    return 4 * sum(w.size for w in all_weights(spec))
+
+
+def qkv_to_published(qkv: NDArray[Any], spec: ModelSpec) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Queries, keys and values in published order from columns in the order of ``w_qkv``.
+
+    Parameters
+    ----------
+    qkv : ndarray, (T, (num_heads + 2 num_kv_heads) * head_dim)
+    spec : ModelSpec
+
+    Returns
+    -------
+    q, k, v : ndarray, (T, num_heads, head_dim) and (T, num_kv_heads, head_dim) twice, C-contiguous, dtype of `qkv`
+
+    Raises
+    ------
+    StoreError
+        If `qkv` has another number of columns.
+    """
+    d, kv, q = spec.head_dim, spec.num_kv_heads, spec.queries_per_kv
+    _check_columns("qkv", qkv, (spec.num_heads + 2 * kv) * d)
+    t = qkv.shape[0]
+    heads = qkv.reshape(t, kv, d // 2, q + 2, 2).transpose(0, 1, 3, 4, 2).reshape(t, kv, q + 2, d)
+    queries = np.ascontiguousarray(heads[:, :, :q]).reshape(t, spec.num_heads, d)
+    return queries, np.ascontiguousarray(heads[:, :, q]), np.ascontiguousarray(heads[:, :, q + 1])
+
+
+def context_to_published(context: NDArray[Any], spec: ModelSpec) -> NDArray[Any]:
+    """Attention context in published order (head, element) from the order of the rows of ``w_o``.
+
+    Parameters
+    ----------
+    context : ndarray, (T, num_heads * head_dim)
+    spec : ModelSpec
+
+    Returns
+    -------
+    ndarray, (T, num_heads * head_dim), C-contiguous, dtype of `context`
+
+    Raises
+    ------
+    StoreError
+        If `context` has another number of columns.
+    """
+    d, kv, q = spec.head_dim, spec.num_kv_heads, spec.queries_per_kv
+    _check_columns("context", context, spec.num_heads * d)
+    t = context.shape[0]
+    return context.reshape(t, kv, d // 2, q, 2).transpose(0, 1, 3, 4, 2).reshape(t, spec.num_heads * d)
+
+
+def _check_columns(name: str, array: NDArray[Any], columns: int) -> None:
+    if array.ndim != 2 or array.shape[1] != columns:
+        raise StoreError(f"`{name}` must have shape (T, {columns}), got {array.shape}")
+
+
+def context_order(spec: ModelSpec) -> NDArray[np.int64]:
+    """Published index (head * head_dim + element) of every row of ``w_o``, int64, (num_heads * head_dim,)."""
+    d, kv, q = spec.head_dim, spec.num_kv_heads, spec.queries_per_kv
+    published = np.arange(spec.num_heads * d, dtype=np.int64).reshape(kv, q, 2, d // 2)
+    return np.ascontiguousarray(published.transpose(0, 3, 1, 2)).reshape(-1)
+
+
+def tile_matrix(matrix: F32) -> F32:
+    """Flat tiled form of a whole matrix (n_in, n_out), float32, read-only."""
+    n_in, n_out = matrix.shape
+    flat = np.empty(n_in * n_out, dtype=np.float32)
+    for j in range(0, n_out, TILE_COLS):
+        w = min(TILE_COLS, n_out - j)
+        flat[j * n_in : (j + w) * n_in].reshape(n_in, w)[...] = matrix[:, j : j + w]
+    flat.flags.writeable = False
+    return flat
+
+
+def untile_matrix(flat: F32, n_in: int, n_out: int) -> F32:
+    """Matrix (n_in, n_out), C-contiguous, from its flat tiled form; inverse of `tile_matrix`."""
+    if flat.shape != (n_in * n_out,):
+        raise StoreError(f"a tiled {n_in} x {n_out} matrix has shape ({n_in * n_out},), got {flat.shape}")
+    out = np.empty((n_in, n_out), dtype=np.float32)
+    for j in range(0, n_out, TILE_COLS):
+        w = min(TILE_COLS, n_out - j)
+        out[:, j : j + w] = flat[j * n_in : (j + w) * n_in].reshape(n_in, w)
+    return out
+
+
+class Layout:
+    """The wafer layout of one checkpoint, made on demand in bounded pieces."""
+
+    def __init__(self, tensors: TensorSource, spec: ModelSpec, where: str) -> None:
+        self._tensors = tensors
+        self._spec = spec
+        self._where = where
+        self._published = published_names(spec)
+
+    def chunks(self, weight: WeightShape) -> Iterator[F32]:
+        """Flat pieces of one tensor of the layout, float32, in file order; together ``weight.size`` elements.
+
+        Raises
+        ------
+        CheckpointError
+            If a value is NaN or infinite, or a tied checkpoint brings a head of its own that differs from the embedding.
+        """
+        role, _, kind = weight.name.rpartition(".")
+        prefix = role + "." if role else ""
+        if len(weight.shape) == 1:
+            yield self._rows(self._published[weight.name], 0, weight.shape[0])
+            used = [weight.name]
+        elif kind == "embed":
+            yield from self._embed()
+            used = [weight.name]
+        elif kind == "w_qkv":
+            yield from _tiles(self._qkv_columns(prefix), weight.shape[0], weight.shape[1])
+            used = [prefix + n for n in ("w_q", "w_k", "w_v")]
+        elif kind == "w_gate_up":
+            yield from _tiles(self._gate_up_columns(prefix), weight.shape[0], weight.shape[1])
+            used = [prefix + n for n in ("w_gate", "w_up")]
+        else:
+            order = context_order(self._spec) if kind == "w_o" else None
+            yield from _tiles(self._plain_columns(weight.name, order), weight.shape[0], weight.shape[1])
+            used = [weight.name]
+        for name in used:
+            self._tensors.release(self._published[name].name)
+            if self._brings_own_head(name):
+                self._tensors.release(LM_HEAD)
+
+    def _brings_own_head(self, role: str) -> bool:
+        return role == "lm_head" and self._spec.tie_word_embeddings and LM_HEAD in self._tensors.names()
+
+    def _rows(self, tensor: PublishedTensor, start: int, stop: int) -> F32:
+        rows = self._tensors.read_rows(tensor.name, start, stop)
+        finite = np.isfinite(rows)
+        if not finite.all():
+            # The first in row order.
+            at = np.unravel_index(int(np.argmin(finite)), rows.shape)
+            index = ", ".join(str(int(i) + (start if axis == 0 else 0)) for axis, i in enumerate(at))
+            raise CheckpointError(f"{self._where}: {tensor.name}[{index}] is {rows[at]}; weights must be finite, the checkpoint is damaged")
+        return rows
+
+    def _embed(self) -> Iterator[F32]:
+        tensor = self._published["embed"]
+        step = max(1, _EMBED_CHUNK_ELEMENTS // tensor.shape[1])
+        for i in range(0, tensor.shape[0], step):
+            yield self._rows(tensor, i, min(i + step, tensor.shape[0])).reshape(-1)
+
+    def _qkv_columns(self, prefix: str) -> Iterator[F32]:
+        """Columns of ``w_qkv``, as rows (n, hidden): one key/value head with its query heads at a time."""
+        spec = self._spec
+        d, q = spec.head_dim, spec.queries_per_kv
+        for g in range(spec.num_kv_heads):
+            group = np.empty((d // 2, q + 2, 2, spec.hidden_size), dtype=np.float32)
+            heads = [("w_q", g * q + s, s) for s in range(q)] + [("w_k", g, q), ("w_v", g, q + 1)]
+            for name, head, slot in heads:
+                rows = self._rows(self._published[prefix + name], head * d, (head + 1) * d)
+                group[:, slot] = rows.reshape(2, d // 2, -1).transpose(1, 0, 2)
+            yield group.reshape(-1, spec.hidden_size)
+
+    def _gate_up_columns(self, prefix: str) -> Iterator[F32]:
+        """Columns of ``w_gate_up``, as rows (n, hidden): gate and up alternate."""
+        gate, up = self._published[prefix + "w_gate"], self._published[prefix + "w_up"]
+        half = TILE_COLS // 2
+        for i in range(0, gate.shape[0], half):
+            stop = min(i + half, gate.shape[0])
+            both = np.empty((stop - i, 2, gate.shape[1]), dtype=np.float32)
+            both[:, 0] = self._rows(gate, i, stop)
+            both[:, 1] = self._rows(up, i, stop)
+            yield both.reshape(-1, gate.shape[1])
+
+    def _plain_columns(self, role: str, order: NDArray[np.int64] | None) -> Iterator[F32]:
+        """Columns of a matrix whose columns keep their order, as rows (n, n_in); `order` permutes the rows of the layout."""
+        tensor = self._published[role]
+        own_head = self._brings_own_head(role)
+        for i in range(0, tensor.shape[0], TILE_COLS):
+            stop = min(i + TILE_COLS, tensor.shape[0])
+            rows = self._rows(tensor, i, stop)
+            if own_head and not np.array_equal(rows, self._tensors.read_rows(LM_HEAD, i, stop)):
+                raise CheckpointError(
+                    f"{self._where}: `tie_word_embeddings` is true, but {LM_HEAD} differs from {tensor.name} in rows {i}..{stop - 1}; "
+                    "set it to false in config.json, or remove one of the tensors"
+                )
+            yield rows if order is None else rows[:, order]
+
+
+def _tiles(columns: Iterator[F32], n_in: int, n_out: int) -> Iterator[F32]:
+    """Flat tiles (n_in * w,) from columns that come as rows (n, n_in) of any number at a time."""
+    buffer = np.empty((TILE_COLS, n_in), dtype=np.float32)
+    filled, done = 0, 0
+    for rows in columns:
+        taken = 0
+        while taken < len(rows):
+            width = min(TILE_COLS, n_out - done)
+            n = min(width - filled, len(rows) - taken)
+            buffer[filled : filled + n] = rows[taken : taken + n]
+            taken += n
+            filled += n
+            if filled == width:
+                yield np.ascontiguousarray(buffer[:width].T).reshape(-1)
+                done += width
+                filled = 0

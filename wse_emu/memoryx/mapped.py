@@ -1,0 +1,269 @@
+"""The layout file: one checkpoint in the wafer layout, checksummed, and the store that maps it.
+
+File: magic (8 bytes), length of the JSON header (8, little-endian), CRC-32 of the header (4), zeros (4), JSON header, zeros up to
+``data_start``; then every tensor at an offset that is a multiple of 4,096, float32 little-endian. The header lists name, shape, offset and
+CRC-32 of each tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import stat
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wse_emu.foundation.errors import StoreError
+from wse_emu.foundation.model_spec import ModelSpec
+from wse_emu.foundation.weights import WeightShape, all_weights
+from wse_emu.memoryx.layout import LAYOUT_VERSION
+from wse_emu.memoryx.store import Tensors
+
+MAGIC = b"WSEMEMX1"
+ALIGN = 4096
+_PREFIX = 24
+_MAX_HEADER_BYTES = 256 << 20
+_CHECK_BYTES = 16 << 20
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Where one tensor lies in the layout file."""
+
+    weight: WeightShape
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor, without padding."""
+        return 4 * self.weight.size
+
+
+@dataclass(frozen=True, slots=True)
+class FilePlan:
+    """Layout of the file for one model: known before any weight is read."""
+
+    fingerprint: str
+    """Of the checkpoint's tensors."""
+    source: str
+    """The checkpoint's name, for people."""
+    placed: tuple[Placed, ...]
+    data_start: int
+    file_bytes: int
+    spec_json: str
+
+    def header(self, checksums: Sequence[int]) -> bytes:
+        """First ``data_start`` bytes of the file; their length does not depend on the checksums."""
+        body = self._json(checksums)
+        prefix = MAGIC + len(body).to_bytes(8, "little") + zlib.crc32(body).to_bytes(4, "little") + bytes(4)
+        return (prefix + body).ljust(self.data_start, b"\0")
+
+    def _json(self, checksums: Sequence[int]) -> bytes:
+        table = [
+            {"name": p.weight.name, "shape": p.weight.shape, "offset": p.offset - self.data_start, "crc32": f"{c:08x}"}
+            for p, c in zip(self.placed, checksums, strict=True)
+        ]
+        head = {
+            "layout_version": LAYOUT_VERSION,
+            "fingerprint": self.fingerprint,
+            "source": self.source,
+            "spec": json.loads(self.spec_json),
+            "data_bytes": self.file_bytes - self.data_start,
+            "tensors": table,
+        }
+        return json.dumps(head).encode()
+
+
+def plan_file(spec: ModelSpec, *, fingerprint: str, source: str) -> FilePlan:
+    """Offsets of every tensor of a model's layout file."""
+    relative: list[Placed] = []
+    at = 0
+    for weight in all_weights(spec):
+        relative.append(Placed(weight, at))
+        at += -(-4 * weight.size // ALIGN) * ALIGN
+    spec_json = json.dumps(asdict(spec))
+    draft = FilePlan(fingerprint, source, tuple(relative), 0, at, spec_json)
+    start = -(-(_PREFIX + len(draft._json([0] * len(relative)))) // ALIGN) * ALIGN
+    return FilePlan(fingerprint, source, tuple(Placed(p.weight, p.offset + start) for p in relative), start, at + start, spec_json)
+
+
+def read_header(f: BinaryIO, path: Path) -> dict[str, Any]:
+    """JSON header of a layout file, its checksum verified."""
+    prefix = f.read(_PREFIX)
+    if len(prefix) < _PREFIX or prefix[:8] != MAGIC:
+        raise StoreError(f"{path}: not a layout file")
+    n = int.from_bytes(prefix[8:16], "little")
+    if n > _MAX_HEADER_BYTES or n > os.fstat(f.fileno()).st_size:
+        raise StoreError(f"{path}: header of {n} bytes; the file is damaged")
+    body = f.read(n)
+    if len(body) != n or zlib.crc32(body) != int.from_bytes(prefix[16:20], "little"):
+        raise StoreError(f"{path}: the header's checksum does not match; the file is damaged")
+    try:
+        header = json.loads(body)
+    except ValueError as e:
+        raise StoreError(f"{path}: the header is not JSON: {e}") from e
+    if not isinstance(header, dict):
+        raise StoreError(f"{path}: the header is not an object")
+    return header
+
+
+def ranges(placed: Sequence[Placed]) -> Iterator[tuple[int, int]]:
+    """Byte ranges of tensors, padding included, neighbours merged, rounded inwards to pages."""
+    page = mmap.PAGESIZE
+    spans = sorted((p.offset, p.offset + -(-p.nbytes // ALIGN) * ALIGN) for p in placed)
+    merged: list[tuple[int, int]] = []
+    for begin, end in spans:
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((begin, end))
+    for begin, end in merged:
+        begin, end = -(-begin // page) * page, end // page * page
+        if begin < end:
+            yield begin, end
+
+
+class MappedStore:
+    """Weights in a layout file, mapped: resident only where they were touched, forgotten behind the layer.
+
+    Parameters
+    ----------
+    path : Path
+        A file made by `wse_emu.memoryx.build.open_store`.
+    plan : FilePlan
+        What the file must hold.
+    spec : ModelSpec
+        The model.
+    name : str
+        What to call the store in messages.
+
+    Raises
+    ------
+    StoreError
+        If the file cannot be read, is damaged (header checksum, sizes) or holds another model.
+    """
+
+    def __init__(self, path: Path, plan: FilePlan, spec: ModelSpec, name: str) -> None:
+        if sys.byteorder != "little":
+            raise StoreError(f"{path}: layout files are little-endian, this machine is not")
+        self.spec = spec
+        self.name = name
+        self.path = path
+        try:
+            with open(path, "rb") as f:
+                info = os.fstat(f.fileno())
+                if not stat.S_ISREG(info.st_mode):
+                    raise StoreError(f"{path}: not a regular file")
+                header = read_header(f, path)
+                self._checksums = _matching_checksums(header, plan, path)
+                if info.st_size != plan.file_bytes:
+                    raise StoreError(f"{path}: {info.st_size} bytes, must have {plan.file_bytes}; the file is damaged")
+                self._map = mmap.mmap(f.fileno(), plan.file_bytes, access=mmap.ACCESS_READ)
+        except StoreError:
+            raise
+        except OSError as e:
+            raise StoreError(f"{path}: cannot be read: {os.strerror(e.errno) if e.errno else e}") from e
+        self._placed = {p.weight.name: p for p in plan.placed}
+        arrays = {n: np.frombuffer(self._map, dtype=np.float32, count=p.weight.size, offset=p.offset) for n, p in self._placed.items()}
+        self._bytes: NDArray[np.uint8] | None = np.frombuffer(self._map, dtype=np.uint8)
+        embed = arrays.pop("embed").reshape(spec.vocab_size, spec.hidden_size)
+        self._tensors = Tensors(name, embed, arrays, frozenset(n for n, p in self._placed.items() if len(p.weight.shape) == 2))
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        """Norm weight (n,), read-only."""
+        return self._tensors.vector(name)
+
+    def tiles(self, name: str) -> NDArray[np.float32]:
+        """Flat tiled matrix (n_in * n_out,), read-only."""
+        return self._tensors.tiles(name)
+
+    def embed(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Rows of the embedding, a new array (t, hidden)."""
+        return self._tensors.embed(ids)
+
+    def prepare(self, names: Sequence[str]) -> None:
+        """Ask the kernel to read the tensors, then touch every page; the interpreter lock is free while pages come in."""
+        self._tensors.check_names(names)
+        data = self._bytes
+        if data is None:
+            return
+        for begin, end in ranges([self._placed[n] for n in names]):
+            if hasattr(mmap, "MADV_WILLNEED"):
+                self._map.madvise(mmap.MADV_WILLNEED, begin, end - begin)
+            np.bitwise_or.reduce(data[begin : end : mmap.PAGESIZE])
+
+    def drop(self, names: Sequence[str]) -> None:
+        """Take the tensors' pages out of this process; they stay in the system's file cache while it has room."""
+        self._tensors.check_names(names)
+        if self._bytes is None or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        for begin, end in ranges([self._placed[n] for n in names]):
+            self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+    def check(self, progress: Progress | None = None) -> None:
+        """Verify the checksum of every tensor.
+
+        Parameters
+        ----------
+        progress : callable, optional
+            Called with bytes done and bytes in all.
+
+        Raises
+        ------
+        StoreError
+            Naming the first tensor whose bytes are not those that were written, or if the store is closed.
+        """
+        data = self._bytes
+        if data is None:
+            raise StoreError(f"{self.name}: the store is closed")
+        total = sum(p.nbytes for p in self._placed.values())
+        done = 0
+        for name, placed in self._placed.items():
+            crc = 0
+            for begin in range(placed.offset, placed.offset + placed.nbytes, _CHECK_BYTES):
+                end = min(begin + _CHECK_BYTES, placed.offset + placed.nbytes)
+                crc = zlib.crc32(data[begin:end].data, crc)
+                done += end - begin
+                if progress is not None:
+                    progress(done, total)
+            if hasattr(mmap, "MADV_DONTNEED"):
+                for begin, end in ranges([placed]):
+                    self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+            if crc != self._checksums[name]:
+                raise StoreError(f"{self.path}: the checksum of `{name}` does not match; remove the damaged file and it is made again")
+
+    def close(self) -> None:
+        """Let go of the file; the map goes with the last array that was handed out."""
+        self._tensors.clear()
+        self._bytes = None
+        with contextlib.suppress(BufferError):
+            self._map.close()
+
+
+def _matching_checksums(header: dict[str, Any], plan: FilePlan, path: Path) -> dict[str, int]:
+    """Checksums by tensor, if the header is the plan's in everything else."""
+    table = header.get("tensors")
+    if not isinstance(table, list):
+        raise StoreError(f"{path}: the header has no table of tensors")
+    try:
+        checksums = [int(row["crc32"], 16) for row in table]
+        expected = json.loads(plan._json(checksums)) if len(checksums) == len(plan.placed) else None
+    except (KeyError, TypeError, ValueError) as e:
+        raise StoreError(f"{path}: the header's table of tensors is malformed") from e
+    # The name a checkpoint goes by, and its token ids, do not change a byte of the weights.
+    ignored = ("source", "spec")
+    if expected is None or {**header, **dict.fromkeys(ignored)} != {**expected, **dict.fromkeys(ignored)}:
+        raise StoreError(f"{path}: holds another model or another version of the layout")
+    return {p.weight.name: c for p, c in zip(plan.placed, checksums, strict=True)}

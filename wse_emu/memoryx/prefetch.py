@@ -1,0 +1,130 @@
+"""Bounded prefetch: while one group of weights is used, one thread makes the next one resident."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
+from queue import SimpleQueue
+from types import TracebackType
+
+from wse_emu.foundation.errors import SpecError, StoreError
+from wse_emu.memoryx.store import WeightStore
+
+_Job = tuple[tuple[str, ...], "Future[None]"]
+
+
+class LayerStream:
+    """Weights of one group (a layer, or some of its experts) at a time, with the next group prepared in the background.
+
+    Results never depend on `depth`: it only moves the moment at which pages become resident.
+
+    Parameters
+    ----------
+    store : WeightStore
+        Its ``prepare`` is called from this stream's thread.
+    depth : int
+        Groups that may be prepared and not yet used; 0 starts no thread.
+
+    Raises
+    ------
+    SpecError
+        If `depth` is not a non-negative integer.
+    """
+
+    def __init__(self, store: WeightStore, *, depth: int = 1) -> None:
+        if type(depth) is not int or depth < 0:
+            raise SpecError(f"`depth` (prefetch) must be a non-negative integer, got {depth!r}")
+        self._store = store
+        self._depth = depth
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._pending: dict[tuple[str, ...], Future[None]] = {}
+        self._thread: threading.Thread | None = None
+        self._open = False
+
+    def __enter__(self) -> LayerStream:
+        if self._open:
+            raise StoreError(f"{self._store.name}: this LayerStream is in use already")
+        self._open = True
+        if self._depth:
+            self._thread = threading.Thread(target=_prepare_jobs, args=(self._store, self._jobs), name="memoryx-prefetch", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._open = False
+        for future in self._pending.values():
+            future.cancel()
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join()
+            self._thread = None
+        # Groups that were asked for and never used: a failure there concerns no result.
+        for names in self._pending:
+            with suppress(StoreError):
+                self._store.drop(names)
+        self._pending.clear()
+
+    def schedule(self, names: Sequence[str]) -> bool:
+        """Ask for a group in the background; False if `depth` groups are pending already (it is then prepared when it is used)."""
+        key = tuple(names)
+        if not key or key in self._pending or self._thread is None or len(self._pending) >= self._depth:
+            return False
+        future: Future[None] = Future()
+        self._pending[key] = future
+        self._jobs.put((key, future))
+        return True
+
+    @contextmanager
+    def layer(self, names: Sequence[str], then: Sequence[str] = ()) -> Iterator[None]:
+        """Hold a group of weights resident while the body runs.
+
+        Parameters
+        ----------
+        names : sequence of str
+            Waited for, whether or not they were scheduled; dropped on leaving, except what a scheduled group needs again.
+        then : sequence of str
+            The group after this one; prepared in the background while the body runs.
+
+        Raises
+        ------
+        StoreError
+            If the stream is not entered, or whatever the preparation of `names` raised.
+        """
+        if not self._open:
+            raise StoreError(f"{self._store.name}: a LayerStream is used inside `with`")
+        key = tuple(names)
+        future = self._pending.pop(key, None)
+        if future is None:
+            self._store.prepare(key)
+        else:
+            self._wait(future)
+        self.schedule(then)
+        try:
+            yield
+        finally:
+            again = {n for group in self._pending for n in group}
+            self._store.drop([n for n in key if n not in again])
+
+    def _wait(self, future: Future[None]) -> None:
+        while not future.done():
+            # A forked child has the stream but not its thread.
+            if self._thread is None or not self._thread.is_alive():
+                raise StoreError(f"{self._store.name}: the prefetch thread is gone (after a fork?); use depth=0 there")
+            wait([future], timeout=1.0)
+        future.result()
+
+
+def _prepare_jobs(store: WeightStore, jobs: SimpleQueue[_Job | None]) -> None:
+    """Body of the thread: prepare groups in order until None comes."""
+    while (job := jobs.get()) is not None:
+        names, future = job
+        if not future.set_running_or_notify_cancel():
+            continue
+        try:
+            store.prepare(names)
+        except BaseException as e:  # handed to whoever waits for the group
+            future.set_exception(e)
+        else:
+            future.set_result(None)
