@@ -1,0 +1,239 @@
+"""Cores one at a time: every core's SRAM is a byte arena of its own, and data moves between arenas only as messages.
+
+This is the machine behind the ``isolated`` and ``interpreted`` executors. Fresh memory is poisoned (NaN, or the largest integer) and
+every element carries a *defined* flag, so that reading what no kernel and no message wrote raises, at the core and block concerned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from wse_emu.foundation.errors import KernelError, RouteError, SramOverflowError, UninitializedReadError
+from wse_emu.foundation.wafer_spec import WaferSpec
+from wse_emu.wafer.kernel import Core, Kernel
+from wse_emu.wafer.traffic import Traffic
+
+Slices = tuple[slice, ...] | slice
+WHOLE: slice = slice(None)
+
+
+class Block:
+    """One core's piece of a tensor: a view of the core's arena, and which elements have been written."""
+
+    __slots__ = ("array", "core", "defined", "name", "start")
+
+    def __init__(self, core: tuple[int, int], name: str, start: int, array: NDArray[Any]) -> None:
+        self.core = core
+        self.name = name
+        self.start = start
+        self.array = array
+        self.defined: NDArray[np.bool_] = np.zeros(array.shape, np.bool_)
+        self.poison()
+
+    def poison(self) -> None:
+        """Make the content undefined again."""
+        self.array.fill(np.nan if self.array.dtype.kind == "f" else np.iinfo(self.array.dtype).max)
+        self.defined.fill(False)
+
+    def prefix(self, *shape: int) -> Block:
+        """A poisoned block of `shape` in the first bytes of this one."""
+        n = int(np.prod(shape))
+        return Block(self.core, self.name, self.start, self.array.reshape(-1)[:n].reshape(shape))
+
+    def view(self, where: slice) -> Block:
+        """The leading-axis slice `where` as a block that shares memory and flags with this one."""
+        part = object.__new__(Block)
+        part.core, part.name, part.start = self.core, self.name, self.start
+        part.array, part.defined = self.array[where], self.defined[where]
+        return part
+
+    def read(self, where: Slices = WHOLE) -> NDArray[Any]:
+        """View of defined elements.
+
+        Raises
+        ------
+        UninitializedReadError
+            If any of them was never written.
+        """
+        if not self.defined[where].all():
+            raise UninitializedReadError(
+                f"core {self.core}: `{self.name}` is read, but {int((~self.defined[where]).sum())} of its "
+                f"{self.defined[where].size} elements were written by no kernel and no message"
+            )
+        view: NDArray[Any] = self.array[where]
+        return view
+
+    def write(self, value: Any, where: Slices = WHOLE) -> None:
+        """Store `value` and mark the elements as defined."""
+        self.array[where] = value
+        self.defined[where] = True
+
+
+class Arena:
+    """SRAM of one core; blocks are carved first-fit and moved together when free bytes lie scattered."""
+
+    def __init__(self, core: tuple[int, int], spec: WaferSpec) -> None:
+        self.core = core
+        self._memory = np.zeros(spec.sram_bytes_per_core, np.uint8)
+        self._floor = -(-spec.base_code_bytes // 8) * 8
+        self._blocks: list[Block] = []
+
+    def allocate(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> Block:
+        """Carve a poisoned block; alignment is that of the element type."""
+        dtype = np.dtype(dtype)
+        size = int(np.prod(shape)) * dtype.itemsize
+        start = self._find(size)
+        if start is None:
+            self._compact()
+            start = self._find(size)
+        if start is None:
+            raise SramOverflowError(f"core {self.core}: `{name}` needs {size} bytes; the arena holds {self._used()} of {self._memory.size}")
+        block = Block(self.core, name, start, self._view(start, shape, dtype))
+        self._blocks.append(block)
+        self._blocks.sort(key=lambda b: b.start)
+        return block
+
+    def free(self, block: Block) -> None:
+        """Give a block's bytes back, poisoned."""
+        block.poison()
+        self._blocks.remove(block)
+
+    def _view(self, start: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        size = int(np.prod(shape)) * dtype.itemsize
+        return self._memory[start : start + size].view(dtype).reshape(shape)
+
+    def _used(self) -> int:
+        return self._floor + sum(b.array.nbytes for b in self._blocks)
+
+    def _find(self, size: int) -> int | None:
+        at = self._floor
+        for block in self._blocks:
+            if block.start - at >= size:
+                return at
+            at = max(at, -(-(block.start + block.array.nbytes) // 8) * 8)
+        return at if self._memory.size - at >= size else None
+
+    def _compact(self) -> None:
+        at = self._floor
+        for block in self._blocks:
+            content = block.array.copy()
+            block.start = at
+            block.array = self._view(at, content.shape, content.dtype)
+            block.array[...] = content
+            at += -(-content.nbytes // 8) * 8
+
+
+class Cores:
+    """All arenas of a grid, the kernels that run on them and the messages between them."""
+
+    def __init__(self, spec: WaferSpec, n_rows: int, n_cols: int, *, interpreted: bool) -> None:
+        self.shape = (n_rows, n_cols)
+        self.interpreted = interpreted
+        self._spec = spec
+        self._arenas: dict[tuple[int, int], Arena] = {}
+
+    def arena(self, row: int, col: int) -> Arena:
+        """Arena of core (row, col)."""
+        arena = self._arenas.get((row, col))
+        if arena is None:
+            arena = self._arenas[row, col] = Arena((row, col), self._spec)
+        return arena
+
+    def traffic(self) -> Traffic:
+        """A fresh counter for one move."""
+        return Traffic(*self.shape)
+
+    def run(self, kernel: Kernel, core: tuple[int, int], args: Mapping[str, Any]) -> int:
+        """Run a kernel's body on blocks of one core; returns the multiply-adds done.
+
+        `args` maps parameter names to `Block` or scalars; a plain array is a constant that the core makes itself (an index ramp).
+
+        Raises
+        ------
+        UninitializedReadError
+            If an argument that the kernel reads holds undefined elements.
+        KernelError
+            If a block lies on another core, or the body wrote to a read-only argument.
+        """
+        values: list[Any] = []
+        shapes: dict[str, Any] = {}
+        guarded: list[tuple[str, NDArray[Any], NDArray[Any]]] = []
+        for name in kernel.params:
+            arg = args[name]
+            if not isinstance(arg, Block):
+                values.append(arg)
+                shapes[name] = arg.shape if isinstance(arg, np.ndarray) else arg
+                continue
+            if arg.core != core:
+                raise KernelError(f"kernel `{kernel.name}` on core {core}: `{name}` lies on core {arg.core}; move it over the fabric first")
+            shapes[name] = arg.array.shape
+            if name in kernel.scratch:
+                arg.poison()
+            elif name not in kernel.out:
+                arg.read()
+                if name not in kernel.inout:
+                    guarded.append((name, arg.array, arg.array.copy()))
+            values.append(arg.array)
+        if kernel.takes_core:
+            values.insert(0, Core(core[0], core[1], *self.shape))
+        macs = kernel.run(values, shapes, interpreted=self.interpreted)
+        for name, array, before in guarded:
+            if not np.array_equal(array.view(np.uint8), before.view(np.uint8)):
+                raise KernelError(f"kernel `{kernel.name}` wrote to `{name}`, which is read-only: name it in `out`")
+        for name in (*kernel.out, *kernel.inout):
+            args[name].defined.fill(True)
+        return macs
+
+    def send(
+        self,
+        traffic: Traffic,
+        source: Block,
+        targets: Sequence[Block],
+        *,
+        where: Slices = WHOLE,
+        to: Slices | Callable[[Block], Slices] = WHOLE,
+    ) -> None:
+        """Copy elements of `source` to the arenas of `targets` as one message (a multicast if there are several targets).
+
+        Raises
+        ------
+        UninitializedReadError
+            If the source elements are undefined.
+        RouteError
+            If a target's elements have another shape or type.
+        """
+        payload = source.read(where).copy()
+        if payload.size == 0 or not targets:
+            return
+        traffic.message(source.core, [t.core for t in targets], payload.nbytes)
+        self.deliver(payload, targets, to)
+
+    def from_edge(self, traffic: Traffic, payload: NDArray[Any], col: int, targets: Sequence[Block], to: Slices = WHOLE) -> None:
+        """Bring host data in at the north end of column `col` and copy it to `targets`, which lie on that column."""
+        if payload.size == 0 or not targets:
+            return
+        traffic.message((0, col), [t.core for t in targets], payload.nbytes)
+        self.deliver(payload, targets, to)
+
+    def to_edge(self, traffic: Traffic, source: Block, where: Slices = WHOLE) -> NDArray[Any]:
+        """Take elements of `source` out at the north end of its column."""
+        payload = source.read(where).copy()
+        if payload.size:
+            traffic.message(source.core, [(0, source.core[1])], payload.nbytes)
+        return payload
+
+    def deliver(self, payload: NDArray[Any], targets: Iterable[Block], to: Slices | Callable[[Block], Slices]) -> None:
+        """Write a message's payload into the arenas of its targets; every byte that a core receives passes here."""
+        for target in targets:
+            where = to(target) if callable(to) else to
+            into = target.array[where]
+            if into.size != payload.size or into.dtype != payload.dtype:
+                raise RouteError(
+                    f"core {target.core}: a message of {payload.size} x {payload.dtype} does not fit `{target.name}` "
+                    f"({into.size} x {into.dtype})"
+                )
+            target.write(payload.reshape(into.shape), where)

@@ -1,0 +1,215 @@
+"""Per-core SRAM: what lies on every core, the high-water mark, and refusal of what does not fit.
+
+Block sizes factor over rows and columns (``itemsize * row_factor[r] * col_factor[c]``), so the account is kept per *class* of rows and
+columns that never differed in any block: a handful of numbers, also for the full wafer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wse_emu.foundation.errors import SramOverflowError, SramStateError
+from wse_emu.foundation.wafer_spec import WaferSpec
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Handle of one allocated tensor."""
+
+    id: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class SramMap:
+    """What lies on one core."""
+
+    row: int
+    col: int
+    used_bytes: int
+    capacity_bytes: int
+    blocks: tuple[tuple[str, int], ...]
+    """(name, bytes) of every block, code first, then in order of allocation; empty blocks are left out."""
+
+    def __str__(self) -> str:
+        lines = [f"core ({self.row}, {self.col}): {self.used_bytes} of {self.capacity_bytes} bytes"]
+        width = max((len(name) for name, _ in self.blocks), default=0)
+        lines += [f"  {name:<{width}}  {size:>8}" for name, size in self.blocks]
+        return "\n".join(lines)
+
+
+class _Classes:
+    """Labels of positions along one grid axis: two positions share a label while no factor told them apart."""
+
+    def __init__(self, n: int) -> None:
+        self.labels: Ints = np.zeros(n, np.int64)
+        self.first: Ints = np.zeros(1, np.int64)
+        self._seen: dict[bytes, Ints] = {}
+
+    def values(self, factor: Ints) -> tuple[Ints, Ints | None]:
+        """Factor per class, and the old class of each new one if `factor` splits classes (else None)."""
+        key = factor.tobytes()
+        known = self._seen.get(key)
+        if known is not None:
+            return known, None
+        value = factor[self.first]
+        parents = None
+        if not np.array_equal(value[self.labels], factor):
+            pairs = np.stack([self.labels, factor])
+            _, first, labels = np.unique(pairs, axis=1, return_index=True, return_inverse=True)
+            parents = self.labels[first]
+            self.labels, self.first = labels.reshape(-1).astype(np.int64), first.astype(np.int64)
+            self._seen = {k: v[parents] for k, v in self._seen.items()}
+            value = factor[self.first]
+        self._seen[key] = value
+        return value, parents
+
+
+class SramTracker:
+    """Account of every core's SRAM.
+
+    Parameters
+    ----------
+    spec : WaferSpec
+        Gives the capacity and the code that lies on every core.
+    n_rows, n_cols : int
+        The grid.
+    """
+
+    def __init__(self, spec: WaferSpec, n_rows: int, n_cols: int) -> None:
+        self.capacity = spec.sram_bytes_per_core
+        self._rows = _Classes(n_rows)
+        self._cols = _Classes(n_cols)
+        self._base_code = spec.base_code_bytes
+        self._kernel_code = 0
+        self._ids = count()
+        self._live: dict[int, tuple[str, Ints, Ints, int]] = {}
+        self._used: Ints = np.zeros((1, 1), np.int64)
+        self._peak = 0
+        self.high_water_bytes = self._base_code
+        """Most bytes that any core held at once, code included."""
+        self.high_water_map: SramMap | None = None
+        """What lay on the worst core at that moment."""
+
+    @property
+    def live(self) -> tuple[str, ...]:
+        """Names of the tensors on the wafer, in order of allocation."""
+        return tuple(entry[0] for entry in self._live.values())
+
+    def allocate(self, name: str, row_factor: Ints, col_factor: Ints, itemsize: int) -> Reservation:
+        """Reserve ``itemsize * row_factor[r] * col_factor[c]`` bytes on every core (r, c), rounded up to whole 4-byte words.
+
+        Raises
+        ------
+        SramOverflowError
+            If a core has not that much left; nothing is reserved then.
+        """
+        size = self._block_bytes(row_factor, col_factor, itemsize)
+        used = self._used + size
+        self._check(name, used, size)
+        self._used = used
+        self._peak = int(used.max())
+        entry = (name, row_factor, col_factor, itemsize)
+        reservation = Reservation(next(self._ids), name)
+        self._live[reservation.id] = entry
+        self._note()
+        return reservation
+
+    def free(self, reservation: Reservation) -> None:
+        """Give a tensor's bytes back.
+
+        Raises
+        ------
+        SramStateError
+            If it is not on the wafer (freed before).
+        """
+        entry = self._live.pop(reservation.id, None)
+        if entry is None:
+            raise SramStateError(f"`{reservation.name}` is not on the wafer: it was freed before")
+        size = self._block_bytes(entry[1], entry[2], entry[3])
+        self._used = self._used - size
+        self._peak = int(self._used.max())
+
+    @contextmanager
+    def code(self, name: str, code_bytes: int) -> Iterator[None]:
+        """Hold a kernel's code beside the base code while it runs."""
+        before = self._kernel_code
+        self._kernel_code = code_bytes
+        try:
+            if self.used_bytes() > self.high_water_bytes:
+                self._kernel_code = 0  # what lies there without the code that is asked for
+                self._check(f"code of {name}", self._used + code_bytes, np.full_like(self._used, code_bytes))
+                self._kernel_code = code_bytes
+                self._note()
+            yield
+        finally:
+            self._kernel_code = before
+
+    def used_bytes(self) -> int:
+        """Bytes on the fullest core now, code included."""
+        return self._peak + self._base_code + self._kernel_code
+
+    def core_map(self, row: int, col: int) -> SramMap:
+        """What lies on core (row, col) now."""
+        blocks = [("base code", self._base_code)]
+        if self._kernel_code:
+            blocks.append(("kernel code", self._kernel_code))
+        for name, row_factor, col_factor, itemsize in self._live.values():
+            size = _words(int(row_factor[row]) * int(col_factor[col]) * itemsize)
+            if size:
+                blocks.append((name, size))
+        return SramMap(row, col, sum(size for _, size in blocks), self.capacity, tuple(blocks))
+
+    def worst_core(self) -> tuple[int, int]:
+        """(row, col) of a core that holds the most."""
+        return self._worst(self._used)
+
+    def _block_bytes(self, row_factor: Ints, col_factor: Ints, itemsize: int) -> Ints:
+        rows, parents = self._rows.values(row_factor)
+        if parents is not None:
+            self._used = self._used[parents, :]
+        cols, parents = self._cols.values(col_factor)
+        if parents is not None:
+            self._used = self._used[:, parents]
+        return _round_words(np.multiply.outer(rows, cols) * itemsize)
+
+    def _worst(self, used: Ints) -> tuple[int, int]:
+        row, col = np.unravel_index(int(used.argmax()), used.shape)
+        return int(self._rows.first[row]), int(self._cols.first[col])
+
+    def _check(self, name: str, used: Ints, size: Ints) -> None:
+        peak = int(used.max()) + self._base_code + self._kernel_code
+        if peak <= self.capacity:
+            return
+        row, col = self._worst(used)
+        need = int(size.ravel()[int(used.argmax())])
+        lies = self.core_map(row, col)
+        free = max(0, self.capacity - lies.used_bytes)
+        asked = SramMap(row, col, lies.used_bytes + need, self.capacity, (*lies.blocks, (f"{name} (does not fit)", need)))
+        raise SramOverflowError(
+            f"core ({row}, {col}): `{name}` needs {need} bytes, {free} of {self.capacity} are free; "
+            f"use more rows or columns, shorter prompt chunks, or fewer tokens\n{asked}",
+            core_map=asked,
+        )
+
+    def _note(self) -> None:
+        now = self.used_bytes()
+        if now > self.high_water_bytes or self.high_water_map is None:
+            self.high_water_bytes = now
+            self.high_water_map = self.core_map(*self.worst_core())
+
+
+def _words(n: int) -> int:
+    return -(-n // 4) * 4
+
+
+def _round_words(n: Ints) -> Ints:
+    return -(-n // 4) * 4

@@ -1,0 +1,105 @@
+"""A tensor that lies on the wafer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wse_emu.foundation.errors import SramStateError
+from wse_emu.wafer.cores import Block
+from wse_emu.wafer.placement import Placement
+from wse_emu.wafer.sram import Reservation
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from wse_emu.wafer.wafer import Wafer
+
+
+class PlacedTensor:
+    """One tensor cut into blocks, one per core; made by `Wafer.place` and `Wafer.empty`.
+
+    Use it as a context manager, or call `free`, to give its SRAM back.
+    """
+
+    __slots__ = ("_reservation", "blocks", "data", "dtype", "name", "ndim", "placement", "wafer")
+
+    def __init__(
+        self, wafer: Wafer, name: str, placement: Placement, dtype: np.dtype[Any], ndim: int, reservation: Reservation,
+        data: NDArray[Any] | None, blocks: dict[tuple[int, int], Block] | None,
+    ) -> None:  # fmt: skip
+        self.wafer = wafer
+        self.name = name
+        self.placement = placement
+        """Where the blocks lie; print it."""
+        self.dtype = dtype
+        self.ndim = ndim
+        self._reservation: Reservation | None = reservation
+        self.data = data
+        """Flat column-panel-major buffer (batched executor), else None."""
+        self.blocks = blocks
+        """Block of every core (isolated and interpreted executors), else None."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        return self.placement.shape if self.ndim == 2 else self.placement.shape[1:]
+
+    def block_shape(self, row: int, col: int) -> tuple[int, ...]:
+        """Shape of the block of core (row, col)."""
+        i0, i1, j0, j1 = self.placement.ranges(row, col)
+        return (i1 - i0, j1 - j0) if self.ndim == 2 else (j1 - j0,)
+
+    def block(self, row: int, col: int) -> NDArray[Any]:
+        """The block of core (row, col): a view, for looking at; empty arrays for idle cores.
+
+        Raises
+        ------
+        SramStateError
+            If the tensor was freed, or the executor is ``dry``.
+        """
+        self._check_live()
+        shape = self.block_shape(row, col)
+        if self.blocks is not None:
+            found = self.blocks.get((row, col))
+            return np.empty(shape, self.dtype) if found is None else found.array
+        assert self.data is not None
+        start = self.placement.offset(row, col)
+        return self.data[start : start + int(np.prod(shape))].reshape(shape)
+
+    def gather(self) -> NDArray[Any]:
+        """The whole tensor on the host, through the probe channel; replicas are read once.
+
+        Returns
+        -------
+        ndarray
+            New C-contiguous array of `shape`.
+        """
+        self._check_live()
+        return self.wafer.drain(self, kind="probe")
+
+    def free(self) -> None:
+        """Give the SRAM back; the tensor cannot be used any more."""
+        if self._reservation is None:
+            raise SramStateError(f"`{self.name}` is not on the wafer: it was freed before")
+        self.wafer.release(self, self._reservation)
+        self._reservation = None
+        self.data = self.blocks = None
+
+    def _check_live(self) -> None:
+        if self._reservation is None:
+            raise SramStateError(f"`{self.name}` is not on the wafer: it was freed before")
+        if self.data is None and self.blocks is None:
+            raise SramStateError(f"`{self.name}` has no values: the `dry` executor moves shapes and counts only")
+
+    def __enter__(self) -> PlacedTensor:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._reservation is not None:
+            self.free()
+
+    def __repr__(self) -> str:
+        return f"PlacedTensor({self.name!r}, {self.shape}, {self.dtype})"
