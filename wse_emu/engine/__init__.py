@@ -1,0 +1,1 @@
+"""The order of things: which layer runs when, what is streamed, and what fits."""

@@ -1,0 +1,241 @@
+"""Does a model fit, where, and what would be streamed: answered by the program itself, run without values.
+
+The ``dry`` executor runs one layer with the keys and values of all layers reserved; every layer is alike, so that is the peak of the whole
+run. No weights are needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from wse_emu.engine.inference import EngineOptions, shape_engine
+from wse_emu.engine.routing_trace import RoutingTrace
+from wse_emu.foundation.errors import InputError, SpecError, SramOverflowError
+from wse_emu.foundation.model_spec import ModelSpec
+from wse_emu.foundation.wafer_spec import WSE3, WaferSpec
+from wse_emu.layers.kv_cache import KVCache, Sequences
+from wse_emu.wafer.sram import SramMap
+from wse_emu.wafer.wafer import Wafer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """The forward passes that a grid must hold."""
+
+    capacity: tuple[int, ...]
+    """Most tokens of each sequence, prompt and new ones."""
+    n_new: tuple[tuple[int, ...], ...]
+    """New tokens of each sequence, for every kind of forward pass (prompt chunks, decode)."""
+
+    @staticmethod
+    def of(prompts: tuple[int, ...], new_tokens: int, prefill_chunk: int | None) -> Workload:
+        """Prompts of these lengths in chunks, then `new_tokens` one by one."""
+        passes = list(dict.fromkeys(tuple(n for _, n in chunk) for chunk in prompt_chunks(prompts, prefill_chunk)))
+        if new_tokens > 1:
+            passes.append((1,) * len(prompts))
+        return Workload(capacity=tuple(n + new_tokens for n in prompts), n_new=tuple(passes))
+
+
+def prompt_chunks(lengths: tuple[int, ...], chunk: int | None) -> list[list[tuple[int, int]]]:
+    """Forward passes for prompts of these lengths: for each pass (sequence, tokens) of the sequences that still have tokens."""
+    step = max(lengths) if chunk is None else chunk
+    return [
+        [(i, min(step, n - first)) for i, n in enumerate(lengths) if n > first]
+        for first in range(0, max(lengths), step)
+    ]  # fmt: skip
+
+
+def sequences_of(slots: list[int], n_new: list[int], start: list[int]) -> Sequences:
+    """`Sequences` of new tokens, flattened in the given order."""
+    n = np.array(n_new, np.int64)
+    first = np.concatenate([[0], np.cumsum(n)[:-1]]).astype(np.int64)
+    return Sequences(first, n, np.array(start, np.int64), np.array(slots, np.int64))
+
+
+@lru_cache(maxsize=512)
+def peak_sram(spec: ModelSpec, wafer_spec: WaferSpec, rows: int, cols: int, work: Workload, options: EngineOptions) -> SramMap:
+    """The fullest core at the fullest moment of a workload.
+
+    Raises
+    ------
+    SramOverflowError
+        If it does not fit, with a map of the worst core at that moment.
+    """
+    wafer = Wafer(wafer_spec, rows=rows, cols=cols, executor="dry")
+    engine = shape_engine(wafer, replace(spec, num_layers=1), options)
+    for n_new in work.n_new:
+        capacity = np.array(work.capacity, np.int64)
+        cache = KVCache(wafer, engine.heads, spec.num_layers, capacity)
+        slots = list(range(len(n_new)))
+        sequences = sequences_of(slots, list(n_new), [int(c) - n for c, n in zip(capacity, n_new, strict=False)])
+        trace = None
+        if spec.is_moe:
+            few = np.tile(np.arange(spec.top_k, dtype=np.int64), (sequences.n_tokens, 1))
+            trace = RoutingTrace((few,))
+        wanted = np.arange(sequences.n_tokens, dtype=np.int64)
+        engine.forward(np.zeros(sequences.n_tokens, np.int64), sequences, cache, wanted, trace=trace)
+        cache.free()
+    lies = wafer.sram.high_water_map
+    assert lies is not None
+    return lies
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Where a model lies and what it takes."""
+
+    rows: int
+    cols: int
+    fits: bool
+    peak_bytes: int
+    """Bytes on the worst core at its fullest; of what was asked for, if it does not fit."""
+    worst_core: tuple[int, int]
+    blocks: tuple[tuple[str, int], ...]
+    """(name, bytes) of what lies there then."""
+    stream_bytes_prefill: int
+    """Weight bytes streamed for the prompt, if its tokens choose as many experts as they can."""
+    stream_bytes_token: int
+    """Weight bytes streamed for one decode step, likewise."""
+    max_context: int
+    """Longest sequence that this grid holds, with prompt chunks as planned; 0 if it does not fit."""
+    message: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-able values."""
+        return asdict(self)
+
+
+def plan_model(
+    spec: ModelSpec, *, wafer_spec: WaferSpec = WSE3, rows: int | None = None, cols: int | None = None, prompt_tokens: int = 512,
+    new_tokens: int = 32, batch: int = 1, prefill_chunk: int | None = None, options: EngineOptions | None = None,
+) -> Plan:  # fmt: skip
+    """Place a model on a grid, or on the smallest square grid that holds it, without weights.
+
+    Parameters
+    ----------
+    spec : ModelSpec
+    wafer_spec : WaferSpec
+    rows, cols : int, optional
+        The grid; one alone asks for a square.
+    prompt_tokens, new_tokens, batch : int
+        Tokens of each of `batch` prompts, and tokens to generate.
+    prefill_chunk : int, optional
+        Prompt tokens of each sequence per forward pass; all at once by default.
+    options : EngineOptions, optional
+
+    Returns
+    -------
+    Plan
+        With `fits` False and the reason in `message` if it does not fit.
+
+    Raises
+    ------
+    SpecError
+        If a number breaks its range.
+    InputError
+        If the sequence is longer than the model's positions.
+    """
+    for name, value, least in (("prompt_tokens", prompt_tokens, 1), ("new_tokens", new_tokens, 0), ("batch", batch, 1)):
+        if type(value) is not int or value < least:
+            raise SpecError(f"`{name}` must be an integer >= {least}, got {value!r}")
+    if prefill_chunk is not None and (type(prefill_chunk) is not int or prefill_chunk < 1):
+        raise SpecError(f"`prefill_chunk` must be an integer >= 1 or None, got {prefill_chunk!r}")
+    if prompt_tokens + new_tokens > spec.max_position_embeddings:
+        raise InputError(
+            f"{prompt_tokens} tokens of prompt and {new_tokens} new ones are more than the model's {spec.max_position_embeddings} positions"
+        )
+    options = options or EngineOptions()
+    work = Workload.of((prompt_tokens,) * batch, new_tokens, prefill_chunk)
+    if rows is None and cols is None:
+        side = smallest_square(spec, wafer_spec, work, options)
+        rows = cols = side or min(wafer_spec.usable_rows, wafer_spec.usable_cols)
+    rows, cols = rows or cols, cols or rows
+    assert rows is not None and cols is not None
+    streamed = {n: _stream_bytes(spec, n, options) for n in (batch * min(prompt_tokens, prefill_chunk or prompt_tokens), batch)}
+    passes = -(-prompt_tokens // (prefill_chunk or prompt_tokens))
+    bytes_prefill = streamed[batch * min(prompt_tokens, prefill_chunk or prompt_tokens)] * passes
+    try:
+        lies = peak_sram(spec, wafer_spec, rows, cols, work, options)
+    except SramOverflowError as error:
+        lies = error.core_map
+        return Plan(
+            rows=rows, cols=cols, fits=False, peak_bytes=lies.used_bytes, worst_core=(lies.row, lies.col), blocks=lies.blocks,
+            stream_bytes_prefill=bytes_prefill, stream_bytes_token=streamed[batch], max_context=0,
+            message=f"does not fit {rows} x {cols} cores: {str(error).splitlines()[0]}",
+        )  # fmt: skip
+    longest = _max_context(spec, wafer_spec, rows, cols, prompt_tokens, batch, prefill_chunk, options)
+    return Plan(
+        rows=rows, cols=cols, fits=True, peak_bytes=lies.used_bytes, worst_core=(lies.row, lies.col), blocks=lies.blocks,
+        stream_bytes_prefill=bytes_prefill, stream_bytes_token=streamed[batch], max_context=longest,
+        message=f"fits {rows} x {cols} cores: {lies.used_bytes} of {lies.capacity_bytes} bytes on the worst core",
+    )  # fmt: skip
+
+
+def smallest_square(spec: ModelSpec, wafer_spec: WaferSpec, work: Workload, options: EngineOptions) -> int | None:
+    """Side of the smallest square grid that holds a workload, None if the whole wafer's largest square does not.
+
+    Sizes double until one fits, then the gap is halved; where the last steps are not monotone (splits are uneven), the next smaller sides
+    are tried too.
+    """
+    limit = min(wafer_spec.usable_rows, wafer_spec.usable_cols)
+
+    def fits(side: int) -> bool:
+        try:
+            peak_sram(spec, wafer_spec, side, side, work, options)
+        except SramOverflowError:
+            return False
+        return True
+
+    high = 1
+    while not fits(high):
+        if high == limit:
+            return None
+        high = min(2 * high, limit)
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    while high > 1 and fits(high - 1):
+        high -= 1
+    return high
+
+
+def _stream_bytes(spec: ModelSpec, n_tokens: int, options: EngineOptions) -> int:
+    """Weight bytes of one forward pass over `n_tokens`, from the ledger of a dry run of one layer on one core without limits."""
+    roomy = replace(WSE3, sram_bytes_per_core=1 << 48)
+    wafer = Wafer(roomy, rows=1, cols=1, executor="dry")
+    engine = shape_engine(wafer, replace(spec, num_layers=1), options)
+    cache = KVCache(wafer, engine.heads, 1, np.array([n_tokens]))
+    trace = RoutingTrace.worst_case(1, n_tokens, spec.num_experts, spec.top_k) if spec.is_moe else None
+    engine.forward(np.zeros(n_tokens, np.int64), sequences_of([0], [n_tokens], [0]), cache, np.array([n_tokens - 1]), trace=trace)
+    rows = [row for row in wafer.ledger.totals(by=("layer", "kind")) if row["kind"] == "stream"]
+    inside = sum(row["bytes"] for row in rows if row["layer"] is not None)
+    outside = sum(row["bytes"] for row in rows if row["layer"] is None)
+    return int(inside * spec.num_layers + outside)
+
+
+def _max_context(
+    spec: ModelSpec, wafer_spec: WaferSpec, rows: int, cols: int, prompt_tokens: int, batch: int, prefill_chunk: int | None, options: EngineOptions
+) -> int:  # fmt: skip
+    """Longest capacity for which the planned prompt chunk and the decode step still fit."""
+    chunk = min(prefill_chunk or prompt_tokens, prompt_tokens)
+
+    def fits(length: int) -> bool:
+        passes = ((min(chunk, length),) * batch, (1,) * batch)
+        try:
+            peak_sram(spec, wafer_spec, rows, cols, Workload(capacity=(length,) * batch, n_new=passes), options)
+        except SramOverflowError:
+            return False
+        return True
+
+    low, high = 0, spec.max_position_embeddings
+    if fits(high):
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

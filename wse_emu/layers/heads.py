@@ -1,0 +1,84 @@
+"""How attention heads lie over columns of cores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from wse_emu.wafer.placement import Ints, Split, head_split
+
+
+class Part(NamedTuple):
+    """The part of one key/value head that one column holds."""
+
+    col: int
+    first_unit: int
+    """First of the head's pair units among those of the column."""
+    n_units: int
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """Key/value heads, their query heads and their pair units over `n_cols` columns; see `head_split`."""
+
+    n_kv_heads: int
+    queries_per_kv: int
+    head_dim: int
+    n_cols: int
+
+    @cached_property
+    def units(self) -> Split:
+        """Pair units of all heads over columns."""
+        return head_split(self.n_kv_heads, self.head_dim // 2, self.n_cols)
+
+    @cached_property
+    def qkv(self) -> Split:
+        """Columns of ``w_qkv`` over columns of cores."""
+        return self.units.scaled(2 * (self.queries_per_kv + 2))
+
+    @cached_property
+    def context(self) -> Split:
+        """Elements of all query heads over columns of cores (the rows of ``w_o``)."""
+        return self.units.scaled(2 * self.queries_per_kv)
+
+    @cached_property
+    def heads(self) -> tuple[tuple[Part, ...], ...]:
+        """For each key/value head its parts, west to east."""
+        half = self.head_dim // 2
+        out = []
+        for head in range(self.n_kv_heads):
+            parts = []
+            for col in self.units.used.tolist():
+                low = max(int(self.units.starts[col]), head * half)
+                high = min(int(self.units.stops[col]), (head + 1) * half)
+                if low < high:
+                    parts.append(Part(col, low - int(self.units.starts[col]), high - low))
+            out.append(tuple(parts))
+        return tuple(out)
+
+    @cached_property
+    def n_parts(self) -> int:
+        """Parts of all heads."""
+        return sum(len(parts) for parts in self.heads)
+
+    @cached_property
+    def max_part_units(self) -> int:
+        """Pair units of the largest part."""
+        return max(part.n_units for parts in self.heads for part in parts)
+
+    @cached_property
+    def heads_per_col(self) -> Ints:
+        """(n_cols,) heads of which each column holds a part."""
+        count = np.zeros(self.n_cols, np.int64)
+        for parts in self.heads:
+            for part in parts:
+                count[part.col] += 1
+        return count
+
+    @property
+    def scale(self) -> np.float32:
+        """``1 / sqrt(head_dim)`` in float32."""
+        return np.float32(1.0 / np.sqrt(float(self.head_dim)))

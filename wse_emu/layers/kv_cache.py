@@ -1,0 +1,298 @@
+"""Keys and values in the SRAM of the cores: every sequence's tokens lie balanced over all rows and move up as it grows.
+
+Before each append the tokens that are there shift to the rows that a balanced split of the longer sequence gives them (rows differ by at
+most one token at any length), then the new tokens come from the rows that computed them.
+
+References
+----------
+He et al., "WaferLLM", OSDI 2025, section 5: shift-based growth of the cache against concat-based growth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wse_emu.foundation.errors import InputError
+from wse_emu.layers.heads import HeadLayout
+from wse_emu.wafer import costs
+from wse_emu.wafer.cores import Block
+from wse_emu.wafer.kernel import Kernel
+from wse_emu.wafer.ledger import Event
+from wse_emu.wafer.placement import Ints, Split, TokenBands
+from wse_emu.wafer.sram import Reservation
+from wse_emu.wafer.tensor import PlacedTensor
+from wse_emu.wafer.wafer import Wafer
+from wse_kernels.attention import store_kv
+from wse_kernels.attention_mesh import mesh_store_kv
+
+STORE_KV = Kernel(body=store_kv, params=("qkv", "q_slots", "row0", "k", "v"), out=("k", "v"), code_bytes=224)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The new tokens of one forward pass, flattened by sequence."""
+
+    first_token: Ints
+    """(n,) index of each sequence's first new token among all new tokens."""
+    n_new: Ints
+    """(n,) new tokens of each sequence, at least one."""
+    start: Ints
+    """(n,) position of the first new token: the tokens that are in the cache already."""
+    slot: Ints
+    """(n,) the cache's sequence that each belongs to."""
+
+    @property
+    def n_tokens(self) -> int:
+        """New tokens of all sequences."""
+        return int(self.n_new.sum())
+
+    @property
+    def positions(self) -> Ints:
+        """(n_tokens,) absolute position of every new token."""
+        return np.concatenate([np.arange(s, s + n) for s, n in zip(self.start, self.n_new, strict=True)]).astype(np.int64)
+
+
+class KVCache:
+    """Keys and values of all layers for a batch of sequences.
+
+    Parameters
+    ----------
+    wafer : Wafer
+    heads : HeadLayout
+    n_layers : int
+    capacity : ndarray of int64, (n_sequences,)
+        Most tokens each sequence may hold; SRAM for that many is reserved at once.
+
+    Raises
+    ------
+    SramOverflowError
+        If they do not fit; nothing is reserved then.
+    """
+
+    def __init__(self, wafer: Wafer, heads: HeadLayout, n_layers: int, capacity: Ints) -> None:
+        self.wafer = wafer
+        self.heads = heads
+        self.capacity = np.asarray(capacity, np.int64)
+        self.lengths = np.zeros(self.capacity.size, np.int64)
+        """(n_sequences,) tokens that every layer holds."""
+        width = 2 * heads.units.total
+        self._bases = np.concatenate([[0], np.cumsum(self.capacity)[:-1]]).astype(np.int64) * width
+        self._rows_per_core = -(-self.capacity // wafer.rows)
+        self._reserved: list[Reservation] = []
+        self._k: list[NDArray[np.float32]] = []
+        self._v: list[NDArray[np.float32]] = []
+        self._blocks: list[dict[tuple[int, int, int], tuple[Block, Block]]] = []
+        self._plan: _AppendPlan | None = None
+        try:
+            for layer in range(n_layers):
+                self._reserve(layer)
+        except BaseException:
+            self.free()
+            raise
+
+    def _reserve(self, layer: int) -> None:
+        rows = np.full(self.wafer.rows, int(self._rows_per_core.sum()), np.int64)
+        name = f"keys and values of layer {layer}"
+        self._reserved.append(self.wafer.sram.allocate(name, rows, self.heads.units.sizes * 4, 4))
+        if self.wafer.cores is not None:
+            blocks = {}
+            for col in self.heads.units.used.tolist():
+                width = 2 * int(self.heads.units.sizes[col])
+                for row in range(self.wafer.rows):
+                    arena = self.wafer.cores.arena(row, col)
+                    for s, most in enumerate(self._rows_per_core.tolist()):
+                        blocks[s, row, col] = (arena.allocate("keys", (most, width), np.float32), arena.allocate("values", (most, width), np.float32))
+            self._blocks.append(blocks)
+        elif not self.wafer.is_dry:
+            size = int(self.capacity.sum()) * 2 * self.heads.units.total
+            self._k.append(np.empty(size, np.float32))
+            self._v.append(np.empty(size, np.float32))
+
+    def free(self) -> None:
+        """Give the SRAM back."""
+        for reservation in self._reserved:
+            self.wafer.sram.free(reservation)
+        if self.wafer.cores is not None:
+            for blocks in self._blocks:
+                for (_, row, col), pair in blocks.items():
+                    for block in pair:
+                        self.wafer.cores.arena(row, col).free(block)
+        self._reserved, self._k, self._v, self._blocks = [], [], [], []
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the keys and values held now, in all layers."""
+        return int(self.lengths.sum()) * 4 * self.heads.units.total * 4 * len(self._reserved)
+
+    def split(self, length: int) -> Split:
+        """How `length` tokens of one sequence lie over rows."""
+        return Split.balanced(length, self.wafer.rows)
+
+    def buffers(self, layer: int, sequences: Sequences) -> tuple[NDArray[np.float32], NDArray[np.float32], Ints, Ints]:
+        """Batched executor: keys, values, and per sequence the first element and the capacity."""
+        return self._k[layer], self._v[layer], self._bases[sequences.slot], self.capacity[sequences.slot]
+
+    def block(self, layer: int, slot: int, row: int, col: int) -> tuple[Block, Block]:
+        """Isolated executor: keys and values of one sequence on one core."""
+        return self._blocks[layer][slot, row, col]
+
+    def check(self, sequences: Sequences) -> None:
+        """Refuse tokens beyond the capacity.
+
+        Raises
+        ------
+        InputError
+            Naming the sequence.
+        """
+        after = sequences.start + sequences.n_new
+        for s in np.flatnonzero(after > self.capacity[sequences.slot]).tolist():
+            slot = int(sequences.slot[s])
+            raise InputError(
+                f"sequence {slot}: {int(after[s])} tokens do not fit a cache of {int(self.capacity[slot])}; "
+                f"ask for more room when the cache is made (`max_tokens`)"
+            )
+
+    def advance(self, sequences: Sequences) -> None:
+        """Note that every layer holds the new tokens."""
+        self.lengths[sequences.slot] = sequences.start + sequences.n_new
+
+    def append(self, layer: int, qkv: PlacedTensor, sequences: Sequences, bands: TokenBands) -> None:
+        """Shift the tokens that are there, then store the keys and values of the new ones.
+
+        Parameters
+        ----------
+        layer : int
+        qkv : PlacedTensor, (n_tokens, n_qkv)
+            Complete on every row of the token's band; keys rotated.
+        sequences : Sequences
+        bands : TokenBands
+        """
+        plan = self._plan_append(sequences, bands)
+        if self.wafer.cores is not None:
+            self._append_isolated(layer, qkv, sequences, plan)
+        else:
+            for event in plan.events:
+                self.wafer.ledger.record(event)
+            if not self.wafer.is_dry:
+                k, v, base, cap = self.buffers(layer, sequences)
+                mesh_store_kv(
+                    qkv.data, self.heads.units.offsets, self.heads.queries_per_kv,
+                    sequences.first_token, sequences.n_new, sequences.start, base, cap, k, v,
+                )  # fmt: skip
+        self.wafer.ledger.record(plan.stored)
+
+    def _plan_append(self, sequences: Sequences, bands: TokenBands) -> _AppendPlan:
+        """The same for all layers, so made once for each forward pass."""
+        if self._plan is None or self._plan.sequences is not sequences or self._plan.bands != bands:
+            shifts, arrivals = [], []
+            token_row = bands.split.owner
+            for first, n, start in zip(sequences.first_token.tolist(), sequences.n_new.tolist(), sequences.start.tolist(), strict=True):
+                after = self.split(start + n).owner
+                shifts.append(_runs(self.split(start).owner, after[:start]))
+                arrivals.append(_runs(token_row[first : first + n], after[start:]))
+            units, rows = self.heads.units, self.wafer.rows
+            events = tuple(
+                _along_columns(kind, "keys and values", runs, units, rows) for kind, runs in (("shift", shifts), ("send", arrivals))
+            )
+            stored = Event(None, "", "launch", STORE_KV.name, count=sum(map(len, arrivals)) * int(units.used.size))
+            self._plan = _AppendPlan(sequences, bands, shifts, arrivals, events, stored)
+        return self._plan
+
+    def _append_isolated(self, layer: int, qkv: PlacedTensor, sequences: Sequences, plan: _AppendPlan) -> None:
+        cores = self.wafer.cores
+        assert cores is not None and qkv.blocks is not None
+        shifted, sent = cores.traffic(), cores.traffic()
+        row_starts = qkv.placement.axis0[1].starts
+        for s, slot in enumerate(sequences.slot.tolist()):
+            start, n = int(sequences.start[s]), int(sequences.n_new[s])
+            before, after = self.split(start), self.split(start + n)
+            for col in self.heads.units.used.tolist():
+                width = 2 * int(self.heads.units.sizes[col])
+                held: list[tuple[_Run, int, NDArray[Any]]] = []
+                for run in plan.shifts[s]:
+                    for which in (0, 1):
+                        block = self.block(layer, slot, run.source, col)[which]
+                        at = run.first - int(before.starts[run.source])
+                        payload = block.read(slice(at, at + run.n)).copy()
+                        if run.source != run.target:
+                            shifted.message((run.source, col), [(run.target, col)], payload.nbytes)
+                        held.append((run, which, payload))
+                for row in range(self.wafer.rows):
+                    for block in self.block(layer, slot, row, col):
+                        block.poison()
+                for run, which, payload in held:
+                    block = self.block(layer, slot, run.target, col)[which]
+                    at = run.first - int(after.starts[run.target])
+                    if run.source == run.target:
+                        block.write(payload, slice(at, at + run.n))
+                    else:
+                        cores.deliver(payload, [block], slice(at, at + run.n))
+                for run in plan.arrivals[s]:
+                    arena = cores.arena(run.source, col)
+                    k, v = (arena.allocate(name, (run.n, width), np.float32) for name in ("outgoing keys", "outgoing values"))
+                    row0 = int(sequences.first_token[s]) + run.first - int(row_starts[run.source])
+                    cores.run(
+                        STORE_KV, (run.source, col),
+                        {"qkv": qkv.blocks[run.source, col], "q_slots": self.heads.queries_per_kv, "row0": row0, "k": k, "v": v},
+                    )  # fmt: skip
+                    at = start + run.first - int(after.starts[run.target])
+                    for piece, block in zip((k, v), self.block(layer, slot, run.target, col), strict=True):
+                        where = slice(at, at + run.n)
+                        if run.source == run.target:
+                            block.write(piece.read(), where)
+                        else:
+                            cores.send(sent, piece, [block], to=where)
+                    arena.free(k)
+                    arena.free(v)
+        self.wafer.ledger.record(shifted.event("shift", "keys and values", costs.COLORS["shift"]))
+        self.wafer.ledger.record(sent.event("send", "keys and values", costs.COLORS["send"]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Adjacent tokens that go from one row to one row."""
+
+    first: int
+    n: int
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class _AppendPlan:
+    """Which tokens move where in one append, and what that costs."""
+
+    sequences: Sequences
+    bands: TokenBands
+    shifts: list[list[_Run]]
+    arrivals: list[list[_Run]]
+    events: tuple[Event, ...]
+    stored: Event
+
+
+def _runs(source: Ints, target: Ints) -> list[_Run]:
+    if not source.size:
+        return []
+    cuts = np.flatnonzero((np.diff(source) != 0) | (np.diff(target) != 0)) + 1
+    firsts = np.concatenate([[0], cuts])
+    ends = np.concatenate([cuts, [source.size]])
+    return [_Run(f, e - f, int(source[f]), int(target[f])) for f, e in zip(firsts.tolist(), ends.tolist(), strict=True)]
+
+
+def _along_columns(kind: str, name: str, runs: list[list[_Run]], units: Split, n_rows: int) -> Event:
+    """Moves of keys and values (two messages a run, four words a token and pair unit) along every column."""
+    moving = [run for group in runs for run in group if run.source != run.target]
+    if not moving:
+        return costs.moved(kind, name, count=0, words=0, hops=0, max_link=0, max_hops=0)
+    n, source, target = (np.array([getattr(run, f) for run in moving], np.int64) for f in ("n", "source", "target"))
+    load = costs.LineLoad(n_rows)
+    load.add(source, target, n)
+    distance = np.abs(source - target)
+    return costs.moved(
+        kind, name, count=2 * n.size * int(units.used.size), words=int(n.sum()) * 4 * units.total,
+        hops=int((n * distance).sum()) * 4 * units.total, max_link=load.busiest() * 4 * units.max_size, max_hops=int(distance.max()),
+    )  # fmt: skip

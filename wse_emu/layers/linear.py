@@ -1,0 +1,408 @@
+"""Matrix product of activations on the wafer with a weight matrix that streams past them.
+
+Tokens lie over rows of cores, features over columns. The matrix comes in pieces: for the features that a column of cores will own, the slab
+``W[K_c, piece]`` is broadcast down every column c and never kept; each core multiplies, the partial results are chained along the row and
+land on the owner. With fewer tokens than rows, the *feature bands* of a token share its output features (see `TokenBands`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wse_emu.layers.stream import StreamedMatrix
+from wse_emu.wafer import costs
+from wse_emu.wafer.cores import Block
+from wse_emu.wafer.kernel import Kernel
+from wse_emu.wafer.ledger import Event
+from wse_emu.wafer.moves import CHAIN_ADD
+from wse_emu.wafer.placement import Ints, Split, TokenBands
+from wse_emu.wafer.tensor import PlacedTensor
+from wse_emu.wafer.wafer import Wafer
+from wse_kernels.matmul import COMBINE, STORE, SWIGLU, mesh_matmul, partial_matmul
+from wse_kernels.routing import combine_into, swiglu_into
+
+__all__ = ["COMBINE", "DEFAULT_CHUNK", "STORE", "SWIGLU", "Selection", "all_gather_bands", "matmul"]
+
+DEFAULT_CHUNK = 32
+"""Most output columns of one piece of a streamed matrix; smaller pieces need less SRAM and more messages."""
+
+PARTIAL_MATMUL = Kernel(
+    body=partial_matmul,
+    params=("x", "rows", "w", "p"),
+    out=("p",),
+    code_bytes=640,
+    macs=lambda s: s["rows"][0] * s["w"][0] * s["w"][1],
+)
+SWIGLU_INTO = Kernel(body=swiglu_into, params=("y", "first", "h"), inout=(), out=("h",), code_bytes=480)
+COMBINE_INTO = Kernel(
+    body=combine_into,
+    params=("y", "rows", "scale", "first", "out"),
+    out=("out",),
+    code_bytes=256,
+    macs=lambda s: s["y"][0] * s["y"][1],
+)
+_NO_SCALE = np.zeros(1, np.float32)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some of the tokens on the wafer, for instance those that chose one expert."""
+
+    counts: Ints
+    """(n_rows,) selected tokens on each row of cores, replicas included."""
+    rows: Ints
+    """(m,) selected tokens, ascending; empty when only shapes are known."""
+    scale: NDArray[np.float32]
+    """(m,) weight of each selected token."""
+    row_blocks: PlacedTensor | None = None
+    """Isolated executor: on every core, its selected tokens (local index), then zeros."""
+    scale_blocks: PlacedTensor | None = None
+    """Isolated executor: their weights."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of selected tokens."""
+        return int(self.rows.size)
+
+    @staticmethod
+    def of_tokens(rows: Ints, split: Split, scale: NDArray[np.float32] | None = None) -> Selection:
+        """Selection of ascending token indices, on rows of cores split by `split`."""
+        counts = np.searchsorted(rows, split.stops) - np.searchsorted(rows, split.starts)
+        return Selection(counts.astype(np.int64), rows, _NO_SCALE if scale is None else scale)
+
+
+@lru_cache(maxsize=256)
+def _ramp(n: int) -> Ints:
+    ramp = np.arange(n, dtype=np.int64)
+    ramp.flags.writeable = True  # as all offsets: one compiled specialisation
+    return ramp
+
+
+def matmul(
+    wafer: Wafer,
+    x: PlacedTensor,
+    weight: StreamedMatrix,
+    out: PlacedTensor,
+    bands: TokenBands,
+    *,
+    mode: int = STORE,
+    take: Selection | None = None,
+    put: Selection | None = None,
+    compact: Selection | None = None,
+    chunk: int = DEFAULT_CHUNK,
+) -> None:
+    """``out = x @ weight``, chained over the wafer's columns in the order of `wse_kernels.matmul`.
+
+    Parameters
+    ----------
+    wafer : Wafer
+    x : PlacedTensor, (T, n_in), float32
+        Rows by `bands`, columns split over columns of cores. If `put` is given, only its first tokens on each row of cores are meant (they
+        were compacted by a product with `take`).
+    weight : StreamedMatrix, (n_in, n_out)
+    out : PlacedTensor, (T, n_out) or, with `SWIGLU`, (T, n_out / 2), float32
+        Written by columns of the band's share: follow with `all_gather_bands`.
+    bands : TokenBands
+        How tokens lie over rows.
+    mode : {STORE, SWIGLU, COMBINE}
+        Store; gate pairs of columns; or add ``scale * result`` to the tokens of `put`.
+    take : Selection, optional
+        Tokens of `x` to use; the results are compacted to the first places of their row of cores.
+    put : Selection, optional
+        Tokens of `out` to add to.
+    compact : Selection, optional
+        `x` and `out` both hold just these tokens, compacted. At most one of the three may be given.
+    chunk : int
+        Most columns of one streamed piece.
+    """
+    unit = 2 if mode == SWIGLU else 1
+    k_split, out_split = x.placement.axis1[1], out.placement.axis1[1]
+    selection = take or put or compact
+    counts = selection.counts if selection is not None else bands.split.sizes
+    events = _events(wafer.rows, bands, counts.tobytes(), k_split, out_split, unit, mode, chunk, weight.name)
+    size = _piece_columns(bands, out_split, unit, chunk)
+    rows = x.placement.axis0
+    slab_place = wafer.placement((weight.n_in, 2 * size), ("col", k_split), (None, None))
+    part_place = wafer.placement((bands.n_tokens, wafer.cols * size), rows, ("col", Split.uniform(size, wafer.cols)))
+    with (
+        wafer.empty("weight slabs", slab_place) as slab,
+        wafer.empty("partial sums", part_place) as part,
+        wafer.empty("incoming sums", part_place) as inbox,
+        wafer.empty("delivered sums", part_place) as landing,
+        wafer.sram.code(PARTIAL_MATMUL.name, PARTIAL_MATMUL.code_bytes + CHAIN_ADD.code_bytes + SWIGLU_INTO.code_bytes),
+    ):
+        if wafer.cores is not None:
+            events = _isolated(wafer, x, weight, out, bands, mode, take, put, compact, chunk, slab, part, inbox, landing)
+        elif not wafer.is_dry:
+            _batched(x, weight, out, bands, mode, take, put, compact)
+    for event in events:
+        wafer.ledger.record(event)
+
+
+def _batched(
+    x: PlacedTensor, weight: StreamedMatrix, out: PlacedTensor, bands: TokenBands, mode: int,
+    take: Selection | None, put: Selection | None, compact: Selection | None,
+) -> None:  # fmt: skip
+    n_tokens = bands.n_tokens
+    selection = take or put or compact
+    m = n_tokens if selection is None else selection.n_tokens
+    if m == 0:
+        return
+    all_rows = _ramp(m)
+    mesh_matmul(
+        x.data, m if put or compact else n_tokens, x.placement.axis1[1].offsets, all_rows if take is None else take.rows,
+        weight.tiles, 0, weight.n_in, weight.n_out,
+        out.data, m if take or compact else n_tokens, out.placement.axis1[1].offsets, all_rows if put is None else put.rows,
+        _NO_SCALE if put is None else put.scale, mode,
+    )  # fmt: skip
+
+
+# ---- what it costs
+
+
+def _share(size: Any, band: Any, n_bands: int) -> Any:
+    """First element of a band's share of a block of `size` elements (arrays welcome)."""
+    return size * band // n_bands
+
+
+def _piece_columns(bands: TokenBands, out_split: Split, unit: int, chunk: int) -> int:
+    """Columns of the largest piece."""
+    largest = -(-out_split.max_size // bands.n_feature_bands)
+    return max(1, min(max(1, chunk // unit), largest)) * unit
+
+
+@lru_cache(maxsize=4096)
+def _events(
+    n_rows: int, bands: TokenBands, count_bytes: bytes, k_split: Split, out_split: Split, unit: int, mode: int, chunk: int, name: str
+) -> tuple[Event, ...]:
+    counts = np.frombuffer(count_bytes, np.int64)
+    n_bands = bands.n_feature_bands
+    stations = k_split.used
+    n_in, source = k_split.total, int(stations[-1])
+    band = np.arange(n_bands)
+    sizes, multiplicity = np.unique(out_split.sizes[out_split.used], return_counts=True)
+    shares = _share(sizes[:, None], band + 1, n_bands) - _share(sizes[:, None], band, n_bands)  # (size class, band), in units
+    pieces = -(-shares // max(1, chunk // unit))
+    words = unit * (multiplicity @ shares)  # per band
+    n_pieces = multiplicity @ pieces
+
+    rows = np.flatnonzero(counts)
+    tokens, of_band = counts[rows], rows % n_bands if n_bands > 1 else np.zeros(rows.size, np.int64)
+    used = bands.split.used
+    last_row = used[-1] - (n_bands - 1) + band if n_bands > 1 else used[-1:]
+    flowing = words[last_row > 0]
+    stream = costs.moved(
+        "stream", name, count=int(n_pieces.sum()) * stations.size, words=n_in * int(words.sum()),
+        hops=n_in * int((words * last_row).sum()), max_link=k_split.max_size * int(flowing.sum()),
+        max_hops=int(last_row[words > 0].max(initial=0)),
+    )  # fmt: skip
+    runs = int(n_pieces[of_band].sum())
+    row_words = tokens * words[of_band]
+    partial = Event(None, "", "launch", PARTIAL_MATMUL.name, count=runs * stations.size, macs=n_in * int(row_words.sum()))
+    hands = runs * (stations.size - 1)
+    total, span = int(row_words.sum()), int(stations[-1] - stations[0])
+    chain = costs.moved(
+        "chain", name, count=hands, words=total * (stations.size - 1), hops=total * span,
+        max_link=int(row_words.max(initial=0)) if hands else 0, max_hops=int(np.diff(stations).max(initial=0)) if hands else 0,
+    )  # fmt: skip
+    added = Event(None, "", "launch", CHAIN_ADD.name, count=hands)
+
+    west, east, away, distance, far = (np.zeros(sizes.size, np.int64) for _ in range(5))
+    for i, size in enumerate(sizes):
+        owners = np.flatnonzero(out_split.sizes == size)
+        west[i], east[i] = np.count_nonzero(owners < source), np.count_nonzero(owners > source)
+        away[i] = west[i] + east[i]
+        distance[i] = np.abs(owners - source).sum()
+        far[i] = np.abs(owners - source).max()
+    live = (shares[:, np.unique(of_band)] > 0).any(axis=1) if rows.size else np.zeros(sizes.size, np.bool_)
+    sent = int((away @ pieces)[of_band].sum())
+    handed = costs.moved(
+        "deliver", name, count=sent, words=unit * int((tokens * (away @ shares)[of_band]).sum()),
+        hops=unit * int((tokens * (distance @ shares)[of_band]).sum()),
+        max_link=unit * int((tokens * np.maximum(west @ shares, east @ shares)[of_band]).max(initial=0)),
+        max_hops=int(far[live].max(initial=0)) if sent else 0,
+    )  # fmt: skip
+    events = [stream, partial, chain, added, handed]
+    if mode == SWIGLU:
+        events.append(Event(None, "", "launch", SWIGLU_INTO.name, count=runs))
+    elif mode == COMBINE:
+        events.append(Event(None, "", "launch", COMBINE_INTO.name, count=runs, macs=total))
+    return tuple(events)
+
+
+# ---- one core at a time
+
+
+def _isolated(
+    wafer: Wafer, x: PlacedTensor, weight: StreamedMatrix, out: PlacedTensor, bands: TokenBands, mode: int,
+    take: Selection | None, put: Selection | None, compact: Selection | None, chunk: int,
+    slab: PlacedTensor, part: PlacedTensor, inbox: PlacedTensor, landing: PlacedTensor,
+) -> tuple[Event, ...]:  # fmt: skip
+    cores = wafer.cores
+    assert cores is not None
+    unit = 2 if mode == SWIGLU else 1
+    k_split, out_split = x.placement.axis1[1], out.placement.axis1[1]
+    selection = take or put or compact
+    counts = selection.counts if selection is not None else bands.split.sizes
+    n_bands, step = bands.n_feature_bands, max(1, chunk // unit)
+    stream, chain, handed = cores.traffic(), cores.traffic(), cores.traffic()
+    runs = added = finished = macs = finish_macs = 0
+    assert x.blocks and slab.blocks and part.blocks and inbox.blocks and landing.blocks and out.blocks is not None
+    for owner in out_split.used.tolist():
+        size, start = int(out_split.sizes[owner]), int(out_split.starts[owner])
+        for band in range(n_bands):
+            rows = [r for r in bands.split.used.tolist() if r % n_bands == band or n_bands == 1]
+            stop = _share(size, band + 1, n_bands)
+            for first in range(_share(size, band, n_bands), stop, step):
+                n = (min(first + step, stop) - first) * unit
+                columns = weight.columns((start + first) * unit, (start + first) * unit + n)
+                slabs: dict[tuple[int, int], Block] = {}
+                for col in k_split.used.tolist():
+                    k0, k1 = int(k_split.starts[col]), int(k_split.stops[col])
+                    for row in rows:
+                        slabs[row, col] = slab.blocks[row, col].prefix(k1 - k0, n)
+                    cores.from_edge(stream, columns[k0:k1], col, [slabs[row, col] for row in rows])
+                for row in rows:
+                    m = int(counts[row])
+                    if m == 0:
+                        continue
+                    acc: Block | None = None
+                    for col in k_split.used.tolist():
+                        p = part.blocks[row, col].prefix(m, n)
+                        local: Any = _ramp(m)
+                        if take is not None:
+                            local = _taken(take, bands, row, col, m)
+                        macs += cores.run(
+                            PARTIAL_MATMUL, (row, col), {"x": _rows(x.blocks[row, col], m, compact=bool(put or compact)), "rows": local, "w": slabs[row, col], "p": p}
+                        )
+                        runs += 1
+                        if acc is None:
+                            acc = p
+                            continue
+                        come = inbox.blocks[row, col].prefix(m, n)
+                        cores.send(chain, acc, [come])
+                        cores.run(CHAIN_ADD, (row, col), {"acc": come, "p": p})
+                        added += 1
+                        acc = come
+                    assert acc is not None
+                    target = out.blocks[row, owner]
+                    if mode == STORE:
+                        _hand(cores, handed, acc, target, (slice(0, m), slice(first, first + n)))
+                        continue
+                    y = landing.blocks[row, owner].prefix(m, n)
+                    _hand(cores, handed, acc, y, (slice(None), slice(None)))
+                    finished += 1
+                    if mode == SWIGLU:
+                        finish_macs += _finish(cores, SWIGLU_INTO, target, (slice(0, m), slice(first, first + n // 2)), {"y": y, "first": first, "h": target})
+                    else:
+                        assert put is not None
+                        places = _head(put.row_blocks, row, owner, m)
+                        finish_macs += _finish(
+                            cores, COMBINE_INTO, target, (slice(None), slice(first, first + n)),
+                            {"y": y, "rows": places, "scale": _head(put.scale_blocks, row, owner, m), "first": first, "out": target},
+                        )  # fmt: skip
+    events = [
+        stream.event("stream", weight.name, costs.COLORS["stream"]),
+        Event(None, "", "launch", PARTIAL_MATMUL.name, count=runs, macs=macs),
+        chain.event("chain", weight.name, costs.COLORS["chain"]),
+        Event(None, "", "launch", CHAIN_ADD.name, count=added),
+        handed.event("deliver", weight.name, costs.COLORS["deliver"]),
+    ]
+    if mode != STORE:
+        kernel = SWIGLU_INTO if mode == SWIGLU else COMBINE_INTO
+        events.append(Event(None, "", "launch", kernel.name, count=finished, macs=finish_macs))
+    return tuple(events)
+
+
+def _taken(take: Selection, bands: TokenBands, row: int, col: int, m: int) -> Any:
+    """Local indices of the selected tokens: the core's own list, or one that the program knows."""
+    if take.row_blocks is not None:
+        return _head(take.row_blocks, row, col, m)
+    low, high = np.searchsorted(take.rows, (bands.split.starts[row], bands.split.stops[row]))
+    return take.rows[low:high] - bands.split.starts[row]
+
+
+def _head(tensor: PlacedTensor | None, row: int, col: int, m: int) -> Block:
+    """First m entries of a core's list, as a block that shares its memory."""
+    assert tensor is not None and tensor.blocks is not None
+    return tensor.blocks[row, col].view(slice(0, m))
+
+
+def _rows(block: Block, m: int, *, compact: bool) -> Block:
+    """The rows of x that may be read: the first m after compaction, else all."""
+    return block.view(slice(0, m)) if compact else block
+
+
+def _hand(cores: Any, traffic: Any, acc: Block, target: Block, where: tuple[slice, slice]) -> None:
+    """The end of a chain hands the finished block to its owner; a core that owns it itself only stores it."""
+    if acc.core == target.core:
+        target.write(acc.read(), where)
+    else:
+        cores.send(traffic, acc, [target], to=where)
+
+
+def _finish(cores: Any, kernel: Kernel, target: Block, where: tuple[slice, slice], args: dict[str, Any]) -> int:
+    """Run a body that writes part of `target`: only that part becomes defined."""
+    before = target.defined.copy()
+    if kernel is COMBINE_INTO:
+        target.read(where)
+    macs: int = cores.run(kernel, target.core, args)
+    target.defined[...] = before
+    target.defined[where] = True
+    return macs
+
+
+# ---- feature bands
+
+
+def all_gather_bands(wafer: Wafer, tensor: PlacedTensor, bands: TokenBands, selection: Selection | None = None) -> None:
+    """Complete every core's block after a product whose output features were shared over feature bands; without bands, nothing.
+
+    Parameters
+    ----------
+    wafer : Wafer
+    tensor : PlacedTensor, (T, n)
+        Rows by `bands`, columns split over columns of cores; each core holds its band's share of the columns.
+    bands : TokenBands
+    selection : Selection, optional
+        Only these tokens (compacted) are there.
+    """
+    n_bands = bands.n_feature_bands
+    if n_bands == 1:
+        return
+    split = tensor.placement.axis1[1]
+    counts = selection.counts if selection is not None else bands.split.sizes
+    if wafer.cores is None:
+        wafer.ledger.record(_gather_event(bands, counts.tobytes(), split, tensor.name))
+        return
+    assert tensor.blocks is not None
+    traffic = wafer.cores.traffic()
+    for first in range(0, bands.used_rows, n_bands):
+        m = int(counts[first])
+        if m == 0:
+            continue
+        for col in split.used.tolist():
+            size = int(split.sizes[col])
+            for band in range(n_bands):
+                share = slice(_share(size, band, n_bands), _share(size, band + 1, n_bands))
+                rows = slice(0, m) if selection is not None else slice(None)
+                others = [tensor.blocks[first + b, col] for b in range(n_bands) if b != band]
+                wafer.cores.send(traffic, tensor.blocks[first + band, col], others, where=(rows, share), to=(rows, share))
+    wafer.ledger.record(traffic.event("allgather", tensor.name, costs.COLORS["allgather"]))
+
+
+@lru_cache(maxsize=4096)
+def _gather_event(bands: TokenBands, count_bytes: bytes, split: Split, name: str) -> Event:
+    n_bands = bands.n_feature_bands
+    tokens = np.frombuffer(count_bytes, np.int64)[: bands.used_rows : n_bands]
+    band = np.arange(n_bands)
+    sizes, multiplicity = np.unique(split.sizes[split.used], return_counts=True)
+    groups = [
+        (tokens, _share(size, band + 1, n_bands) - _share(size, band, n_bands), int(k)) for size, k in zip(sizes, multiplicity, strict=True)
+    ]
+    return costs.allgather(name, groups)

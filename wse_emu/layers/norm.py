@@ -1,0 +1,81 @@
+"""RMSNorm over features that lie across columns of cores, and the residual sum."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wse_emu.wafer import costs
+from wse_emu.wafer.kernel import Kernel
+from wse_emu.wafer.moves import broadcast_row, chain_row
+from wse_emu.wafer.placement import Split, TokenBands
+from wse_emu.wafer.tensor import PlacedTensor
+from wse_emu.wafer.wafer import Wafer
+from wse_kernels.norm import add_to, rms_scale, sum_squares
+
+SUM_SQUARES = Kernel(body=sum_squares, params=("x", "ss"), out=("ss",), code_bytes=160, macs=lambda s: s["x"][0] * s["x"][1])
+RMS_SCALE = Kernel(body=rms_scale, params=("x", "total", "weight", "size", "eps", "out"), out=("out",), code_bytes=256)
+ADD_TO = Kernel(body=add_to, params=("x", "y"), inout=("x",), code_bytes=128)
+
+
+def rms_norm(
+    wafer: Wafer, x: PlacedTensor, name: str, weight: NDArray[np.float32] | None, eps: float, out: PlacedTensor, bands: TokenBands
+) -> None:
+    """``out = x * (1 / sqrt(mean(x**2) + eps)) * weight``; the row's sum of squares is chained west to east and sent back.
+
+    Parameters
+    ----------
+    wafer : Wafer
+    x : PlacedTensor, (T, n), float32
+    name : str
+        Name of the weight in the ledger.
+    weight : ndarray, (n,), float32, or None with the ``dry`` executor
+        Streamed to every core of the column that owns the features, not kept.
+    eps : float
+        Rounded to float32.
+    out : PlacedTensor, placed as `x`
+        Written.
+    bands : TokenBands
+    """
+    rows, (_, features) = x.placement.axis0, x.placement.axis1
+    n_tokens, n = x.placement.shape
+    cols = features.used
+    last = int(cols[-1])
+    partial_place = wafer.placement((n_tokens, wafer.cols), rows, ("col", Split.uniform(1, wafer.cols)))
+    end_place = wafer.placement((n_tokens, 1), rows, ("col", Split.single(1, last, wafer.cols)))
+    total_place = wafer.placement((n_tokens, 1), rows, (None, None))
+    with wafer.empty("sum of squares", total_place) as total:
+        with wafer.empty("partial sums of squares", partial_place) as partial, wafer.empty("row sum", end_place) as end:
+            wafer.launch(SUM_SQUARES, x=x, ss=partial)
+            chain_row(wafer, partial, end, cols)
+            broadcast_row(wafer, end, total, cols)
+        with stream_vector(wafer, name, weight, features, bands) as w:
+            wafer.launch(RMS_SCALE, x=x, total=total, weight=w, size=np.float32(n), eps=np.float32(eps), out=out)
+
+
+def stream_vector(wafer: Wafer, name: str, values: NDArray[np.float32] | None, split: Split, bands: TokenBands) -> PlacedTensor:
+    """Broadcast each column's part of a vector down to the rows that hold tokens; free the result after use."""
+    tensor = wafer.empty(name, wafer.placement((1, split.total), (None, None), ("col", split)))
+    last = bands.used_rows - 1
+    if wafer.cores is None:
+        wafer.ledger.record(
+            costs.moved(
+                "stream", name, count=int(split.used.size), words=split.total, hops=split.total * last,
+                max_link=split.max_size if last else 0, max_hops=last,
+            )
+        )  # fmt: skip
+        if tensor.data is not None and values is not None:
+            tensor.data[...] = values
+        return tensor
+    assert tensor.blocks is not None and values is not None
+    traffic = wafer.cores.traffic()
+    for col in split.used.tolist():
+        payload = np.ascontiguousarray(values[split.starts[col] : split.stops[col]]).reshape(1, -1)
+        wafer.cores.from_edge(traffic, payload, col, [tensor.blocks[row, col] for row in range(last + 1)])
+    wafer.ledger.record(traffic.event("stream", name, costs.COLORS["stream"]))
+    return tensor
+
+
+def add_residual(wafer: Wafer, x: PlacedTensor, y: PlacedTensor) -> None:
+    """``x = x + y``, both placed alike."""
+    wafer.launch(ADD_TO, x=x, y=y)

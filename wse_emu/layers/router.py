@@ -1,0 +1,324 @@
+"""Which experts each token visits: scores meet on one core of the token's row, which applies the routing rule and tells the row.
+
+The core for a token is the one in column ``token index modulo columns``. Tokens never leave their row, and neither does the decision; only
+the set of chosen experts goes to MemoryX, over the control channel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wse_emu.foundation.errors import InputError
+from wse_emu.layers.linear import DEFAULT_CHUNK, PARTIAL_MATMUL
+from wse_emu.layers.stream import StreamedMatrix
+from wse_emu.wafer import costs
+from wse_emu.wafer.cores import Block
+from wse_emu.wafer.kernel import Kernel
+from wse_emu.wafer.ledger import Event
+from wse_emu.wafer.moves import CHAIN_ADD, CHAIN_OR
+from wse_emu.wafer.placement import Ints, Split, TokenBands
+from wse_emu.wafer.tensor import PlacedTensor
+from wse_emu.wafer.wafer import Wafer
+from wse_kernels.matmul import STORE, mesh_matmul
+from wse_kernels.routing import mark_chosen, softmax_topk
+
+SOFTMAX_TOPK = Kernel(
+    body=softmax_topk,
+    params=("logits", "renormalize", "probs", "topk_ids", "topk_weights"),
+    out=("topk_ids", "topk_weights"),
+    scratch=("probs",),
+    code_bytes=512,
+)
+MARK_CHOSEN = Kernel(body=mark_chosen, params=("topk_ids", "mask"), out=("mask",), code_bytes=128)
+_ID_WORDS = 2
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Decision of one MoE layer."""
+
+    ids: PlacedTensor
+    """(T, top_k) int64, on every core of the token's row."""
+    weights: PlacedTensor
+    """(T, top_k) float32, likewise."""
+    topk_ids: NDArray[np.int64]
+    """(T, top_k) the same on the host, as bookkeeping: experts in descending order of probability."""
+    topk_weights: NDArray[np.float32]
+    logits: NDArray[np.float32] | None
+    """(T, n_experts), if asked for."""
+
+    def free(self) -> None:
+        """Give the SRAM back."""
+        self.ids.free()
+        self.weights.free()
+
+
+def route(
+    wafer: Wafer, x: PlacedTensor, gate: StreamedMatrix, bands: TokenBands, top_k: int, renormalize: bool,
+    *, chunk: int = DEFAULT_CHUNK, probe: bool = False, replay: NDArray[np.int64] | None = None,
+) -> Routing:  # fmt: skip
+    """Choose experts: softmax over all, the `top_k` most probable, ties to the lowest id.
+
+    Parameters
+    ----------
+    wafer : Wafer
+    x : PlacedTensor, (T, hidden), float32
+    gate : StreamedMatrix, (hidden, n_experts)
+    bands : TokenBands
+    top_k : int
+    renormalize : bool
+        Divide the chosen weights by their sum.
+    chunk : int
+        Most experts of one streamed piece.
+    probe : bool
+        Also return the logits, through the probe channel.
+    replay : ndarray, (T, top_k), int64, optional
+        With the ``dry`` executor: the decision, from a recorded trace.
+    """
+    n_tokens, n_experts = bands.n_tokens, gate.n_out
+    rows = x.placement.axis0
+    per_core = -(-bands.split.max_size // wafer.cols)
+    # Scores, probabilities and the decision, for the tokens that meet on a core.
+    work = wafer.sram.allocate(
+        "router scores", np.ones(wafer.rows, np.int64), np.full(wafer.cols, per_core * (2 * n_experts + top_k * (_ID_WORDS + 1))), 4
+    )
+    place = wafer.placement((n_tokens, top_k), rows, (None, None))
+    ids, weights = wafer.empty("chosen experts", place, np.int64), wafer.empty("expert weights", place)
+    slab_place = wafer.placement((gate.n_in, 2 * min(chunk, n_experts)), ("col", x.placement.axis1[1]), (None, None))
+    part_place = wafer.placement(
+        (n_tokens, wafer.cols * min(chunk, n_experts)), rows, ("col", Split.uniform(min(chunk, n_experts), wafer.cols))
+    )
+    logits = np.zeros((n_tokens, n_experts), np.float32)
+    topk_ids, topk_weights = np.zeros((n_tokens, top_k), np.int64), np.zeros((n_tokens, top_k), np.float32)
+    with (
+        wafer.empty("weight slabs", slab_place) as slab,
+        wafer.empty("partial sums", part_place) as part,
+        wafer.empty("incoming sums", part_place) as inbox,
+        wafer.sram.code("router", PARTIAL_MATMUL.code_bytes + CHAIN_ADD.code_bytes + SOFTMAX_TOPK.code_bytes),
+    ):
+        if wafer.cores is not None:
+            events = _isolated(wafer, x, gate, bands, renormalize, chunk, slab, part, inbox, ids, weights, logits)
+            for row in bands.split.representatives.tolist():
+                where = slice(int(bands.split.starts[row]), int(bands.split.stops[row]))
+                topk_ids[where], topk_weights[where] = ids.block(row, 0), weights.block(row, 0)
+        else:
+            events = _events(wafer, x.placement.axis1[1], bands, n_experts, top_k, chunk, gate.name)
+            if wafer.is_dry:
+                topk_ids = _checked_replay(replay, n_tokens, n_experts, top_k)
+            else:
+                all_tokens = np.arange(n_tokens, dtype=np.int64)
+                whole = np.array([0, n_experts], np.int64)
+                mesh_matmul(
+                    x.data, n_tokens, x.placement.axis1[1].offsets, all_tokens, gate.tiles, 0, gate.n_in, n_experts,
+                    logits.reshape(-1), n_tokens, whole, all_tokens, np.zeros(1, np.float32), STORE,
+                )  # fmt: skip
+                softmax_topk(logits, renormalize, np.empty_like(logits), topk_ids, topk_weights)
+                ids.data[...], weights.data[...] = topk_ids.reshape(-1), topk_weights.reshape(-1)  # type: ignore[index]
+    wafer.sram.free(work)
+    for event in events:
+        wafer.ledger.record(event)
+    if probe:
+        wafer.ledger.record(costs.moved("probe", "router logits", count=1, words=logits.size, hops=0, max_link=0, max_hops=0))
+    return Routing(ids, weights, topk_ids, topk_weights, logits if probe else None)
+
+
+def _checked_replay(replay: NDArray[np.int64] | None, n_tokens: int, n_experts: int, top_k: int) -> NDArray[np.int64]:
+    if replay is None:
+        raise InputError("the `dry` executor needs a routing trace: it computes no scores")
+    if replay.shape != (n_tokens, top_k) or replay.min() < 0 or replay.max() >= n_experts:
+        raise InputError(f"routing trace: expected ids below {n_experts} of shape {(n_tokens, top_k)}, got shape {replay.shape}")
+    return replay.astype(np.int64, copy=False)
+
+
+def _meeting_cores(bands: TokenBands, n_cols: int) -> tuple[Ints, Ints, Ints]:
+    """(row, column, tokens) of every core on which tokens' scores meet, replicas once."""
+    tokens = np.arange(bands.n_tokens)
+    pairs, counts = np.unique(np.stack([bands.split.owner, tokens % n_cols]), axis=1, return_counts=True)
+    return pairs[0], pairs[1], counts
+
+
+def _events(wafer: Wafer, k_split: Split, bands: TokenBands, n_experts: int, top_k: int, chunk: int, name: str) -> list[Event]:
+    stations, source, n_in = k_split.used, int(k_split.used[-1]), k_split.total
+    n_pieces = -(-n_experts // chunk)
+    used, replicas = bands.used_rows, bands.n_feature_bands
+    last_row = used - 1
+    row_words = bands.split.sizes[:used] * n_experts
+    row, col, n = _meeting_cores(bands, wafer.cols)
+    away = col != source
+    side = np.zeros((2, wafer.rows), np.int64)
+    np.add.at(side[0], row[col < source], n[col < source])
+    np.add.at(side[1], row[col > source], n[col > source])
+    ends = np.zeros((2, wafer.rows), np.int64)
+    np.add.at(ends[0], row[col > 0], n[col > 0])
+    np.add.at(ends[1], row[col < wafer.cols - 1], n[col < wafer.cols - 1])
+    words = top_k * (_ID_WORDS + 1)
+    spread = wafer.cols > 1
+    runs = used * stations.size * n_pieces
+    return [
+        costs.moved(
+            "stream", name, count=n_pieces * stations.size, words=n_in * n_experts, hops=n_in * n_experts * last_row,
+            max_link=k_split.max_size * n_experts if last_row else 0, max_hops=last_row,
+        ),
+        Event(None, "", "launch", PARTIAL_MATMUL.name, count=runs, macs=n_in * int(row_words.sum())),
+        costs.chain(name, row_words, stations, messages=n_pieces),
+        Event(None, "", "launch", CHAIN_ADD.name, count=used * (stations.size - 1) * n_pieces),
+        costs.moved(
+            "deliver", name, count=int(away.sum()) * n_pieces * replicas, words=int(n[away].sum()) * n_experts * replicas,
+            hops=int((n * np.abs(col - source)).sum()) * n_experts * replicas, max_link=int(side.max(initial=0)) * n_experts,
+            max_hops=int(np.abs(col - source).max()),
+        ),
+        Event(None, "", "launch", SOFTMAX_TOPK.name, count=int(row.size) * replicas),
+        costs.moved(
+            "broadcast", "routing", count=2 * int(row.size) * replicas if spread else 0, words=bands.n_tokens * words * replicas if spread else 0,
+            hops=bands.n_tokens * words * replicas * (wafer.cols - 1), max_link=int(ends.max(initial=0)) * words,
+            max_hops=int(np.maximum(col, wafer.cols - 1 - col).max()),
+        ),
+    ]  # fmt: skip
+
+
+def _isolated(
+    wafer: Wafer, x: PlacedTensor, gate: StreamedMatrix, bands: TokenBands, renormalize: bool, chunk: int,
+    slab: PlacedTensor, part: PlacedTensor, inbox: PlacedTensor, ids: PlacedTensor, weights: PlacedTensor, logits_out: NDArray[np.float32],
+) -> list[Event]:  # fmt: skip
+    cores = wafer.cores
+    assert cores is not None and x.blocks and slab.blocks and part.blocks and inbox.blocks and ids.blocks and weights.blocks
+    k_split, n_experts, top_k = x.placement.axis1[1], gate.n_out, ids.placement.shape[1]
+    stream, chain, handed, told = (cores.traffic() for _ in range(4))
+    runs = added = decided = macs = decide_macs = 0
+    rows = range(bands.used_rows)
+    meeting: dict[tuple[int, int], tuple[Block, Ints]] = {}
+    for row in rows:
+        tokens = np.arange(bands.split.starts[row], bands.split.stops[row])
+        for col in range(wafer.cols):
+            mine = np.flatnonzero(tokens % wafer.cols == col)
+            if mine.size:
+                meeting[row, col] = (cores.arena(row, col).allocate("router scores", (mine.size, n_experts), np.float32), mine)
+    for first in range(0, n_experts, chunk):
+        n = min(chunk, n_experts - first)
+        columns = gate.columns(first, first + n)
+        slabs: dict[tuple[int, int], Block] = {}
+        for col in k_split.used.tolist():
+            k0, k1 = int(k_split.starts[col]), int(k_split.stops[col])
+            for row in rows:
+                slabs[row, col] = slab.blocks[row, col].prefix(k1 - k0, n)
+            cores.from_edge(stream, columns[k0:k1], col, [slabs[row, col] for row in rows])
+        for row in rows:
+            m = int(bands.split.sizes[row])
+            acc: Block | None = None
+            for col in k_split.used.tolist():
+                p = part.blocks[row, col].prefix(m, n)
+                local = np.arange(m, dtype=np.int64)
+                macs += cores.run(PARTIAL_MATMUL, (row, col), {"x": x.blocks[row, col], "rows": local, "w": slabs[row, col], "p": p})
+                runs += 1
+                if acc is None:
+                    acc = p
+                    continue
+                come = inbox.blocks[row, col].prefix(m, n)
+                cores.send(chain, acc, [come])
+                cores.run(CHAIN_ADD, (row, col), {"acc": come, "p": p})
+                added += 1
+                acc = come
+            assert acc is not None
+            for col in range(wafer.cols):
+                if (row, col) in meeting:
+                    scores, mine = meeting[row, col]
+                    where = (slice(None), slice(first, first + n))
+                    if acc.core == scores.core:
+                        scores.write(acc.read((mine, slice(None))), where)  # type: ignore[arg-type]
+                    else:
+                        cores.send(handed, acc, [scores], where=(mine, slice(None)), to=where)  # type: ignore[arg-type]
+    for (row, col), (scores, mine) in meeting.items():
+        arena = cores.arena(row, col)
+        probs = arena.allocate("probabilities", scores.array.shape, np.float32)
+        chosen, weight = arena.allocate("decision", (mine.size, top_k), np.int64), arena.allocate("weights", (mine.size, top_k), np.float32)
+        decide_macs += cores.run(
+            SOFTMAX_TOPK, (row, col), {"logits": scores, "renormalize": renormalize, "probs": probs, "topk_ids": chosen, "topk_weights": weight}
+        )
+        decided += 1
+        to = (mine, slice(None))
+        for mine_block, tensor in ((chosen, ids), (weight, weights)):
+            assert tensor.blocks is not None
+            tensor.blocks[row, col].write(mine_block.read(), to)  # type: ignore[arg-type]
+            others = [tensor.blocks[row, c] for c in range(wafer.cols) if c != col]
+            cores.send(told, mine_block, others, to=to)  # type: ignore[arg-type]
+        logits_out[bands.split.starts[row] + mine] = scores.read()
+        for block in (scores, probs, chosen, weight):
+            arena.free(block)
+    return [
+        stream.event("stream", gate.name, costs.COLORS["stream"]),
+        Event(None, "", "launch", PARTIAL_MATMUL.name, count=runs, macs=macs),
+        chain.event("chain", gate.name, costs.COLORS["chain"]),
+        Event(None, "", "launch", CHAIN_ADD.name, count=added),
+        handed.event("deliver", gate.name, costs.COLORS["deliver"]),
+        Event(None, "", "launch", SOFTMAX_TOPK.name, count=decided, macs=decide_macs),
+        told.event("broadcast", "routing", costs.COLORS["broadcast"]),
+    ]
+
+
+def report_chosen(wafer: Wafer, routing: Routing, bands: TokenBands, n_experts: int) -> Ints:
+    """Tell MemoryX which experts any token chose: bit sets merged down the first column of cores, out at the north edge.
+
+    Returns
+    -------
+    ndarray of int64
+        Chosen experts, ascending.
+    """
+    n_words = -(-n_experts // 32)
+    used = bands.used_rows
+    ends = np.zeros(wafer.cols, np.int64)
+    ends[0] = 2 * n_words
+    work = wafer.sram.allocate("chosen set", np.ones(wafer.rows, np.int64), ends, 4)
+    try:
+        if wafer.cores is None:
+            sizes = np.array([n_words])
+            events = [
+                Event(None, "", "launch", MARK_CHOSEN.name, count=used),
+                costs.chain("chosen experts", sizes, np.arange(used), kind="control"),
+                Event(None, "", "launch", CHAIN_OR.name, count=used - 1),
+                costs.moved(
+                    "control", "chosen experts", count=1, words=n_words, hops=n_words * (used - 1), max_link=n_words if used > 1 else 0,
+                    max_hops=used - 1,
+                ),
+            ]  # fmt: skip
+            chosen = np.unique(routing.topk_ids)
+        else:
+            events, mask = _merge_isolated(wafer, routing, used, n_words)
+            bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+            chosen = np.flatnonzero(bits[:n_experts])
+    finally:
+        wafer.sram.free(work)
+    for event in events:
+        wafer.ledger.record(event)
+    return chosen.astype(np.int64)
+
+
+def _merge_isolated(wafer: Wafer, routing: Routing, used: int, n_words: int) -> tuple[list[Event], NDArray[np.int32]]:
+    cores = wafer.cores
+    assert cores is not None and routing.ids.blocks is not None
+    merging, leaving = cores.traffic(), cores.traffic()
+    masks: list[Block] = []
+    before: Block | None = None
+    for row in range(used):
+        mask = cores.arena(row, 0).allocate("chosen set", (n_words,), np.int32)
+        masks.append(mask)
+        cores.run(MARK_CHOSEN, (row, 0), {"topk_ids": routing.ids.blocks[row, 0], "mask": mask})
+        if before is not None:
+            come = cores.arena(row, 0).allocate("incoming set", (n_words,), np.int32)
+            masks.append(come)
+            cores.send(merging, before, [come])
+            cores.run(CHAIN_OR, (row, 0), {"mask": mask, "other": come})
+        before = mask
+    assert before is not None
+    result = cores.to_edge(leaving, before)
+    for block in masks:
+        cores.arena(*block.core).free(block)
+    events = [
+        Event(None, "", "launch", MARK_CHOSEN.name, count=used),
+        merging.event("control", "chosen experts", costs.COLORS["control"]),
+        Event(None, "", "launch", CHAIN_OR.name, count=used - 1),
+        leaving.event("control", "chosen experts", costs.COLORS["control"]),
+    ]
+    return events, result

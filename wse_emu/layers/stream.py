@@ -1,0 +1,40 @@
+"""A weight matrix on its way from MemoryX to the wafer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wse_emu.foundation.weights import TILE_COLS
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedMatrix:
+    """One matrix ``[n_in, n_out]`` at rest, tiled by `TILE_COLS` columns; `tiles` is None when only shapes are streamed."""
+
+    name: str
+    n_in: int
+    n_out: int
+    tiles: NDArray[np.float32] | None
+
+    def columns(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Columns ``[start, stop)`` as a new C-contiguous ``(n_in, stop - start)`` array."""
+        assert self.tiles is not None
+        out = np.empty((self.n_in, stop - start), np.float32)
+        at = start
+        while at < stop:
+            first = at // TILE_COLS * TILE_COLS
+            width = min(TILE_COLS, self.n_out - first)
+            tile = self.tiles[first * self.n_in : (first + width) * self.n_in].reshape(self.n_in, width)
+            end = min(stop, first + width)
+            out[:, at - start : end - start] = tile[:, at - first : end - first]
+            at = end
+        return out
+
+    def slice(self, start: int, stop: int) -> StreamedMatrix:
+        """Columns ``[start, stop)`` as a matrix of their own, without a copy; `start` must lie on a tile's edge."""
+        assert start % TILE_COLS == 0 and (stop % TILE_COLS == 0 or stop == self.n_out)
+        tiles = None if self.tiles is None else self.tiles[start * self.n_in : stop * self.n_in]
+        return StreamedMatrix(self.name, self.n_in, stop - start, tiles)
