@@ -1,0 +1,168 @@
+"""The bounds hold for straightforward float32 arithmetic of every kind of data, and are not so wide that they hold for anything."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from wse_emu.equivalence import tolerance
+from wse_emu.equivalence.tolerance import U
+from wse_emu.reference import formulas
+
+RNG = np.random.default_rng(0)
+
+
+def chained(x, w):
+    """``x @ w.T`` in float32, k ascending, product and sum rounded apart: the least accurate order in use."""
+    acc = np.zeros((len(x), len(w)), np.float32)
+    for k in range(x.shape[1]):
+        acc = acc + x[:, k, None] * w[None, :, k]
+    return acc
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 64, 1000])
+@pytest.mark.parametrize("kind", ["normal", "positive", "wide"])
+def test_products_of_random_data_keep_the_rule(n, kind):
+    x, w = (RNG.standard_normal((40, n)).astype(np.float32) for _ in range(2))
+    if kind == "positive":
+        x, w = np.abs(x), np.abs(w)
+    if kind == "wide":
+        x *= np.float32(10) ** RNG.integers(-6, 6, x.shape).astype(np.float32)
+    exact = x.astype(np.float64) @ w.astype(np.float64).T
+    ratio = np.abs(chained(x, w) - exact) / tolerance.linear_bound(x, w)
+    assert ratio.max() <= 1
+    assert ratio.max() > 0.002, "a bound this wide finds nothing"
+
+
+@settings(max_examples=60)
+@given(arrays(np.float32, (2, 50), elements=st.floats(-1e6, 1e6, width=32)))
+def test_any_data_keep_the_proven_bound(xw):
+    x, w = xw[:1], xw[1:]
+    exact = x.astype(np.float64) @ w.astype(np.float64).T
+    bound = tolerance.proven_sum_bound(50, tolerance.magnitude_product(x, w)) * (1 + 50 * U)  # the magnitude is a float32 sum itself
+    assert (np.abs(chained(x, w) - exact) <= bound).all()
+
+
+def test_constant_data_may_break_the_rule_but_not_the_proven_bound():
+    x, w = np.full((1, 1 << 16), np.float32(0.1)), np.ones((1, 1 << 16), np.float32)
+    error = abs(float(chained(x, w)[0, 0]) - x.astype(np.float64).sum())
+    assert error > tolerance.linear_bound(x, w)[0, 0]
+    assert error < tolerance.proven_sum_bound(1 << 16, tolerance.magnitude_product(x, w))[0, 0]
+
+
+def test_magnitudes_too_large_for_float32_are_still_bounded():
+    x = np.full((1, 4), np.float32(1e20))
+    assert tolerance.magnitude_product(x, x)[0, 0] == pytest.approx(4e40)
+
+
+def test_sums_that_underflow_are_allowed_the_smallest_numbers():
+    x = np.full((1, 3), np.float32(1e-30))
+    assert np.abs(chained(x, x) - x.astype(np.float64) @ x.astype(np.float64).T) <= tolerance.linear_bound(x, x)
+
+
+@pytest.mark.parametrize("n", [2, 32, 4096])
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_rms_norm(n, size):
+    x, w = (size * RNG.standard_normal((64, n))).astype(np.float32), (1 + 0.1 * RNG.standard_normal(n)).astype(np.float32)
+    total = np.zeros(64, np.float32)
+    for k in range(n):
+        total = total + x[:, k] * x[:, k]
+    ours = x * (np.float32(1) / np.sqrt(total / np.float32(n) + np.float32(1e-5)))[:, None] * w
+    exact = formulas.rms_norm(x.astype(np.float64), w.astype(np.float64), 1e-5)
+    ratio = np.abs(ours - exact) / tolerance.rms_norm_bound(exact)
+    assert 0.005 < ratio.max() <= 1
+
+
+def test_rotary():
+    x, pos = RNG.standard_normal((3000, 2, 16)).astype(np.float32), RNG.integers(0, 100_000, 3000)
+    angles = formulas.rotary_angles(pos, 16, 10000.0)
+    exact = formulas.rotate(x.astype(np.float64), angles)
+    ratio = np.abs(formulas.rotate(x, angles) - exact) / tolerance.rotary_bound(x.astype(np.float64), angles)
+    assert 0.3 < ratio.max() <= 1
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0, 6.0])
+def test_attention(size):
+    t, d = 200, 16
+    q, k, v = (size * RNG.standard_normal((t, d)), size * RNG.standard_normal((t, d)), RNG.standard_normal((t, d)))
+    q, k, v = (a.astype(np.float32) for a in (q, k, v))
+    mask = np.tri(t, dtype=bool)
+    n = mask.sum(axis=1)
+    s32 = np.where(mask, chained(q, k) * np.float32(d**-0.5), np.float32(-np.inf))
+    m32 = s32.max(axis=1)
+    p32 = np.exp(s32 - m32[:, None])
+    den32 = np.zeros(t, np.float32)
+    for j in range(t):
+        den32 = den32 + p32[:, j]
+    context32 = chained(p32, v.T.copy()) / den32[:, None]
+
+    q, k, v, m, den = (a.astype(np.float64) for a in (q, k, v, m32, den32))
+    e = np.where(mask, tolerance.score_bound(q, k), 0)
+    s = np.where(mask, q @ k.T / np.sqrt(d), -np.inf)
+    p, e_p = np.exp(s - m[:, None]), tolerance.softmax_term_error(s, m, e)
+    checks = {
+        "max": (m32, s.max(axis=1), tolerance.maximum_bound(s, e)),
+        "denominator": (den32, p.sum(axis=1), tolerance.denominator_bound(p, e_p, n)),
+        "context": (context32, p @ v / den[:, None], tolerance.context_bound(p, e_p, v, den, n)),
+    }
+    for name, (ours, exact, bound) in checks.items():
+        ratio = np.abs(ours - exact) / bound
+        assert 0.01 < ratio.max() <= 1, name
+
+
+def test_maximum_bound_is_that_of_the_scores_that_can_be_the_maximum():
+    scores, e = np.array([[0.0, 1.0, -np.inf]]), np.array([[5.0, 0.25, 0.0]])
+    assert tolerance.maximum_bound(scores, e)[0] == pytest.approx(4.0)  # the first may really be 5
+    assert tolerance.maximum_bound(scores, e / 10)[0] == pytest.approx(0.025)
+
+
+def test_swiglu():
+    gate = np.concatenate([RNG.standard_normal(5000) * 5, np.linspace(-120, 120, 5001)]).astype(np.float32)
+    up = RNG.standard_normal(10001).astype(np.float32)
+    zero = np.zeros(10001)
+    with np.errstate(over="ignore"):
+        ours = gate / (np.float32(1) + np.exp(-gate)) * up
+    g, w = gate.astype(np.float64), up.astype(np.float64)
+    ratio = np.abs(ours - formulas.swiglu(g, w)) / tolerance.swiglu_bound(g, w, zero, zero)
+    assert 0.1 < ratio.max() <= 1
+
+
+def test_swiglu_carries_the_errors_of_its_factors():
+    g, w = RNG.standard_normal((2, 1000)) * 4
+    e_g, e_w = np.abs(RNG.standard_normal((2, 1000))) * 1e-3
+    bound = tolerance.swiglu_bound(g, w, e_g, e_w)
+    for a in (-1, 1):
+        for b in (-1, 1):
+            moved = np.abs(formulas.swiglu(g + a * e_g, w + b * e_w) - formulas.swiglu(g, w))
+            assert (moved <= bound).all()
+            assert (moved / bound).max() > 0.5
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_expert_weights(renormalize):
+    logits = (4 * RNG.standard_normal((500, 16))).astype(np.float32)
+    ids = formulas.top_k(logits, 4)
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    total = np.zeros(500, np.float32)
+    for e in range(16):
+        total = total + p[:, e]
+    ours = np.take_along_axis(p / total[:, None], ids, axis=1)
+    if renormalize:
+        ours = ours / (ours[:, 0] + ours[:, 1] + ours[:, 2] + ours[:, 3])[:, None]
+    wide = logits.astype(np.float64)
+    exact = formulas.expert_weights(wide, ids, renormalize)
+    ratio = np.abs(ours - exact) / tolerance.expert_weights_bound(wide, ids, exact, renormalize)
+    assert 0.05 < ratio.max() <= 1
+
+
+def test_combination_and_addition():
+    w, outs = RNG.random((300, 3)).astype(np.float32), RNG.standard_normal((300, 3, 20)).astype(np.float32)
+    ours = np.zeros((300, 20), np.float32)
+    for slot in range(3):
+        ours = ours + w[:, slot, None] * outs[:, slot]
+    exact = np.einsum("tk,tkh->th", w.astype(np.float64), outs.astype(np.float64))
+    assert 0.1 < (np.abs(ours - exact) / tolerance.combine_bound(w.astype(np.float64), outs.astype(np.float64))).max() <= 1
+    a, b = RNG.standard_normal((2, 20000)).astype(np.float32)
+    exact = a.astype(np.float64) + b
+    assert 0.9 < (np.abs((a + b) - exact) / tolerance.add_bound(exact)).max() <= 1

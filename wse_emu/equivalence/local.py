@@ -1,0 +1,152 @@
+"""Each stage's formula in float64, applied to the inputs that the run itself had, with the bound that float32 must keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wse_emu.equivalence import tolerance
+from wse_emu.equivalence.stages import inputs_of
+from wse_emu.foundation.model_spec import ModelSpec
+from wse_emu.foundation.taps import TapRecord
+from wse_emu.reference import formulas, tensors
+
+F64 = NDArray[np.float64]
+Bounded = tuple[F64, F64]
+"""Exact value and bound of the error, of one shape."""
+
+
+class StageLocal:
+    """Expected value and bound of every stage of a record; see `check`.
+
+    Parameters
+    ----------
+    record : TapRecord
+        Stages of the right shape and dtype only.
+    read : callable
+        Name to published tensor.
+    """
+
+    def __init__(self, record: TapRecord, spec: ModelSpec, read: Callable[[str], NDArray[Any]]) -> None:
+        self._record = record
+        self._spec = spec
+        self._read = read
+        self._angles = formulas.rotary_angles(record.pos, spec.head_dim, spec.rope_theta)
+        self._attention: tuple[int, dict[str, Bounded]] | None = None
+
+    def check(self, layer: int | None, name: str) -> Bounded:
+        """Expected value and bound of one stage ("topk_ids" excepted: those are compared as sets, see `routing`).
+
+        All of the stage's inputs must be in the record.
+        """
+        spec = self._spec
+        if name == "embedding":  # a row of the published table, as it is: nothing may differ
+            rows = self._read(tensors.embed_tokens(spec).name)[self._record.token_ids].astype(np.float64)
+            return rows, np.zeros_like(rows)
+        if name in ("attn_norm", "ffn_norm", "final_norm"):
+            published = tensors.final_norm(spec) if layer is None else tensors.layer_tensor(spec, layer, name)
+            weight = self._read(published.name).astype(np.float64)
+            norm = formulas.rms_norm(self._inputs(layer, name)[0], weight, spec.rms_norm_eps).astype(np.float64)
+            return norm, tolerance.rms_norm_bound(norm)
+        if name == "logits":
+            return self._linear(self._inputs(layer, name)[0], tensors.lm_head(spec))
+        assert layer is not None
+        return self._check_in_layer(layer, name)
+
+    def _check_in_layer(self, layer: int, name: str) -> Bounded:
+        spec = self._spec
+        if name in ("attn_max", "attn_denominator", "attn_context"):
+            if self._attention is None or self._attention[0] != layer:
+                self._attention = (layer, self._attend(layer))
+            return self._attention[1][name]
+        inputs = self._inputs(layer, name)
+        x = inputs[0]
+        if name in ("q", "k", "v", "attn_out", "router_logits"):
+            role = {"q": "w_q", "k": "w_k", "v": "w_v", "attn_out": "w_o", "router_logits": "router"}[name]
+            value, bound = self._linear(x, tensors.layer_tensor(spec, layer, role))
+            shape = (len(x), -1, spec.head_dim) if name in ("q", "k", "v") else value.shape
+            return value.reshape(shape), bound.reshape(shape)
+        if name in ("q_rope", "k_rope"):
+            return formulas.rotate(x, self._angles).astype(np.float64), tolerance.rotary_bound(x, self._angles)
+        if name in ("attn_residual", "layer_out"):
+            total = x + inputs[1]
+            return total, tolerance.add_bound(total)
+        if name == "topk_weights":
+            ids = self._record.stages[layer, "topk_ids"]
+            weights = formulas.expert_weights(x, ids, spec.renormalize).astype(np.float64)
+            return weights, tolerance.expert_weights_bound(x, ids, weights, spec.renormalize)
+        if name == "ffn_out" and spec.is_moe:
+            _, weights, outs = inputs
+            return np.einsum("tk,tkh->th", weights, outs), tolerance.combine_bound(weights, outs)
+        if name == "ffn_hidden":
+            return self._swiglu(layer, x, None)
+        if name == "ffn_out":
+            return self._linear(x, tensors.layer_tensor(spec, layer, "w_down"))
+        return self._chosen_experts(layer, name, x)
+
+    def _chosen_experts(self, layer: int, name: str, x: F64) -> Bounded:
+        """Check "expert_hidden" or "expert_out", for the (token, slot) pairs that chose each expert."""
+        spec = self._spec
+        ids = self._record.stages[layer, "topk_ids"]
+        width = spec.intermediate_size if name == "expert_hidden" else spec.hidden_size
+        value, bound = np.empty((*ids.shape, width)), np.empty((*ids.shape, width))
+        for expert in np.unique(ids):
+            at = np.nonzero(ids == expert)
+            if name == "expert_hidden":
+                value[at], bound[at] = self._swiglu(layer, x[at[0]], int(expert))
+            else:
+                value[at], bound[at] = self._linear(x[at], tensors.layer_tensor(spec, layer, "w_down", int(expert)))
+        return value, bound
+
+    def _attend(self, layer: int) -> dict[str, Bounded]:
+        """Maximum, denominator and context, each from the stages before it; a stage whose inputs lack a part is not to be asked for."""
+        spec, stages, seq, pos = self._spec, self._record.stages, self._record.seq, self._record.pos
+        q, k = (stages[layer, n].astype(np.float64) for n in ("q_rope", "k_rope"))
+        v, own_max, own_den = (self._own(layer, n) for n in ("v", "attn_max", "attn_denominator"))
+        group, d = spec.queries_per_kv, spec.head_dim
+        shapes = {"attn_max": q.shape[:2], "attn_denominator": q.shape[:2], "attn_context": q.shape}
+        out: dict[str, Bounded] = {name: (np.full(shape, np.nan), np.full(shape, np.nan)) for name, shape in shapes.items()}
+        for s in np.unique(seq):
+            t = np.flatnonzero(seq == s)
+            mask = formulas.visible(seq[t], pos[t])
+            n = mask.sum(axis=1)
+            for head in range(spec.num_heads):
+                qh, kh = q[t, head], k[t, head // group]
+                scores = np.where(mask, qh @ kh.T / np.sqrt(d), -np.inf)
+                e_scores = np.where(mask, tolerance.score_bound(qh, kh), 0.0)
+                out["attn_max"][0][t, head] = scores.max(axis=1)
+                out["attn_max"][1][t, head] = tolerance.maximum_bound(scores, e_scores)
+                if own_max is None:
+                    continue
+                m = own_max[t, head]
+                p = np.exp(scores - m[:, None])
+                e_p = tolerance.softmax_term_error(scores, m, e_scores)
+                out["attn_denominator"][0][t, head] = p.sum(axis=1)
+                out["attn_denominator"][1][t, head] = tolerance.denominator_bound(p, e_p, n)
+                if own_den is None or v is None:
+                    continue
+                vh, den = v[t, head // group], own_den[t, head]
+                out["attn_context"][0][t, head] = p @ vh / den[:, None]
+                out["attn_context"][1][t, head] = tolerance.context_bound(p, e_p, vh, den, n)
+        value, bound = out["attn_context"]
+        out["attn_context"] = (value.reshape(len(q), -1), bound.reshape(len(q), -1))
+        return out
+
+    def _swiglu(self, layer: int, x: F64, expert: int | None) -> Bounded:
+        gate, e_gate = self._linear(x, tensors.layer_tensor(self._spec, layer, "w_gate", expert))
+        up, e_up = self._linear(x, tensors.layer_tensor(self._spec, layer, "w_up", expert))
+        return formulas.swiglu(gate, up).astype(np.float64), tolerance.swiglu_bound(gate, up, e_gate, e_up)
+
+    def _linear(self, x: F64, published: tensors.Published) -> Bounded:
+        weight = self._read(published.name)
+        return formulas.linear(x, weight.astype(np.float64)).astype(np.float64), tolerance.linear_bound(x, weight)
+
+    def _inputs(self, layer: int | None, name: str) -> list[F64]:
+        return [self._record.stages[stage].astype(np.float64) for stage in inputs_of(self._spec, (layer, name))]
+
+    def _own(self, layer: int, name: str) -> F64 | None:
+        value = self._record.stages.get((layer, name))
+        return None if value is None else value.astype(np.float64)

@@ -1,0 +1,225 @@
+"""A dense transformer forward pass in NumPy and SciPy: float64 as the reference, float32 as its naive twin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from wse_emu.foundation.errors import CheckpointError, InputError
+from wse_emu.foundation.model_spec import ModelSpec
+from wse_emu.foundation.taps import Stage
+from wse_emu.reference import formulas, tensors
+from wse_emu.reference.formulas import Floats, Ints
+
+Reader = Callable[[str], NDArray[Any]]
+"""Published tensor name to its values, a real floating array in the published ``[out, in]`` order."""
+
+Routing = Mapping[int, NDArray[np.integer[Any]]]
+"""Layer to the experts chosen there, (T, top_k) integers in slot order."""
+
+
+class DenseReference:
+    """The model computed densely: every expert for every token, then masked; full score matrices with explicit masks.
+
+    Parameters
+    ----------
+    spec : ModelSpec
+        Shape of the model.
+    read : callable
+        ``read(name)`` returns one published tensor. Tensors are read layer by layer, where they are needed, and not kept.
+    dtype : dtype
+        float64 for the reference. float32 gives the *naive twin*: the same formulas in plain float32 NumPy, whose distance from the
+        reference is what a straightforward implementation of that precision loses.
+
+    Raises
+    ------
+    InputError
+        If `dtype` is neither.
+    """
+
+    def __init__(self, spec: ModelSpec, read: Reader, *, dtype: DTypeLike = np.float64) -> None:
+        self.spec = spec
+        self.dtype = np.dtype(dtype)
+        self._read = read
+        if self.dtype not in (np.dtype(np.float64), np.dtype(np.float32)):
+            raise InputError(f"`dtype` of the reference must be float64 or float32, got {self.dtype}")
+
+    def forward(
+        self, token_ids: NDArray[Any], seq: NDArray[Any], pos: NDArray[Any], *, routing: Routing | None = None
+    ) -> dict[Stage, NDArray[Any]]:
+        """Every stage of one forward pass; see `stages`."""
+        return dict(self.stages(token_ids, seq, pos, routing=routing))
+
+    def stages(
+        self,
+        token_ids: NDArray[Any],
+        seq: NDArray[Any],
+        pos: NDArray[Any],
+        *,
+        routing: Routing | None = None,
+        nudge: NDArray[np.floating[Any]] | None = None,
+    ) -> Iterator[tuple[Stage, NDArray[Any]]]:
+        """Stages of one forward pass, one by one, in the order in which they run.
+
+        Parameters
+        ----------
+        token_ids, seq, pos : ndarray, (T,), integer
+            Token, its sequence and its position there; unpadded. A token sees the tokens of its sequence at its own or an earlier position.
+        routing : mapping of layer to ndarray, (T, top_k), integer, optional
+            Expert choices to replay. Weights are still computed from this pass's own logits.
+        nudge : ndarray, (T, hidden), optional
+            Factor on every element of the embedding, to see how the model answers to a small change of its input.
+
+        Yields
+        ------
+        stage : (layer or None, name)
+        value : ndarray
+            In published order: "embedding" (T, h); per layer "attn_norm" (T, h), "q" (T, heads, d), "k", "v" (T, kv_heads, d), "q_rope",
+            "k_rope", "attn_max", "attn_denominator" (T, heads), "attn_context" (T, heads * d), "attn_out", "attn_residual", "ffn_norm"
+            (T, h), then "router_logits" (T, E), "topk_ids" (T, k) int64, "topk_weights" (T, k), "expert_hidden" (T, k, f), "expert_out"
+            (T, k, h) in a MoE model, "ffn_hidden" (T, f) in a dense one, "ffn_out", "layer_out" (T, h); last "final_norm" (T, h),
+            "logits" (T, vocab).
+
+        Raises
+        ------
+        InputError
+            If the tokens or the routing do not fit the model.
+        CheckpointError
+            If `read` returns a tensor of another shape or kind than the model's.
+        """
+        token_ids, seq, pos = self._check_tokens(token_ids, seq, pos)
+        if nudge is not None and nudge.shape != (len(token_ids), self.spec.hidden_size):
+            raise InputError(f"`nudge` must have shape {(len(token_ids), self.spec.hidden_size)}, got {nudge.shape}")
+        replay = None if routing is None else self._check_routing(routing, len(token_ids))
+        return self._run(token_ids, seq, pos, replay, nudge)
+
+    def _run(
+        self, token_ids: Ints, seq: Ints, pos: Ints, replay: dict[int, Ints] | None, nudge: Floats | None
+    ) -> Iterator[tuple[Stage, NDArray[Any]]]:
+        spec = self.spec
+        embed = self._raw(tensors.embed_tokens(spec))
+        x = formulas.cast(embed[token_ids], self.dtype)
+        del embed
+        if nudge is not None:
+            x = formulas.cast(x * nudge, self.dtype)
+        yield (None, "embedding"), x
+        for layer in range(spec.num_layers):
+            for name, value in self._attention_block(layer, x, seq, pos):
+                x = value if name == "attn_residual" else x
+                yield (layer, name), value
+            residual = x
+            norm = formulas.rms_norm(residual, self._layer(layer, "ffn_norm"), spec.rms_norm_eps)
+            yield (layer, "ffn_norm"), norm
+            ffn = self._experts(layer, norm, None if replay is None else replay[layer]) if spec.is_moe else self._mlp(layer, norm)
+            for name, value in ffn:
+                yield (layer, name), value
+                x = value  # the last one is "ffn_out"
+            x = residual + x
+            yield (layer, "layer_out"), x
+        x = formulas.rms_norm(x, self._tensor(tensors.final_norm(spec)), spec.rms_norm_eps)
+        yield (None, "final_norm"), x
+        yield (None, "logits"), formulas.linear(x, self._tensor(tensors.lm_head(spec)))
+
+    def _attention_block(self, layer: int, x: Floats, seq: Ints, pos: Ints) -> Iterator[tuple[str, Floats]]:
+        spec, d = self.spec, self.spec.head_dim
+        norm = formulas.rms_norm(x, self._layer(layer, "attn_norm"), spec.rms_norm_eps)
+        yield "attn_norm", norm
+        q = formulas.linear(norm, self._layer(layer, "w_q")).reshape(-1, spec.num_heads, d)
+        yield "q", q
+        k = formulas.linear(norm, self._layer(layer, "w_k")).reshape(-1, spec.num_kv_heads, d)
+        yield "k", k
+        v = formulas.linear(norm, self._layer(layer, "w_v")).reshape(-1, spec.num_kv_heads, d)
+        yield "v", v
+        angles = formulas.rotary_angles(pos, d, spec.rope_theta)
+        q, k = formulas.rotate(q, angles), formulas.rotate(k, angles)
+        yield "q_rope", q
+        yield "k_rope", k
+        maximum, denominator, context = np.empty(q.shape[:2], self.dtype), np.empty(q.shape[:2], self.dtype), np.empty_like(q)
+        for s in np.unique(seq):  # tokens of different sequences never meet, so each has a matrix of its own
+            t = np.flatnonzero(seq == s)
+            maximum[t], denominator[t], context[t] = formulas.attention(q[t], k[t], v[t], formulas.visible(seq[t], pos[t]))
+        yield "attn_max", maximum
+        yield "attn_denominator", denominator
+        flat = context.reshape(len(x), -1)
+        yield "attn_context", flat
+        out = formulas.linear(flat, self._layer(layer, "w_o"))
+        yield "attn_out", out
+        yield "attn_residual", x + out
+
+    def _mlp(self, layer: int, x: Floats, expert: int | None = None) -> Iterator[tuple[str, Floats]]:
+        gate = formulas.linear(x, self._layer(layer, "w_gate", expert))
+        hidden = formulas.swiglu(gate, formulas.linear(x, self._layer(layer, "w_up", expert)))
+        yield "ffn_hidden", hidden
+        yield "ffn_out", formulas.linear(hidden, self._layer(layer, "w_down", expert))
+
+    def _experts(self, layer: int, x: Floats, replay: Ints | None) -> Iterator[tuple[str, NDArray[Any]]]:
+        spec, n_tokens = self.spec, len(x)
+        logits = formulas.linear(x, self._layer(layer, "router"))
+        yield "router_logits", logits
+        ids = formulas.top_k(logits, spec.top_k) if replay is None else replay
+        yield "topk_ids", ids
+        weights = formulas.expert_weights(logits, ids, spec.renormalize)
+        yield "topk_weights", weights
+        hidden = np.empty((n_tokens, spec.top_k, spec.intermediate_size), self.dtype)
+        outs = np.empty((n_tokens, spec.top_k, spec.hidden_size), self.dtype)
+        combined = np.zeros_like(x)
+        for expert in range(spec.num_experts):
+            mask = ids == expert  # (T, k), at most one slot of a token
+            stage = dict(self._mlp(layer, x, expert))  # every token, chosen or not
+            t, slot = np.nonzero(mask)
+            hidden[t, slot] = stage["ffn_hidden"][t]
+            outs[t, slot] = stage["ffn_out"][t]
+            share = np.where(mask, weights, 0).sum(axis=1, keepdims=True)
+            combined += np.where(mask.any(axis=1, keepdims=True), share * stage["ffn_out"], 0)
+        yield "expert_hidden", hidden
+        yield "expert_out", outs
+        yield "ffn_out", combined
+
+    def _layer(self, layer: int, role: str, expert: int | None = None) -> Floats:
+        return self._tensor(tensors.layer_tensor(self.spec, layer, role, expert))
+
+    def _tensor(self, published: tensors.Published) -> Floats:
+        return formulas.cast(self._raw(published), self.dtype)
+
+    def _raw(self, published: tensors.Published) -> NDArray[Any]:
+        value = np.asarray(self._read(published.name))
+        if value.shape != published.shape:
+            raise CheckpointError(f"tensor `{published.name}` must have shape {published.shape}, got {value.shape}")
+        if not np.issubdtype(value.dtype, np.floating):
+            raise CheckpointError(f"tensor `{published.name}` must be read as real floating values, got {value.dtype}")
+        return value
+
+    def _check_tokens(self, token_ids: NDArray[Any], seq: NDArray[Any], pos: NDArray[Any]) -> tuple[Ints, Ints, Ints]:
+        for name, a in (("token_ids", token_ids), ("seq", seq), ("pos", pos)):
+            if a.ndim != 1 or not np.issubdtype(a.dtype, np.integer):
+                raise InputError(f"`{name}` must be a one-dimensional integer array, got {a.dtype} of shape {a.shape}")
+            if len(a) != len(token_ids):
+                raise InputError(f"`{name}` must have one entry per token, got {len(a)} for {len(token_ids)} tokens")
+        if not len(token_ids):
+            raise InputError("`token_ids` is empty: there is nothing to compute")
+        bad = np.flatnonzero((token_ids < 0) | (token_ids >= self.spec.vocab_size))
+        if len(bad):
+            raise InputError(f"`token_ids[{bad[0]}]` must lie in 0..{self.spec.vocab_size - 1} (`vocab_size`), got {token_ids[bad[0]]}")
+        if (pos < 0).any():
+            raise InputError(f"`pos` must be >= 0, got {pos.min()}")
+        return token_ids.astype(np.int64), seq.astype(np.int64), pos.astype(np.int64)
+
+    def _check_routing(self, routing: Routing, n_tokens: int) -> dict[int, Ints]:
+        spec = self.spec
+        if not spec.is_moe:
+            raise InputError("`routing` was given, but the model is dense: it has no experts")
+        shape = (n_tokens, spec.top_k)
+        for layer in range(spec.num_layers):
+            if layer not in routing:
+                raise InputError(f"`routing` has no entry for layer {layer}")
+            ids = routing[layer]
+            if ids.shape != shape or not np.issubdtype(ids.dtype, np.integer):
+                raise InputError(f"`routing[{layer}]` must hold integers of shape {shape}, got {ids.dtype} of shape {ids.shape}")
+            if (ids < 0).any() or (ids >= spec.num_experts).any():
+                raise InputError(f"`routing[{layer}]` must name experts 0..{spec.num_experts - 1}, got {ids.min()}..{ids.max()}")
+            if (np.diff(np.sort(ids, axis=1), axis=1) == 0).any():
+                raise InputError(f"`routing[{layer}]` names an expert twice for one token")
+        return {layer: routing[layer].astype(np.int64) for layer in range(spec.num_layers)}

@@ -1,0 +1,121 @@
+"""The formulas of the transformer, written once, plainly; each works in the dtype of the arrays it is given.
+
+Weights are in published order, ``[out, in]``. ``T`` is the number of tokens, flattened and unpadded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+from scipy.special import expit
+
+Floats = NDArray[np.floating[Any]]
+Ints = NDArray[np.int64]
+
+
+def linear(x: Floats, weight: Floats) -> Floats:
+    """``x @ weight.T``: x (T, in), weight (out, in) -> (T, out)."""
+    out: Floats = x @ weight.T
+    return out
+
+
+def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis; x (T, n), weight (n,)."""
+    mean = np.mean(x * x, axis=-1, keepdims=True)
+    out: Floats = x * (1 / np.sqrt(mean + x.dtype.type(eps))) * weight
+    return out
+
+
+def rotary_angles(pos: Ints, head_dim: int, theta: float) -> NDArray[np.float64]:
+    """Angle of every rotary pair, ``pos * theta**(-2u/d)``, (T, d/2) in radians, always float64."""
+    u = np.arange(head_dim // 2, dtype=np.float64)
+    angles: NDArray[np.float64] = pos[:, None].astype(np.float64) * theta ** (-2.0 * u / head_dim)
+    return angles
+
+
+def rotate(x: Floats, angles: NDArray[np.float64]) -> Floats:
+    """Rotary embedding, pairs ``(u, u + d/2)``: x (T, heads, d), angles (T, d/2) -> (T, heads, d).
+
+    Cosine and sine are taken in float64 and rounded to the dtype of `x`.
+
+    References
+    ----------
+    Su et al., "RoFormer", 2021, section 3.2, in the half-split pairing of the released Llama weights.
+    """
+    cos = np.cos(angles).astype(x.dtype)[:, None, :]
+    sin = np.sin(angles).astype(x.dtype)[:, None, :]
+    a, b = np.split(x, 2, axis=-1)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def visible(seq: Ints, pos: Ints) -> NDArray[np.bool_]:
+    """Causal mask, (T, T) bool: entry (i, j) says whether token i sees token j (same sequence, no later position)."""
+    same: NDArray[np.bool_] = seq[:, None] == seq[None, :]
+    return same & (pos[None, :] <= pos[:, None])
+
+
+def attention(q: Floats, k: Floats, v: Floats, mask: NDArray[np.bool_]) -> tuple[Floats, Floats, Floats]:
+    """Softmax attention of every query over every key, with a full matrix of scores.
+
+    Parameters
+    ----------
+    q : ndarray, (T, heads, d)
+    k, v : ndarray, (T, kv_heads, d)
+        Head ``i`` of `q` reads key/value head ``i // (heads / kv_heads)``.
+    mask : ndarray, (T, T), bool
+        True where query i sees key j.
+
+    Returns
+    -------
+    maximum, denominator : ndarray, (T, heads)
+        ``max_j s`` and ``sum_j exp(s - max)`` of ``s = q.k / sqrt(d)``.
+    context : ndarray, (T, heads, d)
+    """
+    heads, d = q.shape[1:]
+    group = heads // k.shape[1]
+    maximum = np.empty(q.shape[:2], q.dtype)
+    denominator = np.empty(q.shape[:2], q.dtype)
+    context = np.empty_like(q)
+    for head in range(heads):  # one (T, T) matrix at a time
+        scores = q[:, head] @ k[:, head // group].T / np.sqrt(q.dtype.type(d))
+        scores = np.where(mask, scores, q.dtype.type(-np.inf))
+        maximum[:, head] = scores.max(axis=1)
+        p = np.exp(scores - maximum[:, head, None])
+        denominator[:, head] = p.sum(axis=1)
+        context[:, head] = p @ v[:, head // group] / denominator[:, head, None]
+    return maximum, denominator, context
+
+
+def swiglu(gate: Floats, up: Floats) -> Floats:
+    """``silu(gate) * up``, elementwise.
+
+    References
+    ----------
+    Shazeer, "GLU variants improve Transformer", 2020, section 2.
+    """
+    out: Floats = gate * expit(gate) * up
+    return out
+
+
+def top_k(logits: Floats, k: int) -> Ints:
+    """Ids of the k largest logits, descending, equal ones by lowest id: (T, E) -> (T, k) int64."""
+    ids: Ints = np.argsort(-logits, axis=-1, kind="stable")[:, :k].astype(np.int64)
+    return ids
+
+
+def expert_weights(logits: Floats, ids: Ints, renormalize: bool) -> Floats:
+    """Softmax over all experts, taken at the chosen ones: (T, E), (T, k) -> (T, k).
+
+    With `renormalize` the chosen weights are divided by their sum (Mixtral, arXiv 2401.04088, section 2.1).
+    """
+    p = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    chosen: Floats = np.take_along_axis(p / p.sum(axis=-1, keepdims=True), ids, axis=-1)
+    return chosen / chosen.sum(axis=-1, keepdims=True) if renormalize else chosen
+
+
+def cast(x: NDArray[Any], dtype: DTypeLike) -> Floats:
+    """`x` in `dtype`, copied only if it is in another one."""
+    out: Floats = x.astype(dtype, copy=False)
+    return out
