@@ -1,0 +1,184 @@
+"""The commands on the shipped model and on a small random one, nothing replaced."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wse_emu.cli.app import invoke
+from wse_emu.cli.options import shipped_model
+
+CONFIG: dict[str, Any] = {
+    "model_type": "mixtral",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Mixtral on disk, without a tokenizer."""
+    from safetensors.numpy import save_file
+
+    from wse_emu.checkpoint import random_checkpoint
+
+    made = random_checkpoint(CONFIG, seed=0)
+    path = tmp_path_factory.mktemp("model")
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    save_file({name: made.tensors.read(name) for name in made.tensors.names()}, path / "model.safetensors")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _own_weights(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what the commands store out of the user's cache, without compiling the kernels again."""
+    from wse_emu.memoryx import build
+
+    folder = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setattr(build, "cache_directory", lambda cache_dir=None: folder / "weights")
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, Any, str]:
+    code = invoke([*words, "--json"])
+    out, err = capsys.readouterr()
+    return code, json.loads(out) if out else None, err
+
+
+def ids_file(tmp_path: Path, n: int) -> str:
+    file = tmp_path / "ids.json"
+    file.write_text(json.dumps([(7 * i + 3) % 64 for i in range(n)]))
+    return str(file)
+
+
+def test_shipped_model_runs_and_verifies(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["run", "--max-new-tokens", "4"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "Emulated work and traffic" in out
+    assert "host time" in out
+
+
+def test_random_model_from_ids(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, document, err = run(
+        capsys, "run", str(checkpoint), "--ids", ids_file(tmp_path, 9), "--max-new-tokens", "3", "--rows", "3", "--cols", "5"
+    )
+    assert (code, err) == (0, "")
+    assert len(document["generated"]["ids"]) == 3
+    assert document["generated"]["text"] is None
+    assert document["verification"]["passed"] is True
+    assert (document["wafer"]["rows"], document["wafer"]["cols"]) == (3, 5)
+    streamed = sum(row["bytes"] for row in document["ledger"]["totals"] if row["kind"] == "stream")
+    assert streamed > 0
+
+
+@pytest.mark.parametrize(
+    "words", [["--rows", "1", "--cols", "5"], ["--prefill-chunk", "2"], ["--executor", "isolated", "--rows", "3", "--cols", "5"]]
+)
+def test_tokens_do_not_depend_on_rows_chunks_or_executor(
+    words: list[str], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [
+        "run",
+        str(checkpoint),
+        "--ids",
+        ids_file(tmp_path, 9),
+        "--max-new-tokens",
+        "4",
+        "--no-verify",
+        "--top-k",
+        "20",
+        "--seed",
+        "2",
+    ]
+    _, plain, _ = run(capsys, *common, "--rows", "3", "--cols", "5")
+    code, other, _ = run(capsys, *common, *words)
+    assert code == 0
+    assert other["generated"] == plain["generated"]
+
+
+def test_ledger_file_has_the_public_schema(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from wse_emu.wafer.ledger import SCHEMA_VERSION, Event
+
+    file = tmp_path / "ledger.json"
+    code, document, _ = run(
+        capsys, "run", str(checkpoint), "--ids", ids_file(tmp_path, 5), "--max-new-tokens", "2", "--no-verify", "--ledger", str(file)
+    )
+    written = json.loads(file.read_text())
+    assert code == 0
+    assert written["schema"] == SCHEMA_VERSION
+    assert written["fields"] == list(Event._fields)
+    macs = Event._fields.index("macs")
+    assert sum(event[macs] for event in written["events"]) == sum(row["macs"] for row in document["ledger"]["totals"])
+
+
+def test_verify_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, document, err = run(capsys, "verify", str(checkpoint), "--ids", ids_file(tmp_path, 12))
+    assert (code, err) == (0, "")
+    assert document["verification"]["passed"] is True
+
+
+def test_text_for_a_model_without_tokenizer_is_refused(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, document, err = run(capsys, "run", str(checkpoint), "--prompt", "hello")
+    assert (code, document) == (2, None)
+    assert "use --ids FILE" in err
+
+
+def test_too_long_a_sequence_is_refused(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, document, err = run(capsys, "run", str(checkpoint), "--ids", ids_file(tmp_path, 60), "--max-new-tokens", "5")
+    assert (code, document) == (2, None)
+    assert "60 tokens of prompt and 5 new ones are more than the model's 64 positions" in err
+
+
+def test_truncated_weights_are_exit_four(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "config.json").write_text((checkpoint / "config.json").read_text())
+    (damaged / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:-100])
+    code, document, err = run(capsys, "run", str(damaged), "--ids", ids_file(tmp_path, 3))
+    assert (code, document) == (4, None)
+    assert err.count("\n") == 1
+
+
+def test_plan_of_a_config_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIG))
+    code, document, err = run(capsys, "plan", str(config), "--prompt-tokens", "32", "--new-tokens", "4")
+    assert (code, err) == (0, "")
+    assert document["plan"]["fits"] is True
+    assert document["plan"]["peak_bytes"] <= 49_152
+
+
+def test_plan_of_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    code, document, _ = run(
+        capsys, "plan", str(shipped_model()), "--rows", "1", "--cols", "1", "--prompt-tokens", "500", "--new-tokens", "1"
+    )
+    assert code == 3
+    assert document["plan"]["fits"] is False
+    assert document["plan"]["message"]
+
+
+def test_plan_for_people_names_the_worst_core(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["plan", str(shipped_model()), "--prompt-tokens", "64"]) == 0
+    out = capsys.readouterr().out
+    assert "SRAM of the worst core" in out
+    assert "weights streamed for the prompt" in out
+
+
+def test_run_on_too_small_a_grid_is_exit_three(capsys: pytest.CaptureFixture[str]) -> None:
+    code, document, err = run(capsys, "run", "--prompt", "a " * 200, "--rows", "1", "--cols", "1")
+    assert (code, document) == (3, None)
+    assert err.count("\n") == 1

@@ -1,0 +1,1 @@
+"""The command line: ``wse-emu run | verify | plan | cache``."""

@@ -1,0 +1,90 @@
+"""The entry point: commands, and the one place where an error becomes a line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Annotated, NoReturn, ParamSpec
+
+import typer
+
+from wse_emu import __version__
+from wse_emu.cli.cache import cache
+from wse_emu.cli.exits import EXIT_HELP, Exit, report
+from wse_emu.cli.plan import plan
+from wse_emu.cli.run import run
+from wse_emu.cli.verify import verify
+
+P = ParamSpec("P")
+
+app = typer.Typer(
+    name="wse-emu",
+    help="Functional emulator of a wafer-scale AI computer: streams a transformer's weights through a grid of cores, verifies every layer.",
+    epilog=EXIT_HELP,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _guarded(command: Callable[P, int]) -> Callable[P, int]:
+    """Turn what a command raises into one line on stderr and an exit code."""
+
+    @wraps(command)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            code = command(*args, **kwargs)
+            sys.stdout.flush()
+        except (Exception, KeyboardInterrupt) as e:
+            return report(e)
+        return code
+
+    return guarded
+
+
+for _command in (run, verify, plan, cache):
+    app.command(epilog=EXIT_HELP)(_guarded(_command))
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"wse-emu {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    pass
+
+
+def _usage(error: Exception) -> int:
+    """Exit code of an error that was raised before a command began: nearly always an option that does not parse."""
+    # The base class of usage errors lives in click or in typer, by version; all of them know how to say what is wrong.
+    format_message = getattr(error, "format_message", None)
+    if format_message is None:
+        return int(report(error))
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "wse-emu"
+    print(f"wse-emu: {' '.join(format_message().split())} (see {command} --help)", file=sys.stderr)
+    return int(Exit.USAGE)
+
+
+def invoke(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments` (default: those of the process; none at all shows the help) and return the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        result = app(args=words or ["--help"], prog_name="wse-emu", standalone_mode=False)
+    except typer.Abort:
+        return int(Exit.INTERRUPTED)
+    except Exception as e:
+        return _usage(e)
+    return int(result) if isinstance(result, int) else int(Exit.OK)
+
+
+def main() -> NoReturn:
+    """Entry point of ``wse-emu``."""
+    sys.exit(invoke())

@@ -1,0 +1,122 @@
+"""From options to a model on a wafer: shapes first, then the plan, then the weights."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from wse_emu.cli.options import OTHER_PROMPT, SHIPPED_PROMPT, Placing, grid, shipped_model
+from wse_emu.cli.tokens import encode, load_tokenizer, read_ids
+from wse_emu.foundation.errors import InputError, SramOverflowError
+
+if TYPE_CHECKING:
+    from wse_emu.foundation.model_spec import ModelSpec
+    from wse_emu.model import WaferModel
+
+
+class Progress(Protocol):
+    """What is called while a long preparation goes on."""
+
+    def __call__(self, done_bytes: int, total_bytes: int, /) -> None:
+        """Say that `done_bytes` of `total_bytes` are done."""
+
+
+class Request(NamedTuple):
+    """Token ids to start from, and the tokenizer if there is one."""
+
+    path: Path
+    spec: ModelSpec
+    ids: list[int]
+    text: str | None
+    """The prompt as text; None if it was given as ids."""
+    tokenizer: Any | None
+
+
+def read_request(model: Path | None, prompt: str | None, ids: Path | None) -> Request:
+    """Resolve MODEL, ``--prompt`` and ``--ids``; reads config.json and tokenizer.json, no weights.
+
+    Raises
+    ------
+    InputError
+        If both `prompt` and `ids` are given, or the ids do not fit the model's vocabulary.
+    ConfigError, CheckpointError
+        If the checkpoint cannot be read.
+    """
+    from wse_emu.checkpoint import read_config
+
+    if prompt is not None and ids is not None:
+        raise InputError("`--prompt` and `--ids` both say where to start; give one of them")
+    path = shipped_model() if model is None else model
+    _, spec = read_config(path)
+    tokenizer = load_tokenizer(path)
+    if ids is not None:
+        text, tokens = None, read_ids(ids)
+    else:
+        text = prompt if prompt is not None else (SHIPPED_PROMPT if model is None else OTHER_PROMPT)
+        tokens = encode(tokenizer, text, path)
+    outside = [i for i in tokens if i >= spec.vocab_size]
+    if outside:
+        raise InputError(f"token id {outside[0]} lies outside the model's vocabulary of {spec.vocab_size}")
+    return Request(path, spec, tokens, text, tokenizer)
+
+
+def load(request: Request, placing: Placing, *, new_tokens: int, verify: bool, quiet: bool) -> WaferModel:
+    """Put the model on a wafer that holds it with the prompt and `new_tokens` more; with `verify`, all of them in one forward pass.
+
+    Raises
+    ------
+    InputError
+        If the sequence would be longer than the model's positions.
+    SramOverflowError
+        If no grid, or not the one asked for, holds it.
+    """
+    import wse_emu as wse
+    from wse_emu.engine.plan import plan_model
+
+    n_prompt, limit = len(request.ids), request.spec.max_position_embeddings
+    if n_prompt + new_tokens > limit:
+        raise InputError(f"{n_prompt} tokens of prompt and {new_tokens} new ones are more than the model's {limit} positions")
+    rows, cols = grid(placing.rows, placing.cols)
+    plan = plan_model(
+        request.spec,
+        wafer_spec=placing.wafer.spec,
+        rows=rows,
+        cols=cols,
+        prompt_tokens=n_prompt + new_tokens if verify else n_prompt,
+        new_tokens=0 if verify else new_tokens,
+        prefill_chunk=placing.prefill_chunk,
+    )
+    if not plan.fits:
+        raise SramOverflowError(plan.message)
+    with progress_bar("weights to wafer layout", quiet=quiet) as progress:
+        return wse.from_pretrained(
+            request.path,
+            wafer=wse.Wafer(placing.wafer.spec, rows=plan.rows, cols=plan.cols, executor=placing.executor.value),
+            max_tokens=n_prompt + new_tokens,
+            stream_experts=placing.stream_experts.value,
+            prefill_chunk=placing.prefill_chunk,
+            progress=progress,
+        )
+
+
+@contextmanager
+def progress_bar(what: str, *, quiet: bool) -> Iterator[Progress | None]:
+    """Progress of bytes on stderr, if that is a terminal; None where nobody looks."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None, visible=False)
+
+        def update(done_bytes: int, total_bytes: int) -> None:
+            bar.update(task, completed=done_bytes, total=total_bytes, visible=True)
+
+        yield update

@@ -1,0 +1,205 @@
+"""``wse-emu run``: stream, run, generate, verify, say what moved where."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wse_emu.cli import options
+from wse_emu.cli.exits import Exit
+from wse_emu.cli.load import Request, load, read_request
+from wse_emu.cli.options import Executor, Placing, StreamExperts, WaferName
+from wse_emu.cli.tokens import TextStream
+from wse_emu.foundation.errors import StoreError
+from wse_emu.sampling import Sampler
+
+if TYPE_CHECKING:
+    from wse_emu.model import WaferModel
+
+JSON_SCHEMA = 1
+"""Version of the document that ``--json`` writes."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Everything that a run found out; emulated quantities and host seconds are kept apart."""
+
+    request: Request
+    model: WaferModel
+    sampler: Sampler
+    ids: list[int] = field(default_factory=list)
+    """The continuation, without the prompt."""
+    text: str | None = None
+    """The continuation as text, if there is a tokenizer."""
+    totals: list[dict[str, Any]] = field(default_factory=list)
+    """Ledger of the generation, by stage and kind; the verification's own run is not in it."""
+    report: Any | None = None
+    """Verification report; None with ``--no-verify``."""
+    host_seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> Exit:
+        """Whether everything that was verified agreed."""
+        return Exit.OK if self.report is None or self.report.passed else Exit.VERIFICATION_FAILED
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of ``--json``."""
+        spec, wafer = self.request.spec, self.model.wafer
+        return {
+            "schema": JSON_SCHEMA,
+            "command": "run",
+            "model": {"path": str(self.request.path), "family": spec.family, "n_params": spec.n_params, "spec": asdict(spec)},
+            "wafer": {
+                "name": wafer.spec.name,
+                "rows": wafer.rows,
+                "cols": wafer.cols,
+                "executor": wafer.executor,
+                "sram": wafer.sram_report(),
+            },
+            "sampling": asdict(self.sampler),
+            "prompt": {"text": self.request.text, "ids": self.request.ids},
+            "generated": {"text": self.text, "ids": self.ids},
+            "ledger": {"by": ["stage", "kind"], "totals": self.totals},
+            "verification": None if self.report is None else self.report.to_dict(),
+            "host_seconds": self.host_seconds,
+        }
+
+
+def run(
+    model: options.Model = None,
+    prompt: options.Prompt = None,
+    ids: options.Ids = None,
+    max_new_tokens: options.MaxNewTokens = 32,
+    rows: options.Rows = None,
+    cols: options.Cols = None,
+    wafer: options.Wafer = WaferName.WSE3,
+    executor: options.Execution = Executor.BATCHED,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    seed: options.Seed = 0,
+    stream_experts: options.Streamed = StreamExperts.ACTIVATED,
+    prefill_chunk: options.PrefillChunk = None,
+    verify: options.Verify = True,
+    as_json: options.Json = False,
+    ledger: options.LedgerFile = None,
+) -> int:
+    """Stream, run, generate, verify, report.
+
+    Weights pass through the wafer layer by layer; every layer is held against a dense float64 reference; a table says what moved where.
+    """
+    sampler = make_sampler(temperature, top_k, top_p, seed)
+    request = read_request(model, prompt, ids)
+    placing = Placing(rows, cols, wafer, executor, stream_experts, prefill_chunk)
+    started = time.perf_counter()
+    loaded = load(request, placing, new_tokens=max_new_tokens, verify=verify, quiet=as_json)
+    outcome = Outcome(request, loaded, sampler, host_seconds={"load": time.perf_counter() - started})
+    if not as_json:
+        print_header(outcome)
+    generate(outcome, max_new_tokens, echo=not as_json)
+    if ledger is not None:
+        write_ledger(loaded, ledger)
+    if not as_json:
+        print_ledger(outcome)
+    if verify:
+        started = time.perf_counter()
+        outcome.report = loaded.verify([request.ids + outcome.ids])
+        outcome.host_seconds["verify"] = time.perf_counter() - started
+    if as_json:
+        print(json.dumps(outcome.to_dict()))
+    else:
+        print_end(outcome)
+    return outcome.exit_code
+
+
+def make_sampler(temperature: float | None, top_k: int | None, top_p: float | None, seed: int) -> Sampler:
+    """Sampler that the options ask for: greedy at temperature 0, or if none of temperature, top-k and top-p is given."""
+    if temperature == 0 or (temperature, top_k, top_p) == (None, None, None):
+        return Sampler(greedy=True, seed=seed)
+    return Sampler(
+        temperature=1.0 if temperature is None else temperature,
+        top_k=top_k,
+        top_p=1.0 if top_p is None else top_p,
+        seed=seed,
+    )
+
+
+def generate(outcome: Outcome, max_new_tokens: int, *, echo: bool) -> None:
+    """Generate, writing the text to stdout as it settles if `echo`; fills in ids, text, ledger totals and host seconds."""
+    request, model = outcome.request, outcome.model
+    tokenizer = request.tokenizer
+    stream = None if tokenizer is None else TextStream(lambda ids: str(tokenizer.decode(ids)), request.ids)
+    pieces: list[str] = []
+    before = len(model.wafer.ledger)
+    started = time.perf_counter()
+
+    def on_token(step: int, ids: Any) -> None:
+        if step == 0:
+            outcome.host_seconds["first_token"] = time.perf_counter() - started
+        token = int(ids[0])
+        outcome.ids.append(token)
+        piece = f" {token}" if stream is None else stream.push(token)
+        pieces.append(piece)
+        if echo:
+            print(piece, end="", flush=True)
+
+    model.generate([request.ids], max_new_tokens=max_new_tokens, sampler=outcome.sampler, on_token=on_token)
+    outcome.host_seconds["generate"] = time.perf_counter() - started
+    pieces.append("" if stream is None else stream.finish())
+    if echo:
+        print(pieces[-1])
+    outcome.text = None if stream is None else "".join(pieces)
+    outcome.totals = model.wafer.ledger.totals(by=("stage", "kind"), start=before)
+
+
+def write_ledger(model: WaferModel, file: Path) -> None:
+    """Write the wafer's ledger as JSON.
+
+    Raises
+    ------
+    StoreError
+        If `file` cannot be written.
+    """
+    try:
+        model.wafer.ledger.to_json(file)
+    except OSError as e:
+        raise StoreError(f"--ledger {file}: cannot be written ({e.strerror or e})") from e
+
+
+def print_header(outcome: Outcome) -> None:
+    """Say what runs where, then the prompt."""
+    spec, wafer = outcome.request.spec, outcome.model.wafer
+    shape = f"{spec.num_layers} layers, hidden {spec.hidden_size}"
+    if spec.is_moe:
+        shape += f", {spec.num_experts} experts, top {spec.top_k}"
+    print(f"model     {outcome.request.path.resolve().name}: {spec.family}, {shape}, {spec.n_params:,} parameters")
+    print(f"wafer     {wafer.rows} x {wafer.cols} = {wafer.rows * wafer.cols:,} cores of {wafer.spec.name}, executor {wafer.executor}")
+    print()
+    prompt = outcome.request.text if outcome.request.text is not None else " ".join(map(str, outcome.request.ids))
+    print(prompt, end="", flush=True)
+
+
+def print_ledger(outcome: Outcome) -> None:
+    """Tell what the wafer did: emulated quantities only."""
+    from wse_emu.cli.tables import channel_bytes, console, ledger_table
+
+    n = len(outcome.request.ids)
+    print()
+    console().print(ledger_table(outcome.totals, f"Emulated work and traffic: {n} prompt tokens, {len(outcome.ids)} generated"))
+    print(f"control channel (chosen experts to MemoryX): {channel_bytes(outcome.totals, 'control'):,} bytes")
+    print(outcome.model.wafer.sram_report())
+    print()
+    sys.stdout.flush()
+
+
+def print_end(outcome: Outcome) -> None:
+    """Tell the verification's result, then what the host needed, which says nothing about a wafer."""
+    if outcome.report is not None:
+        print(outcome.report)
+        print()
+    parts = ", ".join(f"{name.replace('_', ' ')} {value:.2f} s" for name, value in outcome.host_seconds.items())
+    print(f"host time (of this emulator, not of a wafer): {parts}")

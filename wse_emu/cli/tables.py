@@ -1,0 +1,93 @@
+"""What a run tells people: emulated quantities from the ledger; host seconds apart from them, always."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+EDGE = frozenset({"inject", "drain"})
+"""Kinds of events that cross the wafer's edge with tokens and logits."""
+FABRIC = frozenset({"broadcast", "chain", "deliver", "allgather", "shift", "send", "gather"})
+"""Kinds of events that move data between cores."""
+
+
+class StageTotals(NamedTuple):
+    """What one stage of the program did, over all layers and tokens."""
+
+    stage: str
+    macs: int
+    """Multiply-adds on cores."""
+    streamed_bytes: int
+    """Weights from MemoryX over the wafer's edge."""
+    edge_bytes: int
+    """Tokens in, logits out."""
+    fabric_wavelets: int
+    """32-bit words moved between cores; a multicast counts once."""
+    busiest_link_wavelets: int
+    """Most wavelets over one link in one move, streaming included."""
+
+
+def console() -> Console:
+    """Console for stdout: as wide as the terminal, 110 columns where there is none."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110, highlight=False, soft_wrap=False)
+
+
+def stage_totals(rows: Iterable[Mapping[str, Any]]) -> list[StageTotals]:
+    """Sum ledger rows (grouped by stage and kind) to one line per stage, in order of first appearance; probes are left out."""
+    stages: dict[str, StageTotals] = {}
+    for row in rows:
+        kind = row["kind"]
+        if kind in ("probe", "control"):
+            continue
+        old = stages.get(row["stage"], StageTotals(row["stage"], 0, 0, 0, 0, 0))
+        stages[row["stage"]] = StageTotals(
+            stage=old.stage,
+            macs=old.macs + row["macs"],
+            streamed_bytes=old.streamed_bytes + (row["bytes"] if kind == "stream" else 0),
+            edge_bytes=old.edge_bytes + (row["bytes"] if kind in EDGE else 0),
+            fabric_wavelets=old.fabric_wavelets + (row["wavelets"] if kind in FABRIC else 0),
+            busiest_link_wavelets=max(old.busiest_link_wavelets, row["max_link_wavelets"]),
+        )
+    return list(stages.values())
+
+
+def channel_bytes(rows: Iterable[Mapping[str, Any]], kind: str) -> int:
+    """Bytes over one of the side channels, ``"control"`` or ``"probe"``."""
+    return sum(int(row["bytes"]) for row in rows if row["kind"] == kind)
+
+
+def ledger_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """Table of emulated quantities by stage, with their totals."""
+    table = Table(title=title, title_justify="left", show_footer=True)
+    stages = stage_totals(rows)
+    total = StageTotals(
+        "all",
+        sum(s.macs for s in stages),
+        sum(s.streamed_bytes for s in stages),
+        sum(s.edge_bytes for s in stages),
+        sum(s.fabric_wavelets for s in stages),
+        max((s.busiest_link_wavelets for s in stages), default=0),
+    )
+    table.add_column("stage", footer=total.stage)
+    heads = ("MACs", "weights streamed\nbytes", "tokens in, logits out\nbytes", "between cores\nwavelets", "busiest link\nwavelets")
+    for head, value in zip(heads, total[1:], strict=True):
+        table.add_column(head, footer=f"{value:,}", justify="right")
+    for stage in stages:
+        table.add_row(stage.stage, *(f"{value:,}" for value in stage[1:]))
+    return table
+
+
+def bytes_text(n: int) -> str:
+    """Bytes for people, with a binary unit from a KiB on.
+
+    >>> bytes_text(49152)
+    '48.0 KiB'
+    """
+    if n < 1024:
+        return f"{n} bytes"
+    power = min((n.bit_length() - 1) // 10, 4)
+    return f"{n / 1024**power:.1f} {('', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

@@ -1,0 +1,37 @@
+"""``wse-emu verify``: every stage of a forward pass against the dense float64 reference."""
+
+from __future__ import annotations
+
+import json
+
+from wse_emu.cli import options
+from wse_emu.cli.exits import Exit
+from wse_emu.cli.load import load, read_request
+from wse_emu.cli.options import Executor, Placing, WaferName
+from wse_emu.cli.run import JSON_SCHEMA
+
+
+def verify(
+    model: options.Model = None,
+    prompt: options.Prompt = None,
+    ids: options.Ids = None,
+    rows: options.Rows = None,
+    cols: options.Cols = None,
+    wafer: options.Wafer = WaferName.WSE3,
+    executor: options.Execution = Executor.BATCHED,
+    prefill_chunk: options.PrefillChunk = None,
+    as_json: options.Json = False,
+) -> int:
+    """Compare every stage with the dense reference.
+
+    Runs the prompt through the wafer and holds every stage of every layer against a dense float64 forward pass.
+    """
+    request = read_request(model, prompt, ids)
+    placing = Placing(rows, cols, wafer, executor, prefill_chunk=prefill_chunk)
+    loaded = load(request, placing, new_tokens=0, verify=True, quiet=as_json)
+    report = loaded.verify([request.ids])
+    if as_json:
+        print(json.dumps({"schema": JSON_SCHEMA, "command": "verify", "model": str(request.path), "verification": report.to_dict()}))
+    else:
+        print(report)
+    return Exit.OK if report.passed else Exit.VERIFICATION_FAILED

@@ -1,0 +1,473 @@
+"""The face for people: a model on a wafer, called and generated from as Hugging Face's models are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from wse_emu.checkpoint import Checkpoint, open_checkpoint, random_checkpoint
+from wse_emu.engine.inference import Engine, EngineOptions, ForwardResult, StreamExperts
+from wse_emu.engine.plan import Workload, peak_sram, prompt_chunks, sequences_of, smallest_square
+from wse_emu.engine.routing_trace import RoutingTrace
+from wse_emu.equivalence import VerifyReport, verify_record
+from wse_emu.foundation.errors import InputError, SpecError, SramOverflowError
+from wse_emu.foundation.model_spec import ModelSpec
+from wse_emu.foundation.taps import TapRecord
+from wse_emu.foundation.wafer_spec import WSE3
+from wse_emu.layers.kv_cache import KVCache
+from wse_emu.memoryx import ArrayStore, ShapeStore, WeightStore, open_store
+from wse_emu.sampling import Sampler
+from wse_emu.wafer.wafer import Wafer
+
+Ints = NDArray[np.int64]
+_DEFAULT_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOutput:
+    """What a forward pass gives back; padding positions hold zeros."""
+
+    logits: NDArray[np.float32]
+    """(batch, tokens, vocab)."""
+    hidden_states: tuple[NDArray[np.float32], ...] | None = None
+    """Embedding output, then the output of every layer, (batch, tokens, hidden), if asked for."""
+    router_logits: tuple[NDArray[np.float32], ...] | None = None
+    """One (batch, tokens, experts) array per MoE layer, if asked for."""
+    topk_ids: tuple[NDArray[np.int64], ...] = ()
+    """Chosen experts, one (batch, tokens, k) array per MoE layer, most probable first."""
+    topk_weights: tuple[NDArray[np.float32], ...] = ()
+    """Their weights, likewise."""
+
+
+def from_pretrained(
+    path: str | os.PathLike[str], *, wafer: Wafer | None = None, max_tokens: int | None = None, stream_experts: StreamExperts = "activated",
+    prefill_chunk: int | None = None, chunk: int | None = None, prefetch_depth: int = 1, cache_dir: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> WaferModel:  # fmt: skip
+    """Open a Hugging Face directory; its weights stay in MemoryX.
+
+    The first time, the weights are rewritten into a checksummed wafer-layout file in the cache directory, which is then mapped.
+
+    Parameters
+    ----------
+    path : path
+        Directory with config.json and safetensors files (float32, float16 or bfloat16).
+    wafer : Wafer, optional
+        Where to run. By default the smallest square grid of a WSE-3 on which model, prompt and new tokens fit, chosen when they are known.
+    max_tokens : int, optional
+        Tokens of the longest sequence; the default grid is then chosen at once.
+    stream_experts : {"activated", "all"}
+        Stream only experts that some token chose, or all.
+    prefill_chunk : int, optional
+        Prompt tokens of each sequence per forward pass; all at once by default.
+    chunk : int, optional
+        Most output columns of one streamed piece of a matrix (default 32); less needs less SRAM.
+    prefetch_depth : int
+        Layers made resident ahead of use.
+    cache_dir : path, optional
+        Where layout files are kept.
+    progress : callable, optional
+        Called with (bytes done, bytes in all) while the layout file is made.
+
+    Returns
+    -------
+    WaferModel
+
+    Raises
+    ------
+    ConfigError, CheckpointError, StoreError
+        If the directory, its tensors or the cache cannot be used.
+    SramOverflowError
+        If `max_tokens` fit no grid.
+    """
+    checkpoint = open_checkpoint(path)
+    dry = wafer is not None and wafer.is_dry
+    store: WeightStore = ShapeStore(checkpoint.spec) if dry else open_store(checkpoint, cache_dir=cache_dir, progress=progress)
+    return WaferModel(checkpoint, store, wafer, max_tokens, prefill_chunk, _options(stream_experts, chunk, prefetch_depth))
+
+
+def from_config(
+    config: Mapping[str, Any] | ModelSpec, *, seed: int = 0, wafer: Wafer | None = None, max_tokens: int | None = None,
+    stream_experts: StreamExperts = "activated", prefill_chunk: int | None = None, chunk: int | None = None, prefetch_depth: int = 1,
+) -> WaferModel:  # fmt: skip
+    """Make a model with random weights, held in memory.
+
+    Parameters
+    ----------
+    config : mapping or ModelSpec
+        What config.json would hold, or the specification itself.
+    seed : int
+        The same seed gives the same weights.
+    wafer, max_tokens, stream_experts, prefill_chunk, chunk, prefetch_depth
+        As for `from_pretrained`.
+
+    Returns
+    -------
+    WaferModel
+    """
+    checkpoint = random_checkpoint(config, seed)
+    dry = wafer is not None and wafer.is_dry
+    store: WeightStore = ShapeStore(checkpoint.spec) if dry else ArrayStore(checkpoint)
+    return WaferModel(checkpoint, store, wafer, max_tokens, prefill_chunk, _options(stream_experts, chunk, prefetch_depth))
+
+
+def _options(stream_experts: StreamExperts, chunk: int | None, prefetch_depth: int) -> EngineOptions:
+    if chunk is None:
+        return EngineOptions(stream_experts=stream_experts, prefetch_depth=prefetch_depth)
+    return EngineOptions(stream_experts=stream_experts, chunk=chunk, prefetch_depth=prefetch_depth)
+
+
+class WaferModel:
+    """A model whose weights rest in MemoryX and whose activations live on a wafer; made by `from_pretrained` and `from_config`."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, store: WeightStore, wafer: Wafer | None, max_tokens: int | None, prefill_chunk: int | None,
+        options: EngineOptions,
+    ) -> None:  # fmt: skip
+        for name, value in (("max_tokens", max_tokens), ("prefill_chunk", prefill_chunk)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise SpecError(f"`{name}` must be an integer >= 1 or None, got {value!r}")
+        self.spec = checkpoint.spec
+        """Shapes and constants of the model."""
+        self.checkpoint = checkpoint
+        self.store = store
+        self.prefill_chunk = prefill_chunk
+        self.options = options
+        self.recorded_routing: list[RoutingTrace] = []
+        """Routing of every forward pass of the last call, for replay with the ``dry`` executor."""
+        self._chosen_grid = wafer is None
+        self._wafer = wafer
+        self._engine = Engine(wafer, store, options) if wafer is not None else None
+        if wafer is None and max_tokens is not None:
+            limit = min(max_tokens, self.spec.max_position_embeddings)
+            self._choose_grid(Workload.of((limit,), 0, prefill_chunk))
+
+    def __repr__(self) -> str:
+        return f"WaferModel({self.spec.family}, {self.spec.n_params:,} parameters, {self._wafer!r})"
+
+    @property
+    def wafer(self) -> Wafer:
+        """The wafer; if none was given and none chosen yet, the smallest square grid for 512 tokens (or the model's positions)."""
+        if self._wafer is None:
+            self._choose_grid(Workload.of((min(_DEFAULT_TOKENS, self.spec.max_position_embeddings),), 0, self.prefill_chunk))
+        assert self._wafer is not None
+        return self._wafer
+
+    def close(self) -> None:
+        """Let go of the weights."""
+        self.store.close()
+
+    def __call__(
+        self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None, *, output_hidden_states: bool = False,
+        output_router_logits: bool = False, routing: RoutingTrace | Sequence[RoutingTrace] | None = None,
+    ) -> ModelOutput:  # fmt: skip
+        """Logits of every token.
+
+        Parameters
+        ----------
+        input_ids : integers, (batch, tokens) or (tokens,)
+        attention_mask : 0 or 1, same shape, optional
+            0 marks padding, on the left only.
+        output_hidden_states, output_router_logits : bool
+            Also give back the residual stream, the router's scores.
+        routing : RoutingTrace or a sequence of them (one per prompt chunk), optional
+            With the ``dry`` executor; by default the worst case.
+
+        Returns
+        -------
+        ModelOutput
+            Always with a batch axis.
+
+        Raises
+        ------
+        InputError
+            If ids or mask break a rule.
+        SramOverflowError
+            If it does not fit, before the first layer starts.
+        """
+        prompts = _Prompts.read(input_ids, attention_mask, self.spec)
+        traces = [routing] if isinstance(routing, RoutingTrace) else routing
+        with _Session(self, prompts.lengths, 0, traces) as session:
+            result, order = session.prefill(prompts, every=True, hidden_states=output_hidden_states, router_logits=output_router_logits)
+        spread = prompts.spread
+        return ModelOutput(
+            logits=spread(result.logits[order]),
+            hidden_states=tuple(spread(h[order]) for h in result.hidden_states) if output_hidden_states else None,
+            router_logits=tuple(spread(r[order]) for r in result.router_logits) if output_router_logits else None,
+            topk_ids=tuple(spread(i[order]) for i in result.topk_ids),
+            topk_weights=tuple(spread(w[order]) for w in result.topk_weights),
+        )
+
+    def generate(
+        self, input_ids: ArrayLike, max_new_tokens: int = 24, *, sampler: Sampler | None = None, attention_mask: ArrayLike | None = None,
+        on_token: Callable[[int, Ints], None] | None = None, routing: Sequence[RoutingTrace] | None = None,
+    ) -> Ints:  # fmt: skip
+        """Continue the prompts token by token, keys and values cached on the wafer.
+
+        Parameters
+        ----------
+        input_ids : integers, (batch, tokens) or (tokens,)
+        max_new_tokens : int
+        sampler : Sampler, optional
+            Greedy by default.
+        attention_mask : 0 or 1, same shape, optional
+            0 marks padding, on the left only.
+        on_token : callable, optional
+            Called with (step, ids (batch,)) after each step.
+        routing : sequence of RoutingTrace, optional
+            With the ``dry`` executor, one for every forward pass; by default the worst case.
+
+        Returns
+        -------
+        ndarray of int64
+            Prompt and new tokens, (batch, tokens + new) or, for a prompt of one axis, (tokens + new,). A sequence that ended is filled up
+            with the padding token (or, without one, the end token); generation stops when all have ended. The ``dry`` executor
+            "generates" zeros and never ends early.
+
+        Raises
+        ------
+        InputError
+            If ids, mask or `max_new_tokens` break a rule, or the sequence would pass the model's positions.
+        SramOverflowError
+            If it does not fit, before the first layer starts.
+        """
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
+            raise InputError(f"`max_new_tokens` must be an integer >= 1, got {max_new_tokens!r}")
+        prompts = _Prompts.read(input_ids, attention_mask, self.spec, int(max_new_tokens))
+        sampler = sampler or Sampler(greedy=True)
+        batch = len(prompts.lengths)
+        streams = sampler.streams(batch)
+        alive = list(range(batch))
+        fill = self.spec.pad_token_id if self.spec.pad_token_id is not None else (self.spec.eos_token_ids or (0,))[0]
+        columns: list[Ints] = []
+        with _Session(self, prompts.lengths, int(max_new_tokens), routing) as session:
+            result, _ = session.prefill(prompts, every=False)
+            for step in range(int(max_new_tokens)):
+                chosen = sampler.sample(result.logits, [streams[i] for i in alive])
+                column = np.full(batch, fill, np.int64)
+                column[alive] = chosen
+                columns.append(column)
+                if on_token is not None:
+                    on_token(step, column.copy())
+                ended = np.isin(chosen, self.spec.eos_token_ids) & (not self.wafer.is_dry)
+                alive = [i for i, end in zip(alive, ended, strict=True) if not end]
+                if not alive or step + 1 == max_new_tokens:
+                    break
+                result = session.decode(alive, column[alive])
+        out = np.concatenate([prompts.ids, np.stack(columns, axis=1)], axis=1)
+        return out if prompts.batched else out[0]
+
+    def verify(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> VerifyReport:
+        """Run a prompt and hold every stage against the dense float64 reference.
+
+        Parameters
+        ----------
+        input_ids : integers, (batch, tokens) or (tokens,)
+        attention_mask : 0 or 1, same shape, optional
+
+        Returns
+        -------
+        VerifyReport
+            ``passed``, and a table to print; a failure names the first stage, core, token and expert.
+        """
+        return verify_record(self.record(input_ids, attention_mask), self.spec, self.checkpoint.tensors.read)
+
+    def record(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> TapRecord:
+        """Every stage of a forward pass, through the probe channel; see `wse_emu.foundation.taps`."""
+        prompts = _Prompts.read(input_ids, attention_mask, self.spec)
+        with _Session(self, prompts.lengths, 0, None) as session:
+            if self.wafer.is_dry:
+                raise InputError("the `dry` executor computes no values to record; use another executor")
+            result, _ = session.prefill(prompts, every=True, taps=True)
+        assert result.taps is not None
+        return result.taps
+
+    # ---- where it runs
+
+    def _choose_grid(self, work: Workload) -> None:
+        side = smallest_square(self.spec, WSE3, work, self.options)
+        if side is None:
+            side = min(WSE3.usable_rows, WSE3.usable_cols)
+            peak_sram(self.spec, WSE3, side, side, work, self.options)
+        self._wafer = Wafer(WSE3, rows=side, cols=side)
+        self._engine = Engine(self._wafer, self.store, self.options)
+
+    def _engine_for(self, work: Workload) -> Engine:
+        """The engine, on a grid that holds the workload; raises `SramOverflowError` before anything runs."""
+        if self._engine is None:
+            self._choose_grid(work)
+        assert self._engine is not None and self._wafer is not None
+        wafer = self._wafer
+        try:
+            peak_sram(self.spec, wafer.spec, wafer.rows, wafer.cols, work, self.options)
+        except SramOverflowError:
+            if not self._chosen_grid:
+                raise
+            self._choose_grid(work)
+        return self._engine
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """Checked token ids of a batch."""
+
+    ids: Ints
+    """(batch, tokens)."""
+    mask: NDArray[np.bool_]
+    batched: bool
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Real tokens of each sequence."""
+        return tuple(int(n) for n in self.mask.sum(axis=1))
+
+    def sequence(self, i: int) -> Ints:
+        """Real tokens of one sequence."""
+        tokens: Ints = self.ids[i][self.mask[i]]
+        return tokens
+
+    def spread(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Values of the real tokens, by (sequence, position), at their places; zeros at padding."""
+        out = np.zeros((*self.ids.shape, *values.shape[1:]), values.dtype)
+        out[self.mask] = values
+        return out
+
+    @staticmethod
+    def read(input_ids: ArrayLike, attention_mask: ArrayLike | None, spec: ModelSpec, new_tokens: int = 0) -> _Prompts:
+        """Check ids and mask."""
+        try:
+            ids = np.asarray(input_ids)
+        except ValueError as error:
+            raise InputError("`input_ids` must be a rectangle of integers; pad shorter prompts on the left and give `attention_mask`") from error
+        if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or ids.size == 0:
+            raise InputError(f"`input_ids` must be integers (batch, tokens) or (tokens,), at least one; got {ids.dtype} of shape {ids.shape}")
+        batched = ids.ndim == 2
+        ids = np.atleast_2d(ids).astype(np.int64)
+        mask = np.ones(ids.shape, np.bool_)
+        if attention_mask is not None:
+            given = np.atleast_2d(np.asarray(attention_mask))
+            if given.shape != ids.shape or given.dtype.kind not in "iub" or not np.isin(given, (0, 1)).all():
+                raise InputError(f"`attention_mask` must hold 0 or 1 and have shape {ids.shape}, got {given.dtype} of shape {given.shape}")
+            mask = given.astype(np.bool_)
+            for i in np.flatnonzero((np.diff(mask.astype(np.int8), axis=1) < 0).any(axis=1) | ~mask.any(axis=1)).tolist():
+                raise InputError(f"`attention_mask`: sequence {i} must be padded on the left only and keep at least one token")
+        bad = mask & ((ids < 0) | (ids >= spec.vocab_size))
+        if bad.any():
+            i, t = (int(v[0]) for v in np.nonzero(bad))
+            raise InputError(f"`input_ids`: sequence {i}, token {t}: id {int(ids[i, t])} lies outside the vocabulary 0..{spec.vocab_size - 1}")
+        longest = int(mask.sum(axis=1).max())
+        if longest + new_tokens > spec.max_position_embeddings:
+            raise InputError(
+                f"{longest} tokens of prompt and {new_tokens} new ones are more than the model's {spec.max_position_embeddings} positions"
+            )
+        return _Prompts(ids, mask, batched)
+
+
+class _Session:
+    """One call of a model: its cache on the wafer, and the forward passes on it."""
+
+    def __init__(self, model: WaferModel, lengths: tuple[int, ...], new_tokens: int, traces: Sequence[RoutingTrace] | None) -> None:
+        self._model = model
+        self._engine = model._engine_for(Workload.of(lengths, new_tokens, model.prefill_chunk))
+        self._capacity = [n + new_tokens for n in lengths]
+        self._traces = traces
+        self._cache: KVCache | None = None
+
+    def __enter__(self) -> _Session:
+        self._model.recorded_routing = []
+        self._cache = self._engine.new_cache(self._capacity)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert self._cache is not None
+        self._cache.free()
+
+    def prefill(
+        self, prompts: _Prompts, *, every: bool, hidden_states: bool = False, router_logits: bool = False, taps: bool = False
+    ) -> tuple[ForwardResult, Ints]:
+        """Run the prompts, in chunks if the model says so.
+
+        Returns
+        -------
+        ForwardResult
+            With `every`, values of all tokens of all chunks; else logits of each sequence's last token, by sequence.
+        ndarray of int64
+            Order that sorts those values by (sequence, position).
+        """
+        results: list[ForwardResult] = []
+        where: list[tuple[int, int]] = []
+        done = [0] * len(prompts.lengths)
+        last: dict[int, NDArray[np.float32]] = {}
+        for chunk in prompt_chunks(prompts.lengths, self._model.prefill_chunk):
+            slots, n_new = [i for i, _ in chunk], [n for _, n in chunk]
+            start = [done[i] for i in slots]
+            tokens = np.concatenate([prompts.sequence(i)[s : s + n] for i, n, s in zip(slots, n_new, start, strict=True)])
+            ends = np.cumsum(n_new) - 1
+            final = [j for j, i in enumerate(slots) if start[j] + n_new[j] == prompts.lengths[i]]
+            wanted = np.arange(tokens.size) if every else ends[final]
+            result = self._forward(tokens, slots, n_new, start, wanted, hidden_states=hidden_states, router_logits=router_logits, taps=taps)
+            if every:
+                results.append(result)
+            else:
+                last.update({slots[j]: result.logits[row] for row, j in enumerate(final)})
+            for j, i in enumerate(slots):
+                where += [(i, start[j] + t) for t in range(n_new[j])]
+                done[i] += n_new[j]
+        order = np.array(sorted(range(len(where)), key=where.__getitem__), np.int64)
+        if not every:
+            return ForwardResult(np.stack([last[i] for i in range(len(done))])), order
+        return _merged(results, order), order
+
+    def decode(self, slots: list[int], tokens: Ints) -> ForwardResult:
+        """One more token for each of the sequences `slots`."""
+        assert self._cache is not None
+        start = self._cache.lengths[slots].tolist()
+        return self._forward(np.asarray(tokens, np.int64), slots, [1] * len(slots), start, np.arange(len(slots)))
+
+    def _forward(
+        self, tokens: Ints, slots: list[int], n_new: list[int], start: list[int], wanted: Ints, *, hidden_states: bool = False,
+        router_logits: bool = False, taps: bool = False,
+    ) -> ForwardResult:  # fmt: skip
+        assert self._cache is not None
+        model, spec = self._model, self._model.spec
+        trace = None
+        if model.wafer.is_dry and spec.is_moe:
+            n = len(model.recorded_routing)
+            if self._traces is None:
+                trace = RoutingTrace.worst_case(spec.num_layers, tokens.size, spec.num_experts, spec.top_k)
+            elif n < len(self._traces):
+                trace = self._traces[n]
+            else:
+                raise InputError(f"`routing` holds {len(self._traces)} forward passes, pass {n} was asked for")
+        result = self._engine.forward(
+            tokens, sequences_of(slots, n_new, start), self._cache, np.asarray(wanted, np.int64),
+            hidden_states=hidden_states, router_logits=router_logits, taps=taps, trace=trace,
+        )  # fmt: skip
+        model.recorded_routing.append(RoutingTrace(tuple(result.topk_ids)))
+        return result
+
+
+def _merged(results: list[ForwardResult], order: Ints) -> ForwardResult:
+    """Values of several chunks, chunk after chunk; taps are put in the order of (sequence, position)."""
+
+    def join(name: str) -> list[NDArray[Any]]:
+        return [np.concatenate(parts) for parts in zip(*(getattr(r, name) for r in results), strict=True)]
+
+    merged = ForwardResult(
+        np.concatenate([r.logits for r in results]), join("topk_ids"), join("topk_weights"), join("router_logits"), join("hidden_states")
+    )
+    records = [r.taps for r in results if r.taps is not None]
+    if records:
+        first = records[0]
+        rows = [r.row_of_token for r in records if r.row_of_token is not None]
+        merged.taps = TapRecord(
+            *(np.concatenate([getattr(r, name) for r in records])[order] for name in ("seq", "pos", "token_ids")),
+            stages={key: np.concatenate([r.stages[key] for r in records])[order] for key in first.stages},
+            row_of_token=np.concatenate(rows)[order], col_starts=first.col_starts,
+        )  # fmt: skip
+    return merged
