@@ -301,7 +301,8 @@ class WaferModel:
         """The engine, on a grid that holds the workload; raises `SramOverflowError` before anything runs."""
         if self._engine is None:
             self._choose_grid(work)
-        assert self._engine is not None and self._wafer is not None
+        assert self._engine is not None
+        assert self._wafer is not None
         wafer = self._wafer
         try:
             peak_sram(self.spec, wafer.spec, wafer.rows, wafer.cols, work, self.options)
@@ -343,9 +344,13 @@ class _Prompts:
         try:
             ids = np.asarray(input_ids)
         except ValueError as error:
-            raise InputError("`input_ids` must be a rectangle of integers; pad shorter prompts on the left and give `attention_mask`") from error
+            raise InputError(
+                "`input_ids` must be a rectangle of integers; pad shorter prompts on the left and give `attention_mask`"
+            ) from error
         if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or ids.size == 0:
-            raise InputError(f"`input_ids` must be integers (batch, tokens) or (tokens,), at least one; got {ids.dtype} of shape {ids.shape}")
+            raise InputError(
+                f"`input_ids` must be integers (batch, tokens) or (tokens,), at least one; got {ids.dtype} of shape {ids.shape}"
+            )
         batched = ids.ndim == 2
         ids = np.atleast_2d(ids).astype(np.int64)
         mask = np.ones(ids.shape, np.bool_)
@@ -359,7 +364,9 @@ class _Prompts:
         bad = mask & ((ids < 0) | (ids >= spec.vocab_size))
         if bad.any():
             i, t = (int(v[0]) for v in np.nonzero(bad))
-            raise InputError(f"`input_ids`: sequence {i}, token {t}: id {int(ids[i, t])} lies outside the vocabulary 0..{spec.vocab_size - 1}")
+            raise InputError(
+                f"`input_ids`: sequence {i}, token {t}: id {int(ids[i, t])} lies outside the vocabulary 0..{spec.vocab_size - 1}"
+            )
         longest = int(mask.sum(axis=1).max())
         if longest + new_tokens > spec.max_position_embeddings:
             raise InputError(
@@ -465,9 +472,7 @@ def _merged(results: list[ForwardResult], order: Ints) -> ForwardResult:
     if records:
         first = records[0]
         rows = [r.row_of_token for r in records if r.row_of_token is not None]
-        merged.taps = TapRecord(
-            *(np.concatenate([getattr(r, name) for r in records])[order] for name in ("seq", "pos", "token_ids")),
-            stages={key: np.concatenate([r.stages[key] for r in records])[order] for key in first.stages},
-            row_of_token=np.concatenate(rows)[order], col_starts=first.col_starts,
-        )  # fmt: skip
+        seq, pos, tokens = (np.concatenate([getattr(r, name) for r in records])[order] for name in ("seq", "pos", "token_ids"))
+        stages = {key: np.concatenate([r.stages[key] for r in records])[order] for key in first.stages}
+        merged.taps = TapRecord(seq, pos, tokens, stages, row_of_token=np.concatenate(rows)[order], col_starts=first.col_starts)
     return merged

@@ -19,8 +19,11 @@ from numba import get_num_threads, prange
 from numpy.typing import NDArray
 
 from wse_kernels._jit import helper, kernel
-from wse_kernels.attention_tile import ROWS, WIDTH, add_tiles, fill_tile, fma_step, fma_step_from, load_tile, scale_tile, store_tile
+from wse_kernels.attention_tile import ROWS, WIDTH, add_tiles, divide_tile, fill_tile, fma_step, fma_step_from, load_tile, scale_tile, store_tile
 from wse_kernels.exp import exp32
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
 
 _ZERO = np.float32(0.0)
 _MINUS_INF = np.float32(-np.inf)
@@ -33,16 +36,7 @@ _KEYS = 32
 
 @kernel()
 def mesh_store_kv(
-    qkv: NDArray[np.float32],
-    unit_starts: NDArray[np.int64],
-    q_slots: int,
-    t0: NDArray[np.int64],
-    nt: NDArray[np.int64],
-    pos0: NDArray[np.int64],
-    kv_base: NDArray[np.int64],
-    cap: NDArray[np.int64],
-    k_cache: NDArray[np.float32],
-    v_cache: NDArray[np.float32],
+    qkv: F32, unit_starts: I64, q_slots: int, t0: I64, nt: I64, pos0: I64, kv_base: I64, cap: I64, k_cache: F32, v_cache: F32
 ) -> None:
     """Append the new tokens' keys and values to the cache, on every core: `wse_kernels.attention.store_kv` for a whole mesh.
 
@@ -80,39 +74,13 @@ def mesh_store_kv(
 
 
 @helper
-def _load_queries(q_t, lanes, lane0, n_lanes, qkv, base, units, u0, nu, q_slots):  # type: ignore[no-untyped-def]
-    """Transpose units u0 to u0 + nu of a core's block (it starts at ``base``) into 2 nu rows of scratch."""
-    for i in range(lane0 // q_slots, (lane0 + n_lanes - 1) // q_slots + 1):
-        first = i * q_slots - lane0
-        for u in range(nu):
-            at = base + ((i * units + u0 + u) * (q_slots + 2)) * 2
-            to = 2 * u * lanes + first
-            for s in range(max(0, -first), min(q_slots, n_lanes - first)):
-                q_t[to + s] = qkv[at + 2 * s]
-                q_t[to + lanes + s] = qkv[at + 2 * s + 1]
-
-
-@helper
-def _store_context(context, base, units, u0, nu, q_slots, o_t, denom, lanes, lane0, n_lanes):  # type: ignore[no-untyped-def]
-    """Divide by the denominators and transpose into units u0 to u0 + nu of a core's block (it starts at ``base``)."""
-    for i in range(lane0 // q_slots, (lane0 + n_lanes - 1) // q_slots + 1):
-        first = i * q_slots - lane0
-        for u in range(nu):
-            at = base + (i * units + u0 + u) * q_slots * 2
-            of = 2 * u * lanes + first
-            for s in range(max(0, -first), min(q_slots, n_lanes - first)):
-                context[at + 2 * s] = o_t[of + s] / denom[first + s]
-                context[at + 2 * s + 1] = o_t[of + lanes + s] / denom[first + s]
-
-
-@helper
-def _first_lane(key, q_slots, shift, lanes):  # type: ignore[no-untyped-def]
+def _first_lane(key: int, q_slots: int, shift: int, lanes: int) -> int:
     """First lane of a task that admits a key; ``shift`` is the position of the sequence's first new token times slots, plus ``lane0``."""
     return min(max(0, key * q_slots - shift), lanes)
 
 
 @helper
-def _raise_max(m, s_t, lanes, key0, key1, q_slots, shift):  # type: ignore[no-untyped-def]
+def _raise_max(m: F32, s_t: F32, lanes: int, key0: int, key1: int, q_slots: int, shift: int) -> None:
     """Raise the maxima by keys key0 to key1."""
     for j in range(key0, key1):
         lo = _first_lane(j, q_slots, shift, lanes)
@@ -123,7 +91,7 @@ def _raise_max(m, s_t, lanes, key0, key1, q_slots, shift):  # type: ignore[no-un
 
 
 @helper
-def _weigh(denom, s_t, m, lanes, key0, key1, q_slots, shift):  # type: ignore[no-untyped-def]
+def _weigh(denom: F32, s_t: F32, m: F32, lanes: int, key0: int, key1: int, q_slots: int, shift: int) -> None:
     """Turn the scaled scores of keys key0 to key1 into weights, and add them to the denominators."""
     for j in range(key0, key1):
         lo = _first_lane(j, q_slots, shift, lanes)
@@ -135,73 +103,105 @@ def _weigh(denom, s_t, m, lanes, key0, key1, q_slots, shift):  # type: ignore[no
 
 
 @helper
-def _accumulate(o_t, nf, s_t, lanes, key0, key1, v, v0, width, q_slots, shift):  # type: ignore[no-untyped-def]
-    """Add the weighted values of keys key0 to key1 to ``nf`` rows of outputs; the first key's values are ``v[v0:]``, keys ``width`` apart."""
+def _accumulate(
+    work: F32, outputs: int, values: int, scores: int, height: int, lanes: int, key0: int, key1: int, q_slots: int, shift: int,
+) -> None:  # fmt: skip
+    """Add the weighted values of keys key0 to key1 to the outputs; a lane takes its keys in ascending order."""
     for lane in range(0, lanes, WIDTH):
         # Keys before `all_admit` are admitted by every lane of the tile, those from `none_admits` on by none.
         none_admits = min(key1, (lane + WIDTH - 1 + shift) // q_slots + 1)
         all_admit = min(none_admits, (lane + shift) // q_slots + 1)
-        for f in range(0, nf, ROWS):
-            last = min(ROWS, nf - f) - 1
-            o = load_tile(o_t, f * lanes + lane, lanes, last)
+        for f in range(0, height, ROWS):
+            o = load_tile(work, outputs + f * lanes + lane, lanes)
             for j in range(key0, all_admit):
-                o = fma_step(o, v, v0 + (j - key0) * width + f, 1, last, s_t, j * lanes + lane)
+                o = fma_step(o, work, values + (j - key0) * height + f, 1, work, scores + j * lanes + lane)
             for j in range(max(key0, all_admit), none_admits):
                 first = j * q_slots - shift - lane
-                o = fma_step_from(first, o, v, v0 + (j - key0) * width + f, 1, last, s_t, j * lanes + lane)
-            store_tile(o, o_t, f * lanes + lane, lanes, last)
+                o = fma_step_from(first, o, work, values + (j - key0) * height + f, 1, work, scores + j * lanes + lane)
+            store_tile(o, work, outputs + f * lanes + lane, lanes)
 
 
 @helper
-def _attend(  # type: ignore[no-untyped-def]
-    qkv, n_tokens, unit_starts, q_slots, half, head, scale, t0, pos0, kv_base, cap, k_cache, v_cache, lane0, n_lanes, work, context, m_out, denom_out
-):  # fmt: skip
+def _find_pieces(unit_starts: I64, half: int, pieces: I64, first_piece: I64) -> None:
+    """Cut the units of every head into pieces, one for each column that holds any, west to east; head g's are first_piece[g] to [g + 1].
+
+    A row of ``pieces``: first unit of the column, units of the column, first unit of the piece in the column and in the head, units of the piece.
+    """
+    n = 0
+    c = 0
+    for head in range(first_piece.shape[0] - 1):
+        first_piece[head] = n
+        unit = head * half
+        while unit < (head + 1) * half:
+            while unit_starts[c + 1] <= unit:
+                c += 1
+            end = min(unit_starts[c + 1], (head + 1) * half)
+            pieces[n, 0] = unit_starts[c]
+            pieces[n, 1] = unit_starts[c + 1] - unit_starts[c]
+            pieces[n, 2] = unit - unit_starts[c]
+            pieces[n, 3] = unit - head * half
+            pieces[n, 4] = end - unit
+            unit = end
+            n += 1
+    first_piece[-1] = n
+
+
+@kernel()
+def _attend(
+    qkv: F32, n_tokens: int, pieces: I64, q_slots: int, height: int, head: int, scale: np.float32,
+    t0: int, pos0: int, kv_base: int, cap: int, k_cache: F32, v_cache: F32,
+    lane0: int, n_lanes: int, work: F32, context: F32, m_out: F32, denom_out: F32,
+) -> None:  # fmt: skip
     """One task: lanes lane0 to lane0 + n_lanes of one sequence and head."""
-    d = 2 * half
     lanes = (n_lanes + WIDTH - 1) // WIDTH * WIDTH
     shift = pos0 * q_slots + lane0
     n_keys = (shift + n_lanes - 1) // q_slots + 1
-    q_t, o_t, work = work[: d * lanes], work[d * lanes : 2 * d * lanes], work[2 * d * lanes :]
-    m, denom, work = work[:lanes], work[lanes : 2 * lanes], work[2 * lanes :]
-    values, s_t = work[: _KEYS * d], work[_KEYS * d :]
-    for n in range(d * lanes):
-        q_t[n] = _ZERO
-        o_t[n] = _ZERO
+    # Scratch: queries (height, lanes), outputs (height, lanes), values (_KEYS, height), denominators, maxima, scores (n_keys, lanes).
+    outputs = height * lanes
+    values = outputs + height * lanes
+    denominators = values + _KEYS * height
+    scores = denominators + 2 * lanes
+    denom = work[denominators:]
+    m = denom[lanes:]
+    s_t = m[lanes:]
+    for n in range(scores):
+        work[n] = _ZERO
     for n in range(lanes):
         m[n] = _MINUS_INF
-        denom[n] = _ZERO
 
-    # The head's columns, west to east, are those of c0 to c1 that are not empty.
-    head_unit = head * half
-    c0 = 0
-    while unit_starts[c0 + 1] <= head_unit:
-        c0 += 1
-    c1 = c0
-    while unit_starts[c1] < head_unit + half:
-        c1 += 1
-    for c in range(c0, c1):
-        start, units = unit_starts[c], unit_starts[c + 1] - unit_starts[c]
-        ua, ub = max(start, head_unit), min(start + units, head_unit + half)
-        base = (n_tokens * start + t0 * units) * (q_slots + 2) * 2
-        _load_queries(q_t[2 * (ua - head_unit) * lanes :], lanes, lane0, n_lanes, qkv, base, units, ua - start, ub - ua, q_slots)
+    for n in range(n_lanes):
+        i = (lane0 + n) // q_slots
+        s = lane0 + n - i * q_slots
+        for c in range(pieces.shape[0]):
+            at = ((n_tokens * pieces[c, 0] + (t0 + i) * pieces[c, 1] + pieces[c, 2]) * (q_slots + 2) + s) * 2
+            to = 2 * pieces[c, 3] * lanes + n
+            for _ in range(pieces[c, 4]):
+                work[to] = qkv[at]
+                work[to + lanes] = qkv[at + 1]
+                at += 2 * (q_slots + 2)
+                to += 2 * lanes
 
     for key0 in range(0, n_keys, _KEYS):
         key1 = min(key0 + _KEYS, n_keys)
-        for j in range(key0, key1, ROWS):
-            last = min(ROWS, key1 - j) - 1
+        j = key0
+        while j < key1:
+            # The last keys, fewer than a tile has rows, one at a time in all its rows.
+            step = ROWS if j + ROWS <= key1 else 1
+            apart = 1 if step > 1 else 0
             for lane in range(_first_lane(j, q_slots, shift, lanes) // WIDTH * WIDTH, lanes, WIDTH):
                 # -0.0 + p is p, bit for bit: the chain's first partial needs no case of its own.
                 total = fill_tile(_MINUS_ZERO)
-                for c in range(c0, c1):
-                    start, units = unit_starts[c], unit_starts[c + 1] - unit_starts[c]
-                    ua, ub = max(start, head_unit), min(start + units, head_unit + half)
-                    if ua < ub:
-                        p = fill_tile(_ZERO)
-                        at = kv_base + (cap * start + j * units + ua - start) * 2
-                        for f in range(2 * (ub - ua)):
-                            p = fma_step(p, k_cache, at + f, 2 * units, last, q_t, (2 * (ua - head_unit) + f) * lanes + lane)
-                        total = add_tiles(total, p)
-                store_tile(scale_tile(total, scale), s_t, j * lanes + lane, lanes, last)
+                for c in range(pieces.shape[0]):
+                    p = fill_tile(_ZERO)
+                    at = kv_base + (cap * pieces[c, 0] + j * pieces[c, 1] + pieces[c, 2]) * 2
+                    of = 2 * pieces[c, 3] * lanes + lane
+                    for _ in range(2 * pieces[c, 4]):
+                        p = fma_step(p, k_cache, at, apart * 2 * pieces[c, 1], work, of)
+                        at += 1
+                        of += lanes
+                    total = add_tiles(total, p)
+                store_tile(scale_tile(total, scale), s_t, j * lanes + lane, apart * lanes)
+            j += step
         _raise_max(m, s_t, lanes, key0, key1, q_slots, shift)
     for n in range(lanes):
         m[n] = m[n] + _ZERO  # -0 would depend on which zero came first
@@ -209,47 +209,40 @@ def _attend(  # type: ignore[no-untyped-def]
     for key0 in range(0, n_keys, _KEYS):
         key1 = min(key0 + _KEYS, n_keys)
         _weigh(denom, s_t, m, lanes, key0, key1, q_slots, shift)
-        for c in range(c0, c1):
-            start, units = unit_starts[c], unit_starts[c + 1] - unit_starts[c]
-            ua, ub = max(start, head_unit), min(start + units, head_unit + half)
-            at = kv_base + (cap * start + key0 * units + ua - start) * 2
-            for j in range(key1 - key0):
-                for f in range(2 * (ub - ua)):
-                    values[j * d + 2 * (ua - head_unit) + f] = v_cache[at + j * 2 * units + f]
-        _accumulate(o_t, d, s_t, lanes, key0, key1, values, 0, d, q_slots, shift)
+        for c in range(pieces.shape[0]):
+            for j in range(key0, key1):
+                at = kv_base + (cap * pieces[c, 0] + j * pieces[c, 1] + pieces[c, 2]) * 2
+                to = values + (j - key0) * height + 2 * pieces[c, 3]
+                for f in range(2 * pieces[c, 4]):
+                    work[to + f] = v_cache[at + f]
+        _accumulate(work, outputs, values, scores, height, lanes, key0, key1, q_slots, shift)
 
-    for c in range(c0, c1):
-        start, units = unit_starts[c], unit_starts[c + 1] - unit_starts[c]
-        ua, ub = max(start, head_unit), min(start + units, head_unit + half)
-        base = (n_tokens * start + t0 * units) * q_slots * 2
-        o = o_t[2 * (ua - head_unit) * lanes :]
-        _store_context(context, base, units, ua - start, ub - ua, q_slots, o, denom, lanes, lane0, n_lanes)
-    if m_out.shape[0] > 0:
-        for n in range(n_lanes):
-            i = (lane0 + n) // q_slots
-            h = head * q_slots + lane0 + n - i * q_slots
-            m_out[t0 + i, h] = m[n]
-            denom_out[t0 + i, h] = denom[n]
+    for lane in range(0, lanes, WIDTH):
+        for f in range(0, height, ROWS):
+            at = outputs + f * lanes + lane
+            store_tile(divide_tile(load_tile(work, at, lanes), denom, lane), work, at, lanes)
+    for n in range(n_lanes):
+        i = (lane0 + n) // q_slots
+        s = lane0 + n - i * q_slots
+        for c in range(pieces.shape[0]):
+            at = ((n_tokens * pieces[c, 0] + (t0 + i) * pieces[c, 1] + pieces[c, 2]) * q_slots + s) * 2
+            of = outputs + 2 * pieces[c, 3] * lanes + n
+            for _ in range(pieces[c, 4]):
+                context[at] = work[of]
+                context[at + 1] = work[of + lanes]
+                at += 2 * q_slots
+                of += 2 * lanes
+        if m_out.shape[0] > 0:
+            m_out[t0 + i, head * q_slots + s] = m[n]
+            denom_out[t0 + i, head * q_slots + s] = denom[n]
 
 
 @kernel(parallel=True)
 def mesh_attention(
-    qkv: NDArray[np.float32],
-    unit_starts: NDArray[np.int64],
-    q_slots: int,
-    head_dim: int,
-    scale: np.float32,
-    t0: NDArray[np.int64],
-    nt: NDArray[np.int64],
-    pos0: NDArray[np.int64],
-    kv_base: NDArray[np.int64],
-    cap: NDArray[np.int64],
-    k_cache: NDArray[np.float32],
-    v_cache: NDArray[np.float32],
-    context: NDArray[np.float32],
-    m_out: NDArray[np.float32],
-    denom_out: NDArray[np.float32],
-) -> None:
+    qkv: F32, unit_starts: I64, q_slots: int, head_dim: int, scale: np.float32,
+    t0: I64, nt: I64, pos0: I64, kv_base: I64, cap: I64, k_cache: F32, v_cache: F32,
+    context: F32, m_out: F32, denom_out: F32,
+) -> None:  # fmt: skip
     """Causal attention of one layer over all cores and sequences, in parallel over sequences, key/value heads and tiles of queries.
 
     Parameters
@@ -279,11 +272,15 @@ def mesh_attention(
     half = head_dim // 2
     n_tokens = qkv.shape[0] // (unit_starts[-1] * (q_slots + 2) * 2)
     n_heads = unit_starts[-1] // half
+    pieces = np.empty((unit_starts.shape[0] - 1 + n_heads, 5), np.int64)
+    first_piece = np.empty(n_heads + 1, np.int64)
+    _find_pieces(unit_starts, half, pieces, first_piece)
     n_workers = get_num_threads()
+    height = (head_dim + ROWS - 1) // ROWS * ROWS
     size = 0
     for s in range(nt.shape[0]):
         lanes = min(_LANES, (nt[s] * q_slots + WIDTH - 1) // WIDTH * WIDTH)
-        size = max(size, (2 * head_dim + 2 + pos0[s] + nt[s]) * lanes + _KEYS * head_dim)
+        size = max(size, (2 * height + 2 + pos0[s] + nt[s]) * lanes + _KEYS * height)
     for worker in prange(n_workers):
         work = np.empty(size, np.float32)
         task = 0
@@ -293,7 +290,8 @@ def mesh_attention(
                 for head in range(n_heads):
                     if task % n_workers == worker:
                         _attend(
-                            qkv, n_tokens, unit_starts, q_slots, half, head, scale, t0[s], pos0[s], kv_base[s], cap[s],
+                            qkv, n_tokens, pieces[first_piece[head] : first_piece[head + 1]], q_slots, height, head, scale,
+                            t0[s], pos0[s], kv_base[s], cap[s],
                             k_cache, v_cache, lane0, n_lanes, work, context, m_out, denom_out,
                         )  # fmt: skip
                     task += 1

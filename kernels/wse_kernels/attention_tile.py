@@ -2,8 +2,7 @@
 
 A tile is an opaque Numba value. Each operation is a plain function on NumPy blocks (its definition, and what runs as plain Python) and,
 compiled, the same arithmetic on LLVM vectors, one vector a row; LLVM splits vectors wider than the machine's. A lane is one query: no operation
-adds two lanes. Rows are `stride` apart in flat memory; where fewer than `ROWS` are left, the last one is repeated: rows after `last` hold what
-row `last` holds and are never seen.
+adds two lanes. Rows are `stride` apart in flat memory; a stride of 0 does one row in place of `ROWS`.
 """
 
 from __future__ import annotations
@@ -35,18 +34,14 @@ def fill_tile(x: np.float32) -> F32:
     return np.full((ROWS, WIDTH), x, np.float32)
 
 
-def load_tile(array: F32, offset: int, stride: int, last: int) -> F32:
-    """Tile whose row r is ``array[offset + min(r, last) * stride :]``."""
-    out = np.empty((ROWS, WIDTH), np.float32)
+def load_tile(array: F32, offset: int, stride: int) -> F32:
+    """Tile whose row r is ``array[offset + r * stride :]``."""
+    return np.stack([array[offset + r * stride :][:WIDTH] for r in range(ROWS)])
+
+
+def store_tile(tile: F32, array: F32, offset: int, stride: int) -> None:
+    """Write row r of a tile to ``array[offset + r * stride :]``."""
     for r in range(ROWS):
-        at = offset + min(r, last) * stride
-        out[r] = array[at : at + WIDTH]
-    return out
-
-
-def store_tile(tile: F32, array: F32, offset: int, stride: int, last: int) -> None:
-    """Write rows 0 to `last` of a tile to ``array[offset + r * stride :]``."""
-    for r in range(last + 1):
         at = offset + r * stride
         array[at : at + WIDTH] = tile[r]
 
@@ -61,15 +56,20 @@ def scale_tile(p: F32, x: np.float32) -> F32:
     return p * x
 
 
-def fma_step(p: F32, a: F32, i: int, stride: int, last: int, b: F32, j: int) -> F32:
-    """One step of every sum: ``p[r, n] = fma(a[i + min(r, last) * stride], b[j + n], p[r, n])``."""
-    return fma_step_from(0, p, a, i, stride, last, b, j)
+def divide_tile(p: F32, b: F32, j: int) -> F32:
+    """``p[r, n] / b[j + n]``."""
+    return p / b[j : j + WIDTH]
 
 
-def fma_step_from(first: int, p: F32, a: F32, i: int, stride: int, last: int, b: F32, j: int) -> F32:
+def fma_step(p: F32, a: F32, i: int, stride: int, b: F32, j: int) -> F32:
+    """One step of every sum: ``p[r, n] = fma(a[i + r * stride], b[j + n], p[r, n])``."""
+    return fma_step_from(0, p, a, i, stride, b, j)
+
+
+def fma_step_from(first: int, p: F32, a: F32, i: int, stride: int, b: F32, j: int) -> F32:
     """`fma_step` for lanes `first` and after; those before it skip the step and keep their sum."""
     out = p.copy()
-    for r in range(last + 1):
+    for r in range(ROWS):
         x = a[i + r * stride]
         for n in range(max(0, first), WIDTH):
             out[r, n] = fma(x, b[j + n], p[r, n])
@@ -100,11 +100,11 @@ def _type_fill(context: Any) -> Callable[..., Any]:
 
 
 def _type_load(context: Any) -> Callable[..., Any]:
-    return lambda array, offset, stride, last: _TILE
+    return lambda array, offset, stride: _TILE
 
 
 def _type_store(context: Any) -> Callable[..., Any]:
-    return lambda tile, array, offset, stride, last: types.void
+    return lambda tile, array, offset, stride: types.void
 
 
 def _type_add(context: Any) -> Callable[..., Any]:
@@ -115,12 +115,16 @@ def _type_scale(context: Any) -> Callable[..., Any]:
     return lambda p, x: _TILE
 
 
+def _type_divide(context: Any) -> Callable[..., Any]:
+    return lambda p, b, j: _TILE
+
+
 def _type_step(context: Any) -> Callable[..., Any]:
-    return lambda p, a, i, stride, last, b, j: _TILE
+    return lambda p, a, i, stride, b, j: _TILE
 
 
 def _type_step_from(context: Any) -> Callable[..., Any]:
-    return lambda first, p, a, i, stride, last, b, j: _TILE
+    return lambda first, p, a, i, stride, b, j: _TILE
 
 
 def _splat(builder: Any, vector: Any, x: Any) -> Any:
@@ -132,11 +136,8 @@ def _address(context: Any, builder: Any, array_type: Any, array: Any, offset: An
     return builder.gep(context.make_array(array_type)(context, builder, array).data, [offset])
 
 
-def _row(builder: Any, offset: Any, stride: Any, last: Any, r: int) -> Any:
-    """Offset of row r of a tile, or of the last one."""
-    row = last.type(r)
-    row = builder.select(builder.icmp_signed("<", row, last), row, last)
-    return builder.add(offset, builder.mul(row, stride))
+def _row(builder: Any, offset: Any, stride: Any, r: int) -> Any:
+    return builder.add(offset, builder.mul(stride, stride.type(r)))
 
 
 def _vector_address(context: Any, builder: Any, array_type: Any, array: Any, offset: Any) -> Any:
@@ -152,18 +153,18 @@ def _lower_fill(context: Any, builder: Any, signature: Any, args: Any) -> Any:
 
 
 def _lower_load(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    array, offset, stride, last = args
+    array, offset, stride = args
     out = ir.Constant(context.get_value_type(_TILE), ir.Undefined)
     for r in range(ROWS):
-        at = _vector_address(context, builder, signature.args[0], array, _row(builder, offset, stride, last, r))
+        at = _vector_address(context, builder, signature.args[0], array, _row(builder, offset, stride, r))
         out = builder.insert_value(out, builder.load(at, align=4), r)
     return out
 
 
 def _lower_store(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    tile, array, offset, stride, last = args
+    tile, array, offset, stride = args
     for r in range(ROWS):
-        at = _vector_address(context, builder, signature.args[1], array, _row(builder, offset, stride, last, r))
+        at = _vector_address(context, builder, signature.args[1], array, _row(builder, offset, stride, r))
         builder.store(builder.extract_value(tile, r), at, align=4)
     return context.get_dummy_value()
 
@@ -183,13 +184,21 @@ def _lower_scale(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     return p
 
 
-def _step(context: Any, builder: Any, types_of: Any, args: Any, admitted: Any) -> Any:
-    a_type, b_type = types_of
-    p, a, i, stride, last, b, j = args
+def _lower_divide(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    p, b, j = args
+    lanes = builder.load(_vector_address(context, builder, signature.args[1], b, j), align=4)
+    for r in range(ROWS):
+        p = builder.insert_value(p, builder.fdiv(builder.extract_value(p, r), lanes), r)
+    return p
+
+
+def _step(context: Any, builder: Any, arg_types: Any, args: Any, admitted: Any) -> Any:
+    p, a, i, stride, b, j = args
+    a_type, b_type = arg_types[1], arg_types[4]
     fma_of_vectors = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{WIDTH}f32")
     lanes = builder.load(_vector_address(context, builder, b_type, b, j), align=4)
     for r in range(ROWS):
-        one = builder.load(_address(context, builder, a_type, a, _row(builder, i, stride, last, r)))
+        one = builder.load(_address(context, builder, a_type, a, _row(builder, i, stride, r)))
         old = builder.extract_value(p, r)
         new = builder.call(fma_of_vectors, [_splat(builder, _VECTOR, one), lanes, old])
         if admitted is not None:
@@ -199,14 +208,13 @@ def _step(context: Any, builder: Any, types_of: Any, args: Any, admitted: Any) -
 
 
 def _lower_step(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    return _step(context, builder, (signature.args[1], signature.args[5]), args, None)
+    return _step(context, builder, signature.args, args, None)
 
 
 def _lower_step_from(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     lane = ir.Constant(_INT_VECTOR, list(range(WIDTH)))
-    first = builder.sext(args[0], _INT_VECTOR.element) if args[0].type.width < 64 else args[0]
-    admitted = builder.icmp_signed(">=", lane, _splat(builder, _INT_VECTOR, first))
-    return _step(context, builder, (signature.args[2], signature.args[6]), args[1:], admitted)
+    admitted = builder.icmp_signed(">=", lane, _splat(builder, _INT_VECTOR, args[0]))
+    return _step(context, builder, signature.args[1:], args[1:], admitted)
 
 
 _ARRAY = types.Array
@@ -216,12 +224,14 @@ type_callable(load_tile)(_type_load)
 type_callable(store_tile)(_type_store)
 type_callable(add_tiles)(_type_add)
 type_callable(scale_tile)(_type_scale)
+type_callable(divide_tile)(_type_divide)
 type_callable(fma_step)(_type_step)
 type_callable(fma_step_from)(_type_step_from)
 lower_builtin(fill_tile, types.float32)(_lower_fill)
-lower_builtin(load_tile, _ARRAY, _INT, _INT, _INT)(_lower_load)
-lower_builtin(store_tile, _TileType, _ARRAY, _INT, _INT, _INT)(_lower_store)
+lower_builtin(load_tile, _ARRAY, _INT, _INT)(_lower_load)
+lower_builtin(store_tile, _TileType, _ARRAY, _INT, _INT)(_lower_store)
 lower_builtin(add_tiles, _TileType, _TileType)(_lower_add)
 lower_builtin(scale_tile, _TileType, types.float32)(_lower_scale)
-lower_builtin(fma_step, _TileType, _ARRAY, _INT, _INT, _INT, _ARRAY, _INT)(_lower_step)
-lower_builtin(fma_step_from, _INT, _TileType, _ARRAY, _INT, _INT, _INT, _ARRAY, _INT)(_lower_step_from)
+lower_builtin(divide_tile, _TileType, _ARRAY, _INT)(_lower_divide)
+lower_builtin(fma_step, _TileType, _ARRAY, _INT, _INT, _ARRAY, _INT)(_lower_step)
+lower_builtin(fma_step_from, _INT, _TileType, _ARRAY, _INT, _INT, _ARRAY, _INT)(_lower_step_from)

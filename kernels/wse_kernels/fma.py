@@ -56,7 +56,7 @@ def fma(a: np.float32, b: np.float32, c: np.float32) -> np.float32:
 
 
 def fma_uncounted(a: np.float32, b: np.float32, c: np.float32) -> np.float32:
-    """Return what `fma` returns, outside the count of `count_fma`: for the inside of functions such as `exp32`, which are no multiply-adds of a kernel."""
+    """Return what `fma` returns, outside the count of `count_fma`: for the inside of `exp32`, which is no multiply-add of a kernel."""
     if not (type(a) is _F32 and type(b) is _F32 and type(c) is _F32):
         raise TypeError(f"fma takes three float32 scalars, got {type(a).__name__}, {type(b).__name__}, {type(c).__name__}")
     product = float(a) * float(b)

@@ -85,7 +85,7 @@ def make_driver(body: Callable[..., None], kinds: str, *, takes_core: bool) -> C
         ]
     )
     scope: dict[str, Any] = {"prange": prange, "locate": locate, "body": body, "Core": Core, "__name__": __name__}
-    exec(compile(source, __file__, "exec"), scope)  # noqa: S102 - the text above, from kinds alone
+    exec(compile(source, __file__, "exec"), scope)  # the text above, made from `kinds` alone
     driver: Callable[..., None] = scope["driver"]
     plain = getattr(body, "py_func", body)
     driver.__qualname__ = f"driver[{plain.__module__}.{plain.__qualname__}, {kinds}]"

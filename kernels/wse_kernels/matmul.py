@@ -12,6 +12,8 @@ whole mesh: partials and totals live in registers, and only the finished output 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import get_num_threads, prange
 from numpy.typing import NDArray
@@ -153,7 +155,7 @@ def _chain_strip(a: F32, r0: int, r1: int, w: F32, w0: int, stride: int, k_start
 
 @helper
 def _pack_rows(x: F32, n_x_rows: int, k_starts: I64, rows: I64, i0: int, i1: int, starts: I64, a: F32) -> None:
-    """Copy the chosen rows i0 to i1 of x to `a` as (blocks, k, ROWS); the last row is repeated to fill the last block. `starts` is scratch."""
+    """Copy the chosen rows i0 to i1 of x to `a` as (blocks, k, ROWS), the last one again where a block is not full; `starts` is scratch."""
     n_cols = k_starts.shape[0] - 1
     for c in range(n_cols):
         k_c = k_starts[c + 1] - k_starts[c]
@@ -298,7 +300,8 @@ def mesh_matmul(
     t = np.empty((n_parts, part_rows, COLS), np.float32)
     h = np.empty((n_parts, part_rows, COLS // 2), np.float32)
     for part in prange(n_parts):
+        index: Any = np.int64(part)  # prange counts in uint64, which would need code of its own
         _matmul_part(
             x, n_x_rows, k_starts, rows, w, w_offset, n_in, n_out, out, n_out_rows, out_starts, out_rows, scale, mode,
-            np.int64(part), n_parts, share_rows, starts[part], a[part], b[part], t[part], h[part],
+            index, n_parts, share_rows, starts[part], a[part], b[part], t[part], h[part],
         )  # fmt: skip

@@ -16,8 +16,7 @@ import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
-from numba.core.imputils import impl_ret_borrowed
+from numba.core import cgutils, imputils
 from numba.extending import lower_builtin, models, register_model, type_callable
 from numpy.typing import NDArray
 
@@ -33,8 +32,16 @@ while a core's k runs), and a row of weights is four vectors long, which memory 
 
 F32 = NDArray[np.float32]
 
+# Numba's own annotations stop here.
+_lower_builtin: Any = lower_builtin
+_primitive_model: Any = models.PrimitiveModel.__init__
+_get_function: Any = cgutils.get_or_insert_function
+_borrowed: Any = imputils.impl_ret_borrowed
 
-class _TileType(types.Type):  # type: ignore[misc]  # numba is untyped
+
+class _TileType(types.Type):
+    """Numba type of a tile."""
+
     def __init__(self) -> None:
         super().__init__(name=f"RegisterTile({ROWS}, {COLS})")
 
@@ -82,9 +89,11 @@ def read_only(array: F32) -> F32:
 
 
 @register_model(_TileType)
-class _TileModel(models.PrimitiveModel):  # type: ignore[misc]
+class _TileModel(models.PrimitiveModel):
+    """A tile is an array of vectors to LLVM, which keeps each in a register of its own."""
+
     def __init__(self, manager: Any, tile: _TileType) -> None:
-        super().__init__(manager, tile, ir.ArrayType(_VECTOR, ROWS * _N_VECTORS))
+        _primitive_model(self, manager, tile, ir.ArrayType(_VECTOR, ROWS * _N_VECTORS))
 
 
 def _type_load_tile(context: Any) -> Callable[..., Any]:
@@ -122,9 +131,10 @@ def _load_vector(context: Any, builder: Any, array_type: Any, array: Any, offset
 
 
 def _lower_load_tile(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    array, offset = args
     tile = ir.Constant(context.get_value_type(_TILE), ir.Undefined)
     for v in range(ROWS * _N_VECTORS):
-        tile = builder.insert_value(tile, _load_vector(context, builder, signature.args[0], *args, v * LANES), v)
+        tile = builder.insert_value(tile, _load_vector(context, builder, signature.args[0], array, offset, v * LANES), v)
     return tile
 
 
@@ -150,7 +160,7 @@ def _lower_add_tiles(context: Any, builder: Any, signature: Any, args: Any) -> A
 def _lower_fma_step(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     _, a_type, _, w_type, _ = signature.args
     p, a, i, w, j = args
-    vector_fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{LANES}f32")
+    vector_fma = _get_function(builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{LANES}f32")
     lane_zero = ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
     weights = [_load_vector(context, builder, w_type, w, j, v * LANES) for v in range(_N_VECTORS)]
     for r in range(ROWS):
@@ -165,20 +175,20 @@ def _lower_fma_step(context: Any, builder: Any, signature: Any, args: Any) -> An
 
 
 def _lower_read_only(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    return impl_ret_borrowed(context, builder, signature.return_type, args[0])
+    return _borrowed(context, builder, signature.return_type, args[0])
 
 
 _ARRAY = types.Array
-_INT = types.Integer
+_INT = types.int64
 type_callable(load_tile)(_type_load_tile)
 type_callable(store_tile)(_type_store_tile)
 type_callable(zero_tile)(_type_zero_tile)
 type_callable(add_tiles)(_type_add_tiles)
 type_callable(fma_step)(_type_fma_step)
 type_callable(read_only)(_type_read_only)
-lower_builtin(load_tile, _ARRAY, _INT)(_lower_load_tile)
-lower_builtin(store_tile, _TileType, _ARRAY, _INT)(_lower_store_tile)
-lower_builtin(zero_tile)(_lower_zero_tile)
-lower_builtin(add_tiles, _TileType, _TileType)(_lower_add_tiles)
-lower_builtin(fma_step, _TileType, _ARRAY, _INT, _ARRAY, _INT)(_lower_fma_step)
-lower_builtin(read_only, _ARRAY)(_lower_read_only)
+_lower_builtin(load_tile, _ARRAY, _INT)(_lower_load_tile)
+_lower_builtin(store_tile, _TileType, _ARRAY, _INT)(_lower_store_tile)
+_lower_builtin(zero_tile)(_lower_zero_tile)
+_lower_builtin(add_tiles, _TileType, _TileType)(_lower_add_tiles)
+_lower_builtin(fma_step, _TileType, _ARRAY, _INT, _ARRAY, _INT)(_lower_fma_step)
+_lower_builtin(read_only, _ARRAY)(_lower_read_only)

@@ -48,7 +48,12 @@ def sum_squares(x: NDArray[np.float32], ss: NDArray[np.float32]) -> None:
 
 @kernel()
 def rms_scale(
-    x: NDArray[np.float32], total: NDArray[np.float32], weight: NDArray[np.float32], size: np.float32, eps: np.float32, out: NDArray[np.float32]
+    x: NDArray[np.float32],
+    total: NDArray[np.float32],
+    weight: NDArray[np.float32],
+    size: np.float32,
+    eps: np.float32,
+    out: NDArray[np.float32],
 ) -> None:
     """``out = (x * (1 / sqrt(total / size + eps))) * weight``, every operation rounded to float32.
 

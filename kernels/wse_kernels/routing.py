@@ -14,7 +14,11 @@ _ZERO = np.float32(0.0)
 
 @kernel()
 def softmax_topk(
-    logits: NDArray[np.float32], renormalize: bool, probs: NDArray[np.float32], topk_ids: NDArray[np.int64], topk_weights: NDArray[np.float32]
+    logits: NDArray[np.float32],
+    renormalize: bool,
+    probs: NDArray[np.float32],
+    topk_ids: NDArray[np.int64],
+    topk_weights: NDArray[np.float32],
 ) -> None:
     """Softmax over experts, then the `top_k` most probable, ties to the lowest id.
 

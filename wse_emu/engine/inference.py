@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -215,7 +215,9 @@ class _Pass:
         heads, prefix, rows = engine.heads, layer_prefix(layer), self.place.axis0
         n = self.bands.n_tokens
         with ExitStack() as stack:
-            qkv = stack.enter_context(wafer.empty("queries, keys and values", wafer.placement((n, heads.qkv.total), rows, ("col", heads.qkv))))
+            qkv = stack.enter_context(
+                wafer.empty("queries, keys and values", wafer.placement((n, heads.qkv.total), rows, ("col", heads.qkv)))
+            )
             with wafer.empty("normalised", self.place) as normal:
                 with self.scope("attention_norm"):
                     rms_norm(wafer, x, prefix + "attn_norm", engine.vector(prefix + "attn_norm"), spec.rms_norm_eps, normal, self.bands)
@@ -240,7 +242,14 @@ class _Pass:
                     record.stages[layer, "attn_max"], record.stages[layer, "attn_denominator"] = statistics
                     record.stages[layer, "attn_context"] = context_to_published(context.gather(), spec)
             with self.scope("attention_out"), wafer.empty("attention output", self.place) as y:
-                matmul(wafer, context, engine.matrix(prefix + "w_o", heads.context.total, spec.hidden_size), y, self.bands, chunk=self.options.chunk)
+                matmul(
+                    wafer,
+                    context,
+                    engine.matrix(prefix + "w_o", heads.context.total, spec.hidden_size),
+                    y,
+                    self.bands,
+                    chunk=self.options.chunk,
+                )
                 all_gather_bands(wafer, y, self.bands)
                 self.tap("attn_out", y)
                 add_residual(wafer, x, y)
@@ -277,7 +286,15 @@ class _Pass:
             gate = engine.matrix(layer_prefix(layer) + "router", spec.hidden_size, spec.num_experts)
             replay = self.trace.layer(layer) if self.trace is not None else None
             routing = route(
-                wafer, normal, gate, self.bands, spec.top_k, spec.renormalize, chunk=self.options.chunk, probe=self.want_router, replay=replay
+                wafer,
+                normal,
+                gate,
+                self.bands,
+                spec.top_k,
+                spec.renormalize,
+                chunk=self.options.chunk,
+                probe=self.want_router,
+                replay=replay,
             )
             self.result.topk_ids.append(routing.topk_ids)
             self.result.topk_weights.append(routing.topk_weights)
@@ -315,7 +332,7 @@ class _Pass:
 
     # ---- probes
 
-    def scope(self, stage: str):  # type: ignore[no-untyped-def]
+    def scope(self, stage: str) -> AbstractContextManager[None]:
         """Ledger scope of a stage of the current layer."""
         return self.wafer.ledger.scope(stage, self.layer)
 

@@ -154,7 +154,8 @@ def plan_model(
         side = smallest_square(spec, wafer_spec, work, options)
         rows = cols = side or min(wafer_spec.usable_rows, wafer_spec.usable_cols)
     rows, cols = rows or cols, cols or rows
-    assert rows is not None and cols is not None
+    assert rows is not None
+    assert cols is not None
     streamed = {n: _stream_bytes(spec, n, options) for n in (batch * min(prompt_tokens, prefill_chunk or prompt_tokens), batch)}
     passes = -(-prompt_tokens // (prefill_chunk or prompt_tokens))
     bytes_prefill = streamed[batch * min(prompt_tokens, prefill_chunk or prompt_tokens)] * passes

@@ -48,7 +48,9 @@ class RoutingTrace:
         return RoutingTrace((ids,) * n_layers)
 
     @staticmethod
-    def from_histogram(counts: Sequence[Sequence[int]] | Mapping[int, Sequence[int]], n_tokens: int, top_k: int, seed: int = 0) -> RoutingTrace:
+    def from_histogram(
+        counts: Sequence[Sequence[int]] | Mapping[int, Sequence[int]], n_tokens: int, top_k: int, seed: int = 0
+    ) -> RoutingTrace:
         """Decisions drawn so that experts are chosen as often, relatively, as in a measured histogram.
 
         Parameters

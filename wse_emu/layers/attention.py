@@ -1,7 +1,7 @@
 """Causal attention over keys and values that lie over the rows of the wafer.
 
-Queries go to the keys: a tile of queries (tokens of one sequence on one row of cores) is sent along the columns to every row that holds keys
-it may see. There each core of the head's column group computes partial scores, which are chained west to east and sent back; the running
+Queries go to the keys: a tile of queries (tokens of one sequence on one row of cores) is sent along the columns to every row that holds
+keys it may see. There each core of the head's column group computes partial scores, which are chained west to east and sent back; the running
 maximum is handed from row to row and its final value returned to all; then the accumulators (denominator and output) are handed from row to
 row in ascending order of keys; the last row divides and sends the context back. Prefill and decode are the same program.
 """
@@ -106,8 +106,8 @@ def attention(
                 if not wafer.is_dry:
                     k, v, base, capacity = cache.buffers(layer, sequences)
                     mesh_attention(
-                        qkv.data, heads.units.offsets, heads.queries_per_kv, heads.head_dim, heads.scale, sequences.first_token,
-                        sequences.n_new, sequences.start, base, capacity, k, v, context.data, m, denominator,
+                        qkv.flat, heads.units.offsets, heads.queries_per_kv, heads.head_dim, heads.scale, sequences.first_token,
+                        sequences.n_new, sequences.start, base, capacity, k, v, context.flat, m, denominator,
                     )  # fmt: skip
     finally:
         wafer.sram.free(work)
@@ -164,7 +164,9 @@ def _events(cache: KVCache, sequences: Sequences, bands: TokenBands, tiles: _Til
     scored = int((q * n_keys).sum())
     pairs = int(sum(int(n) * int(s) + int(n) * (int(n) + 1) // 2 for n, s in zip(sequences.n_new, sequences.start, strict=True)))
 
-    def column(kind: str, name: str, count: int, words: Ints, source: Ints, ends: list[Ints], *, total: int, widest: int, hops: int) -> Event:
+    def column(
+        kind: str, name: str, count: int, words: Ints, source: Ints, ends: list[Ints], *, total: int, widest: int, hops: int
+    ) -> Event:
         """Messages along columns: per tile `words` for each unit of width, from `source` out to `ends`."""
         load, length = costs.LineLoad(n_rows), np.zeros(words.size, np.int64)
         for end in ends:
@@ -288,7 +290,9 @@ class _TileRun:
         self.cores, self.cache, self.layer, self.slot, self.parts = wafer.cores, cache, layer, slot, parts
         self.q_pos, self.tally, self.traffic = q_pos, tally, traffic
         self.n_columns = q_pos.size * cache.heads.queries_per_kv
-        self.visits = [(r, int(keys.starts[r]), min(int(keys.stops[r]), last_pos + 1)) for r in keys.used.tolist() if keys.starts[r] <= last_pos]
+        self.visits = [
+            (r, int(keys.starts[r]), min(int(keys.stops[r]), last_pos + 1)) for r in keys.used.tolist() if keys.starts[r] <= last_pos
+        ]
         self.borrowed: list[Block] = []
         self.queries: dict[tuple[int, int], Block] = {}
         self.scores: dict[tuple[int, int], Block] = {}
@@ -313,13 +317,12 @@ class _TileRun:
 
     def send_queries(self, qkv: PlacedTensor, row: int, row0: int) -> None:
         """Pack the tile's queries on their row and send them to every row of keys."""
-        assert qkv.blocks is not None
         q_slots = self.cache.heads.queries_per_kv
         for part in self.parts:
             home = self.borrow((row, part.col), "packed queries", 2 * part.n_units, self.n_columns)
             self.run(
                 PACK_QUERIES, (row, part.col),
-                {"qkv": qkv.blocks[row, part.col], "q_slots": q_slots, "row0": row0, "u0": part.first_unit, "q_t": home},
+                {"qkv": qkv.held[row, part.col], "q_slots": q_slots, "row0": row0, "u0": part.first_unit, "q_t": home},
             )  # fmt: skip
             self.queries[row, part.col] = home
             away = []
@@ -362,7 +365,9 @@ class _TileRun:
                 else:
                     self.cores.send(self.traffic["maxima"], before, [m])
                 self.run(
-                    SCORE_MAX, core, {"s_t": self.scores[core], "scale": self.cache.heads.scale, "key_pos0": start, "q_pos": self.q_pos, "m": m}
+                    SCORE_MAX,
+                    core,
+                    {"s_t": self.scores[core], "scale": self.cache.heads.scale, "key_pos0": start, "q_pos": self.q_pos, "m": m},
                 )
                 before = m
             assert before is not None
@@ -387,7 +392,8 @@ class _TileRun:
                 self.run(
                     ACCUMULATE, core,
                     {
-                        "s_t": self.scores[core], "scale": self.cache.heads.scale, "key_pos0": start, "q_pos": self.q_pos, "m": maxima[core],
+                        "s_t": self.scores[core], "scale": self.cache.heads.scale, "key_pos0": start, "q_pos": self.q_pos,
+                        "m": maxima[core],
                         "v": values, "f0": 2 * part.first_unit, "denom": here[0], "o_t": here[1],
                     },
                     macs=admitted * self.cache.heads.queries_per_kv * 2 * part.n_units,
@@ -399,7 +405,6 @@ class _TileRun:
 
     def send_context(self, ends: dict[int, tuple[Block, Block]], context: PlacedTensor, row: int, row0: int, n_replicas: int) -> None:
         """Divide, and send the tile's context to all rows that hold its tokens."""
-        assert context.blocks is not None
         q_slots, t = self.cache.heads.queries_per_kv, self.q_pos.size
         last = self.visits[-1][0]
         for part in self.parts:
@@ -409,7 +414,7 @@ class _TileRun:
             self.run(FINISH, core, {"o_t": output, "denom": denominator, "q_slots": q_slots, "row0": 0, "u0": 0, "context": done})
             first = 2 * part.first_unit * q_slots
             where = (slice(row0, row0 + t), slice(first, first + 2 * part.n_units * q_slots))
-            targets = [context.blocks[row + i, part.col] for i in range(n_replicas)]
+            targets = [context.held[row + i, part.col] for i in range(n_replicas)]
             for target in targets:
                 if target.core == core:
                     target.write(done.read(), where)
@@ -459,5 +464,6 @@ def _isolated(
 
     return [
         launch(PACK_QUERIES), moves["queries"], launch(PARTIAL_SCORES), moves["score chain"], launch(CHAIN_ADD), moves["score return"],
-        launch(SCORE_MAX), moves["maxima"], moves["maxima return"], launch(ACCUMULATE), moves["accumulators"], launch(FINISH), moves["context"],
+        launch(SCORE_MAX), moves["maxima"], moves["maxima return"], launch(ACCUMULATE), moves["accumulators"], launch(FINISH),
+        moves["context"],
     ]  # fmt: skip

@@ -67,7 +67,9 @@ def vocabulary_passes(wafer: Wafer, vocab_size: int, bands: TokenBands) -> list[
     return [(first, min(first + step, vocab_size)) for first in range(0, vocab_size, step)]
 
 
-def logits(wafer: Wafer, x: PlacedTensor, head: StreamedMatrix, wanted: Selection, bands: TokenBands, *, chunk: int = DEFAULT_CHUNK) -> NDArray[np.float32]:
+def logits(
+    wafer: Wafer, x: PlacedTensor, head: StreamedMatrix, wanted: Selection, bands: TokenBands, *, chunk: int = DEFAULT_CHUNK
+) -> NDArray[np.float32]:
     """Logits of the wanted tokens, drained to the host pass by pass.
 
     Parameters
@@ -107,10 +109,9 @@ def _drain(wafer: Wafer, y: PlacedTensor, wanted: Selection, bands: TokenBands) 
         words[rows] = wanted.counts[rows]
         wafer.ledger.record(costs.edge("drain", "logits", words, y.placement.col_factor))
         return
-    assert y.blocks is not None
     traffic = wafer.cores.traffic()
     for row in rows.tolist():
         for col in np.flatnonzero(y.placement.col_factor).tolist():
             if wanted.counts[row]:
-                wafer.cores.to_edge(traffic, y.blocks[row, col], slice(0, int(wanted.counts[row])))
+                wafer.cores.to_edge(traffic, y.held[row, col], slice(0, int(wanted.counts[row])))
     wafer.ledger.record(traffic.event("drain", "logits", costs.COLORS["drain"]))

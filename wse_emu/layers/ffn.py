@@ -20,7 +20,10 @@ from wse_kernels.routing import group_tokens, select_expert
 
 FILL_ZERO = Kernel(body=fill_zero, params=("x",), out=("x",), code_bytes=64)
 SELECT_EXPERT = Kernel(
-    body=select_expert, params=("topk_ids", "topk_weights", "expert", "rows", "scale", "n_rows"), out=("rows", "scale", "n_rows"), code_bytes=192
+    body=select_expert,
+    params=("topk_ids", "topk_weights", "expert", "rows", "scale", "n_rows"),
+    out=("rows", "scale", "n_rows"),
+    code_bytes=192,
 )
 
 
@@ -110,7 +113,14 @@ def experts_ffn(
         wafer.empty("expert token count", counts, np.int64, ndim=1) as n_rows,
     ):
         for expert, weights in experts:
-            args = {"topk_ids": routing.ids, "topk_weights": routing.weights, "expert": expert, "rows": rows, "scale": scale, "n_rows": n_rows}
+            args = {
+                "topk_ids": routing.ids,
+                "topk_weights": routing.weights,
+                "expert": expert,
+                "rows": rows,
+                "scale": scale,
+                "n_rows": n_rows,
+            }
             if wafer.cores is not None:
                 wafer.launch(SELECT_EXPERT, **args)
                 selection = _selection_of_cores(rows, scale, n_rows, bands)
@@ -184,7 +194,7 @@ def read_compact(tensor: PlacedTensor, bands: TokenBands, selection: Selection) 
         m = selection.n_tokens
         for col in split.used.tolist():
             j0, j1 = int(split.starts[col]), int(split.stops[col])
-            whole[:, j0:j1] = tensor.data[m * j0 : m * j1].reshape(m, j1 - j0)
+            whole[:, j0:j1] = tensor.flat[m * j0 : m * j1].reshape(m, j1 - j0)
         return whole
     at = 0
     for row in bands.split.representatives.tolist():

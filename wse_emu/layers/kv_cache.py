@@ -105,7 +105,10 @@ class KVCache:
                 for row in range(self.wafer.rows):
                     arena = self.wafer.cores.arena(row, col)
                     for s, most in enumerate(self._rows_per_core.tolist()):
-                        blocks[s, row, col] = (arena.allocate("keys", (most, width), np.float32), arena.allocate("values", (most, width), np.float32))
+                        blocks[s, row, col] = (
+                            arena.allocate("keys", (most, width), np.float32),
+                            arena.allocate("values", (most, width), np.float32),
+                        )
             self._blocks.append(blocks)
         elif not self.wafer.is_dry:
             size = int(self.capacity.sum()) * 2 * self.heads.units.total
@@ -180,7 +183,7 @@ class KVCache:
             if not self.wafer.is_dry:
                 k, v, base, cap = self.buffers(layer, sequences)
                 mesh_store_kv(
-                    qkv.data, self.heads.units.offsets, self.heads.queries_per_kv,
+                    qkv.flat, self.heads.units.offsets, self.heads.queries_per_kv,
                     sequences.first_token, sequences.n_new, sequences.start, base, cap, k, v,
                 )  # fmt: skip
         self.wafer.ledger.record(plan.stored)
@@ -204,7 +207,7 @@ class KVCache:
 
     def _append_isolated(self, layer: int, qkv: PlacedTensor, sequences: Sequences, plan: _AppendPlan) -> None:
         cores = self.wafer.cores
-        assert cores is not None and qkv.blocks is not None
+        assert cores is not None
         shifted, sent = cores.traffic(), cores.traffic()
         row_starts = qkv.placement.axis0[1].starts
         for s, slot in enumerate(sequences.slot.tolist()):
@@ -237,7 +240,7 @@ class KVCache:
                     row0 = int(sequences.first_token[s]) + run.first - int(row_starts[run.source])
                     cores.run(
                         STORE_KV, (run.source, col),
-                        {"qkv": qkv.blocks[run.source, col], "q_slots": self.heads.queries_per_kv, "row0": row0, "k": k, "v": v},
+                        {"qkv": qkv.held[run.source, col], "q_slots": self.heads.queries_per_kv, "row0": row0, "k": k, "v": v},
                     )  # fmt: skip
                     at = start + run.first - int(after.starts[run.target])
                     for piece, block in zip((k, v), self.block(layer, slot, run.target, col), strict=True):

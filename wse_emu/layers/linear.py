@@ -155,9 +155,9 @@ def _batched(
         return
     all_rows = _ramp(m)
     mesh_matmul(
-        x.data, m if put or compact else n_tokens, x.placement.axis1[1].offsets, all_rows if take is None else take.rows,
-        weight.tiles, 0, weight.n_in, weight.n_out,
-        out.data, m if take or compact else n_tokens, out.placement.axis1[1].offsets, all_rows if put is None else put.rows,
+        x.flat, m if put or compact else n_tokens, x.placement.axis1[1].offsets, all_rows if take is None else take.rows,
+        weight.values, 0, weight.n_in, weight.n_out,
+        out.flat, m if take or compact else n_tokens, out.placement.axis1[1].offsets, all_rows if put is None else put.rows,
         _NO_SCALE if put is None else put.scale, mode,
     )  # fmt: skip
 
@@ -252,7 +252,6 @@ def _isolated(
     n_bands, step = bands.n_feature_bands, max(1, chunk // unit)
     stream, chain, handed = cores.traffic(), cores.traffic(), cores.traffic()
     runs = added = finished = macs = finish_macs = 0
-    assert x.blocks and slab.blocks and part.blocks and inbox.blocks and landing.blocks and out.blocks is not None
     for owner in out_split.used.tolist():
         size, start = int(out_split.sizes[owner]), int(out_split.starts[owner])
         for band in range(n_bands):
@@ -265,7 +264,7 @@ def _isolated(
                 for col in k_split.used.tolist():
                     k0, k1 = int(k_split.starts[col]), int(k_split.stops[col])
                     for row in rows:
-                        slabs[row, col] = slab.blocks[row, col].prefix(k1 - k0, n)
+                        slabs[row, col] = slab.held[row, col].prefix(k1 - k0, n)
                     cores.from_edge(stream, columns[k0:k1], col, [slabs[row, col] for row in rows])
                 for row in rows:
                     m = int(counts[row])
@@ -273,32 +272,36 @@ def _isolated(
                         continue
                     acc: Block | None = None
                     for col in k_split.used.tolist():
-                        p = part.blocks[row, col].prefix(m, n)
+                        p = part.held[row, col].prefix(m, n)
                         local: Any = _ramp(m)
                         if take is not None:
                             local = _taken(take, bands, row, col, m)
                         macs += cores.run(
-                            PARTIAL_MATMUL, (row, col), {"x": _rows(x.blocks[row, col], m, compact=bool(put or compact)), "rows": local, "w": slabs[row, col], "p": p}
+                            PARTIAL_MATMUL,
+                            (row, col),
+                            {"x": _rows(x.held[row, col], m, compact=bool(put or compact)), "rows": local, "w": slabs[row, col], "p": p},
                         )
                         runs += 1
                         if acc is None:
                             acc = p
                             continue
-                        come = inbox.blocks[row, col].prefix(m, n)
+                        come = inbox.held[row, col].prefix(m, n)
                         cores.send(chain, acc, [come])
                         cores.run(CHAIN_ADD, (row, col), {"acc": come, "p": p})
                         added += 1
                         acc = come
                     assert acc is not None
-                    target = out.blocks[row, owner]
+                    target = out.held[row, owner]
                     if mode == STORE:
                         _hand(cores, handed, acc, target, (slice(0, m), slice(first, first + n)))
                         continue
-                    y = landing.blocks[row, owner].prefix(m, n)
+                    y = landing.held[row, owner].prefix(m, n)
                     _hand(cores, handed, acc, y, (slice(None), slice(None)))
                     finished += 1
                     if mode == SWIGLU:
-                        finish_macs += _finish(cores, SWIGLU_INTO, target, (slice(0, m), slice(first, first + n // 2)), {"y": y, "first": first, "h": target})
+                        finish_macs += _finish(
+                            cores, SWIGLU_INTO, target, (slice(0, m), slice(first, first + n // 2)), {"y": y, "first": first, "h": target}
+                        )
                     else:
                         assert put is not None
                         places = _head(put.row_blocks, row, owner, m)
@@ -329,8 +332,8 @@ def _taken(take: Selection, bands: TokenBands, row: int, col: int, m: int) -> An
 
 def _head(tensor: PlacedTensor | None, row: int, col: int, m: int) -> Block:
     """First m entries of a core's list, as a block that shares its memory."""
-    assert tensor is not None and tensor.blocks is not None
-    return tensor.blocks[row, col].view(slice(0, m))
+    assert tensor is not None
+    return tensor.held[row, col].view(slice(0, m))
 
 
 def _rows(block: Block, m: int, *, compact: bool) -> Block:
@@ -380,7 +383,6 @@ def all_gather_bands(wafer: Wafer, tensor: PlacedTensor, bands: TokenBands, sele
     if wafer.cores is None:
         wafer.ledger.record(_gather_event(bands, counts.tobytes(), split, tensor.name))
         return
-    assert tensor.blocks is not None
     traffic = wafer.cores.traffic()
     for first in range(0, bands.used_rows, n_bands):
         m = int(counts[first])
@@ -391,8 +393,8 @@ def all_gather_bands(wafer: Wafer, tensor: PlacedTensor, bands: TokenBands, sele
             for band in range(n_bands):
                 share = slice(_share(size, band, n_bands), _share(size, band + 1, n_bands))
                 rows = slice(0, m) if selection is not None else slice(None)
-                others = [tensor.blocks[first + b, col] for b in range(n_bands) if b != band]
-                wafer.cores.send(traffic, tensor.blocks[first + band, col], others, where=(rows, share), to=(rows, share))
+                others = [tensor.held[first + b, col] for b in range(n_bands) if b != band]
+                wafer.cores.send(traffic, tensor.held[first + band, col], others, where=(rows, share), to=(rows, share))
     wafer.ledger.record(traffic.event("allgather", tensor.name, costs.COLORS["allgather"]))
 
 

@@ -64,14 +64,14 @@ def stream_vector(wafer: Wafer, name: str, values: NDArray[np.float32] | None, s
                 max_link=split.max_size if last else 0, max_hops=last,
             )
         )  # fmt: skip
-        if tensor.data is not None and values is not None:
-            tensor.data[...] = values
+        if values is not None:
+            tensor.flat[...] = values
         return tensor
-    assert tensor.blocks is not None and values is not None
+    assert values is not None
     traffic = wafer.cores.traffic()
     for col in split.used.tolist():
         payload = np.ascontiguousarray(values[split.starts[col] : split.stops[col]]).reshape(1, -1)
-        wafer.cores.from_edge(traffic, payload, col, [tensor.blocks[row, col] for row in range(last + 1)])
+        wafer.cores.from_edge(traffic, payload, col, [tensor.held[row, col] for row in range(last + 1)])
     wafer.ledger.record(traffic.event("stream", name, costs.COLORS["stream"]))
     return tensor
 

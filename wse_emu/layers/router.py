@@ -112,11 +112,11 @@ def route(
                 all_tokens = np.arange(n_tokens, dtype=np.int64)
                 whole = np.array([0, n_experts], np.int64)
                 mesh_matmul(
-                    x.data, n_tokens, x.placement.axis1[1].offsets, all_tokens, gate.tiles, 0, gate.n_in, n_experts,
+                    x.flat, n_tokens, x.placement.axis1[1].offsets, all_tokens, gate.values, 0, gate.n_in, n_experts,
                     logits.reshape(-1), n_tokens, whole, all_tokens, np.zeros(1, np.float32), STORE,
                 )  # fmt: skip
                 softmax_topk(logits, renormalize, np.empty_like(logits), topk_ids, topk_weights)
-                ids.data[...], weights.data[...] = topk_ids.reshape(-1), topk_weights.reshape(-1)  # type: ignore[index]
+                ids.flat[...], weights.flat[...] = topk_ids.reshape(-1), topk_weights.reshape(-1)
     wafer.sram.free(work)
     for event in events:
         wafer.ledger.record(event)
@@ -172,7 +172,8 @@ def _events(wafer: Wafer, k_split: Split, bands: TokenBands, n_experts: int, top
         ),
         Event(None, "", "launch", SOFTMAX_TOPK.name, count=int(row.size) * replicas),
         costs.moved(
-            "broadcast", "routing", count=2 * int(row.size) * replicas if spread else 0, words=bands.n_tokens * words * replicas if spread else 0,
+            "broadcast", "routing", count=2 * int(row.size) * replicas if spread else 0,
+            words=bands.n_tokens * words * replicas if spread else 0,
             hops=bands.n_tokens * words * replicas * (wafer.cols - 1), max_link=int(ends.max(initial=0)) * words,
             max_hops=int(np.maximum(col, wafer.cols - 1 - col).max()),
         ),
@@ -184,7 +185,7 @@ def _isolated(
     slab: PlacedTensor, part: PlacedTensor, inbox: PlacedTensor, ids: PlacedTensor, weights: PlacedTensor, logits_out: NDArray[np.float32],
 ) -> list[Event]:  # fmt: skip
     cores = wafer.cores
-    assert cores is not None and x.blocks and slab.blocks and part.blocks and inbox.blocks and ids.blocks and weights.blocks
+    assert cores is not None
     k_split, n_experts, top_k = x.placement.axis1[1], gate.n_out, ids.placement.shape[1]
     stream, chain, handed, told = (cores.traffic() for _ in range(4))
     runs = added = decided = macs = decide_macs = 0
@@ -203,20 +204,20 @@ def _isolated(
         for col in k_split.used.tolist():
             k0, k1 = int(k_split.starts[col]), int(k_split.stops[col])
             for row in rows:
-                slabs[row, col] = slab.blocks[row, col].prefix(k1 - k0, n)
+                slabs[row, col] = slab.held[row, col].prefix(k1 - k0, n)
             cores.from_edge(stream, columns[k0:k1], col, [slabs[row, col] for row in rows])
         for row in rows:
             m = int(bands.split.sizes[row])
             acc: Block | None = None
             for col in k_split.used.tolist():
-                p = part.blocks[row, col].prefix(m, n)
+                p = part.held[row, col].prefix(m, n)
                 local = np.arange(m, dtype=np.int64)
-                macs += cores.run(PARTIAL_MATMUL, (row, col), {"x": x.blocks[row, col], "rows": local, "w": slabs[row, col], "p": p})
+                macs += cores.run(PARTIAL_MATMUL, (row, col), {"x": x.held[row, col], "rows": local, "w": slabs[row, col], "p": p})
                 runs += 1
                 if acc is None:
                     acc = p
                     continue
-                come = inbox.blocks[row, col].prefix(m, n)
+                come = inbox.held[row, col].prefix(m, n)
                 cores.send(chain, acc, [come])
                 cores.run(CHAIN_ADD, (row, col), {"acc": come, "p": p})
                 added += 1
@@ -235,14 +236,15 @@ def _isolated(
         probs = arena.allocate("probabilities", scores.array.shape, np.float32)
         chosen, weight = arena.allocate("decision", (mine.size, top_k), np.int64), arena.allocate("weights", (mine.size, top_k), np.float32)
         decide_macs += cores.run(
-            SOFTMAX_TOPK, (row, col), {"logits": scores, "renormalize": renormalize, "probs": probs, "topk_ids": chosen, "topk_weights": weight}
+            SOFTMAX_TOPK,
+            (row, col),
+            {"logits": scores, "renormalize": renormalize, "probs": probs, "topk_ids": chosen, "topk_weights": weight},
         )
         decided += 1
         to = (mine, slice(None))
         for mine_block, tensor in ((chosen, ids), (weight, weights)):
-            assert tensor.blocks is not None
-            tensor.blocks[row, col].write(mine_block.read(), to)  # type: ignore[arg-type]
-            others = [tensor.blocks[row, c] for c in range(wafer.cols) if c != col]
+            tensor.held[row, col].write(mine_block.read(), to)  # type: ignore[arg-type]
+            others = [tensor.held[row, c] for c in range(wafer.cols) if c != col]
             cores.send(told, mine_block, others, to=to)  # type: ignore[arg-type]
         logits_out[bands.split.starts[row] + mine] = scores.read()
         for block in (scores, probs, chosen, weight):
@@ -297,14 +299,14 @@ def report_chosen(wafer: Wafer, routing: Routing, bands: TokenBands, n_experts: 
 
 def _merge_isolated(wafer: Wafer, routing: Routing, used: int, n_words: int) -> tuple[list[Event], NDArray[np.int32]]:
     cores = wafer.cores
-    assert cores is not None and routing.ids.blocks is not None
+    assert cores is not None
     merging, leaving = cores.traffic(), cores.traffic()
     masks: list[Block] = []
     before: Block | None = None
     for row in range(used):
         mask = cores.arena(row, 0).allocate("chosen set", (n_words,), np.int32)
         masks.append(mask)
-        cores.run(MARK_CHOSEN, (row, 0), {"topk_ids": routing.ids.blocks[row, 0], "mask": mask})
+        cores.run(MARK_CHOSEN, (row, 0), {"topk_ids": routing.ids.held[row, 0], "mask": mask})
         if before is not None:
             come = cores.arena(row, 0).allocate("incoming set", (n_words,), np.int32)
             masks.append(come)

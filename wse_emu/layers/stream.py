@@ -19,15 +19,20 @@ class StreamedMatrix:
     n_out: int
     tiles: NDArray[np.float32] | None
 
+    @property
+    def values(self) -> NDArray[np.float32]:
+        """The tiles; asking for them when only shapes are streamed is a mistake of the program."""
+        assert self.tiles is not None, f"`{self.name}` is streamed without values"
+        return self.tiles
+
     def columns(self, start: int, stop: int) -> NDArray[np.float32]:
         """Columns ``[start, stop)`` as a new C-contiguous ``(n_in, stop - start)`` array."""
-        assert self.tiles is not None
         out = np.empty((self.n_in, stop - start), np.float32)
         at = start
         while at < stop:
             first = at // TILE_COLS * TILE_COLS
             width = min(TILE_COLS, self.n_out - first)
-            tile = self.tiles[first * self.n_in : (first + width) * self.n_in].reshape(self.n_in, width)
+            tile = self.values[first * self.n_in : (first + width) * self.n_in].reshape(self.n_in, width)
             end = min(stop, first + width)
             out[:, at - start : end - start] = tile[:, at - first : end - first]
             at = end
@@ -35,6 +40,7 @@ class StreamedMatrix:
 
     def slice(self, start: int, stop: int) -> StreamedMatrix:
         """Columns ``[start, stop)`` as a matrix of their own, without a copy; `start` must lie on a tile's edge."""
-        assert start % TILE_COLS == 0 and (stop % TILE_COLS == 0 or stop == self.n_out)
+        assert start % TILE_COLS == 0
+        assert stop % TILE_COLS == 0 or stop == self.n_out
         tiles = None if self.tiles is None else self.tiles[start * self.n_in : stop * self.n_in]
         return StreamedMatrix(self.name, self.n_in, stop - start, tiles)

@@ -37,7 +37,7 @@ class Event(NamedTuple):
     """One of `KINDS`."""
     name: str
     """Kernel or tensor."""
-    count: int = 1
+    count: int = 1  # type: ignore[assignment]  # the tuple's own method is not for events
     """Cores that ran the kernel, or messages sent (a multicast is one message)."""
     macs: int = 0
     """Multiply-adds done by kernels (one fma each; additions, exponentials and comparisons are not counted)."""
@@ -66,7 +66,7 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        self._events: list[Event] = []
+        self._events: list[tuple[int | None, str, Event]] = []
         self._layer: int | None = None
         self._stage: str = "host"
 
@@ -82,7 +82,7 @@ class Ledger:
 
     def record(self, event: Event) -> None:
         """Append `event`, attributed to the current scope."""
-        self._events.append(event._replace(layer=self._layer, stage=self._stage))
+        self._events.append((self._layer, self._stage, event))
 
     def clear(self) -> None:
         """Forget everything recorded so far."""
@@ -93,7 +93,7 @@ class Ledger:
 
     def events(self, start: int = 0) -> list[Event]:
         """Events from index `start` on, oldest first."""
-        return self._events[start:]
+        return [event._replace(layer=layer, stage=stage) for layer, stage, event in self._events[start:]]
 
     def totals(self, by: Sequence[str] = ("layer", "stage", "kind"), start: int = 0) -> list[dict[str, Any]]:
         """Sums over events that agree in the fields `by`, in order of first appearance.
@@ -119,7 +119,7 @@ class Ledger:
         if unknown:
             raise ValueError(f"`by` may hold layer, stage, kind and name, got {sorted(unknown)}")
         rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-        for event in self._events[start:]:
+        for event in self.events(start):
             key = tuple(getattr(event, name) for name in by)
             row = rows.get(key)
             if row is None:
@@ -142,7 +142,7 @@ class Ledger:
         document = {
             "schema": SCHEMA_VERSION,
             "fields": list(Event._fields),
-            "events": [list(event) for event in self._events],
+            "events": [list(event) for event in self.events()],
             "totals": self.totals(),
         }
         text = json.dumps(document)

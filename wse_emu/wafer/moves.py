@@ -88,26 +88,25 @@ def chain_row(wafer: Wafer, partials: PlacedTensor, out: PlacedTensor, cols: Int
             wafer.ledger.record(costs.chain(partials.name, sizes, stations))
             wafer.ledger.record(Event(None, "", "launch", CHAIN_ADD.name, count=n_rows * (stations.size - 1)))
             wafer.ledger.record(costs.deliver(out.name, rows.sizes * _words(out), last, owners.sizes))
-            if partials.data is not None and out.data is not None:
+            if not wafer.is_dry:
                 total = np.empty((out.placement.shape[0], n), np.float32)
-                chain_panels(partials.data, total.size, stations, total.reshape(-1))
-                _to_panels(total, out.placement, out.data)
+                chain_panels(partials.flat, total.size, stations, total.reshape(-1))
+                _to_panels(total, out.placement, out.flat)
             return
         chain, handed, runs = wafer.cores.traffic(), wafer.cores.traffic(), 0
-        assert partials.blocks and inbox.blocks and out.blocks is not None
         for row in rows.used.tolist():
-            acc = partials.blocks[row, int(stations[0])]
+            acc = partials.held[row, int(stations[0])]
             for col in stations[1:].tolist():
-                wafer.cores.send(chain, acc, [inbox.blocks[row, col]])
-                acc = inbox.blocks[row, col]
-                wafer.cores.run(CHAIN_ADD, (row, col), {"acc": acc, "p": partials.blocks[row, col]})
+                wafer.cores.send(chain, acc, [inbox.held[row, col]])
+                acc = inbox.held[row, col]
+                wafer.cores.run(CHAIN_ADD, (row, col), {"acc": acc, "p": partials.held[row, col]})
                 runs += 1
             for col in owners.used.tolist():
                 piece = slice(int(owners.starts[col]), int(owners.stops[col]))
                 if col == last:
-                    out.blocks[row, col].write(acc.read((slice(None), piece)))
+                    out.held[row, col].write(acc.read((slice(None), piece)))
                 else:
-                    wafer.cores.send(handed, acc, [out.blocks[row, col]], where=(slice(None), piece))
+                    wafer.cores.send(handed, acc, [out.held[row, col]], where=(slice(None), piece))
         wafer.ledger.record(chain.event("chain", partials.name, costs.COLORS["chain"]))
         wafer.ledger.record(Event(None, "", "launch", CHAIN_ADD.name, count=runs))
         wafer.ledger.record(handed.event("deliver", out.name, costs.COLORS["deliver"]))
@@ -142,25 +141,24 @@ def chain_col(wafer: Wafer, partials: PlacedTensor, out: PlacedTensor, op: Chain
         if wafer.cores is None:
             wafer.ledger.record(costs.chain(partials.name, sizes, np.arange(wafer.rows)))
             wafer.ledger.record(Event(None, "", "launch", station.name, count=n_cols * last))
-            if partials.data is not None and out.data is not None:
+            if not wafer.is_dry:
                 whole = np.empty(partials.placement.shape, partials.dtype)
-                _from_panels(partials.data, partials.placement, whole)
+                _from_panels(partials.flat, partials.placement, whole)
                 total = whole[:m].copy()
                 for row in range(1, wafer.rows):
                     _combine(op, total, whole[row * m : (row + 1) * m])
-                _to_panels(total, out.placement, out.data)
+                _to_panels(total, out.placement, out.flat)
             return
-        assert partials.blocks and inbox.blocks and out.blocks is not None
         chain, runs = wafer.cores.traffic(), 0
         for col in np.flatnonzero(sizes).tolist():
-            acc = partials.blocks[0, col]
+            acc = partials.held[0, col]
             for row in range(1, wafer.rows):
-                wafer.cores.send(chain, acc, [inbox.blocks[row, col]])
-                acc = inbox.blocks[row, col]
+                wafer.cores.send(chain, acc, [inbox.held[row, col]])
+                acc = inbox.held[row, col]
                 first, second = station.params
-                wafer.cores.run(station, (row, col), {first: acc, second: partials.blocks[row, col]})
+                wafer.cores.run(station, (row, col), {first: acc, second: partials.held[row, col]})
                 runs += 1
-            out.blocks[last, col].write(acc.read())
+            out.held[last, col].write(acc.read())
         wafer.ledger.record(chain.event("chain", partials.name, costs.COLORS["chain"]))
         wafer.ledger.record(Event(None, "", "launch", station.name, count=runs))
 
@@ -198,15 +196,14 @@ def broadcast_row(wafer: Wafer, source: PlacedTensor, out: PlacedTensor, cols: I
     if wafer.cores is None:
         sizes = source.placement.row_factor * (n * _words(source))
         wafer.ledger.record(costs.multicast(source.name, sizes, at, targets))
-        if source.data is not None and out.data is not None:
-            out.data[...] = source.data
+        if not wafer.is_dry:
+            out.flat[...] = source.flat
         return
-    assert source.blocks is not None and out.blocks is not None
     traffic = wafer.cores.traffic()
     for row in rows.used.tolist():
-        block = source.blocks[row, at]
-        wafer.cores.send(traffic, block, [out.blocks[row, c] for c in targets.tolist() if c != at])
-        out.blocks[row, at].write(block.read())
+        block = source.held[row, at]
+        wafer.cores.send(traffic, block, [out.held[row, c] for c in targets.tolist() if c != at])
+        out.held[row, at].write(block.read())
     wafer.ledger.record(traffic.event("broadcast", source.name, costs.COLORS["broadcast"]))
 
 
@@ -229,15 +226,14 @@ def broadcast_col(wafer: Wafer, source: PlacedTensor, out: PlacedTensor) -> None
     sizes = source.placement.col_factor * (source.placement.shape[0] * _words(source))
     if wafer.cores is None:
         wafer.ledger.record(costs.multicast(source.name, sizes, at, np.arange(wafer.rows)))
-        if source.data is not None and out.data is not None:
-            out.data[...] = source.data
+        if not wafer.is_dry:
+            out.flat[...] = source.flat
         return
-    assert source.blocks is not None and out.blocks is not None
     traffic = wafer.cores.traffic()
     for col in np.flatnonzero(sizes).tolist():
-        block = source.blocks[at, col]
-        wafer.cores.send(traffic, block, [out.blocks[r, col] for r in range(wafer.rows) if r != at])
-        out.blocks[at, col].write(block.read())
+        block = source.held[at, col]
+        wafer.cores.send(traffic, block, [out.held[r, col] for r in range(wafer.rows) if r != at])
+        out.held[at, col].write(block.read())
     wafer.ledger.record(traffic.event("broadcast", source.name, costs.COLORS["broadcast"]))
 
 
@@ -262,16 +258,15 @@ def all_gather_col(wafer: Wafer, source: PlacedTensor, out: PlacedTensor) -> Non
         widths, counts = np.unique(factor[factor > 0], return_counts=True)
         groups = [(np.array([w * _words(source)]), split.sizes, int(k)) for w, k in zip(widths, counts, strict=True)]
         wafer.ledger.record(costs.allgather(source.name, groups))
-        if source.data is not None and out.data is not None:
-            out.data[...] = source.data
+        if not wafer.is_dry:
+            out.flat[...] = source.flat
         return
-    assert source.blocks is not None and out.blocks is not None
     traffic = wafer.cores.traffic()
     for col in np.flatnonzero(factor).tolist():
         for row in split.used.tolist():
             where = (slice(int(split.starts[row]), int(split.stops[row])), slice(None))
-            wafer.cores.send(traffic, source.blocks[row, col], [out.blocks[r, col] for r in range(wafer.rows) if r != row], to=where)
-            out.blocks[row, col].write(source.blocks[row, col].read(), where)
+            wafer.cores.send(traffic, source.held[row, col], [out.held[r, col] for r in range(wafer.rows) if r != row], to=where)
+            out.held[row, col].write(source.held[row, col].read(), where)
     wafer.ledger.record(traffic.event("allgather", source.name, costs.COLORS["allgather"]))
 
 
@@ -294,22 +289,21 @@ def shift_rows(wafer: Wafer, source: PlacedTensor, out: PlacedTensor, n: int) ->
     )
     if wafer.cores is None:
         wafer.ledger.record(costs.shift(source.name, split.sizes * _words(source), source.placement.col_factor, n))
-        if source.data is not None and out.data is not None and abs(n) < wafer.rows:
+        if not wafer.is_dry and abs(n) < wafer.rows:
             m, step = source.placement.shape[0], n * split.max_size
             whole, result = np.empty(source.placement.shape, source.dtype), np.empty(source.placement.shape, source.dtype)
-            _from_panels(source.data, source.placement, whole)
-            _from_panels(out.data, out.placement, result)
+            _from_panels(source.flat, source.placement, whole)
+            _from_panels(out.flat, out.placement, result)
             result[max(step, 0) : m + min(step, 0)] = whole[max(-step, 0) : m - max(step, 0)]
-            _to_panels(result, out.placement, out.data)
+            _to_panels(result, out.placement, out.flat)
         return
-    assert source.blocks is not None and out.blocks is not None
     traffic = wafer.cores.traffic()
-    for (row, col), block in source.blocks.items():
+    for (row, col), block in source.held.items():
         if 0 <= row + n < wafer.rows:
             if n:
-                wafer.cores.send(traffic, block, [out.blocks[row + n, col]])
+                wafer.cores.send(traffic, block, [out.held[row + n, col]])
             else:
-                out.blocks[row, col].write(block.read())
+                out.held[row, col].write(block.read())
     wafer.ledger.record(traffic.event("shift", source.name, costs.COLORS["shift"]))
 
 
@@ -330,20 +324,17 @@ def send(wafer: Wafer, source: PlacedTensor, out: PlacedTensor, from_core: tuple
             f"core {to_core}: `{out.name}` {out.block_shape(*to_core)} {out.dtype} cannot take `{source.name}` {shape} {source.dtype}"
         )
     if wafer.cores is not None:
-        assert source.blocks is not None and out.blocks is not None
         traffic = wafer.cores.traffic()
         if from_core == to_core:
-            out.blocks[to_core].write(source.blocks[from_core].read())
+            out.held[to_core].write(source.held[from_core].read())
         else:
-            wafer.cores.send(traffic, source.blocks[from_core], [out.blocks[to_core]])
+            wafer.cores.send(traffic, source.held[from_core], [out.held[to_core]])
         wafer.ledger.record(traffic.event("send", source.name, costs.COLORS["send"]))
         return
     away = from_core != to_core and 0 not in shape
     words = int(np.prod(shape)) * _words(source) if away else 0
     hops = abs(from_core[0] - to_core[0]) + abs(from_core[1] - to_core[1]) if away else 0
-    wafer.ledger.record(
-        costs.moved("send", source.name, count=int(away), words=words, hops=words * hops, max_link=words, max_hops=hops)
-    )
+    wafer.ledger.record(costs.moved("send", source.name, count=int(away), words=words, hops=words * hops, max_link=words, max_hops=hops))
     if not wafer.is_dry:
         out.block(*to_core)[...] = source.block(*from_core)
 
@@ -364,13 +355,12 @@ def gather_to_core(wafer: Wafer, source: PlacedTensor, out: PlacedTensor) -> Non
     _same(rows.is_partition and cols.is_partition, f"`{source.name}` must be a partition over rows and columns")
     if wafer.cores is None:
         wafer.ledger.record(costs.gather(source.name, rows.sizes * _words(source), cols.sizes, core))
-        if source.data is not None and out.data is not None:
-            _from_panels(source.data, source.placement, out.data.reshape(out.placement.shape))
+        if not wafer.is_dry:
+            _from_panels(source.flat, source.placement, out.flat.reshape(out.placement.shape))
         return
-    assert source.blocks is not None and out.blocks is not None
     traffic = wafer.cores.traffic()
-    target = out.blocks[core]
-    for (row, col), block in source.blocks.items():
+    target = out.held[core]
+    for (row, col), block in source.held.items():
         i0, i1, j0, j1 = source.placement.ranges(row, col)
         where = (slice(i0, i1), slice(j0, j1))
         if (row, col) == core:

@@ -33,9 +33,7 @@ class Split:
             object.__setattr__(self, name, value)
         if self.starts.shape != self.stops.shape or self.starts.ndim != 1:
             raise PlacementError("`starts` and `stops` must be one-dimensional and of one length")
-        if self.starts.size and not (
-            (self.starts >= 0).all() and (self.starts <= self.stops).all() and (self.stops <= self.total).all()
-        ):
+        if self.starts.size and not ((self.starts >= 0).all() and (self.starts <= self.stops).all() and (self.stops <= self.total).all()):
             raise PlacementError(f"ranges must lie in 0..{self.total} and not run backwards")
 
     @cached_property
@@ -84,10 +82,7 @@ class Split:
     def is_partition(self) -> bool:
         """Whether the ranges cover the axis once, in ascending order."""
         return bool(
-            self.starts.size
-            and self.starts[0] == 0
-            and self.stops[-1] == self.total
-            and (self.starts[1:] == self.stops[:-1]).all()
+            self.starts.size and self.starts[0] == 0 and self.stops[-1] == self.total and (self.starts[1:] == self.stops[:-1]).all()
         )
 
     @cached_property
@@ -326,9 +321,7 @@ class Placement:
                 sizes = split.sizes
                 unique = "" if split.is_partition else ", replicated over bands"
                 lines.append(f"  axis {axis}: over {grid}s, {int(sizes.min())}..{int(sizes.max())} each{unique}")
-        for grid, split in (("rows", rows), ("cols", cols)):
-            if split is None:
-                lines.append(f"  {grid}: replicas")
+        lines += [f"  {name}: replicas" for name, over in (("rows", rows), ("cols", cols)) if over is None]
         if self.n_rows * self.n_cols <= 64:
             for row in range(self.n_rows):
                 lines.append("  " + "  ".join("[{}:{}, {}:{}]".format(*self.ranges(row, col)) for col in range(self.n_cols)))

@@ -43,6 +43,18 @@ class PlacedTensor:
         """Block of every core (isolated and interpreted executors), else None."""
 
     @property
+    def flat(self) -> NDArray[Any]:
+        """The buffer of the batched executor; asking for it elsewhere is a mistake of the program."""
+        assert self.data is not None, f"`{self.name}` has no flat buffer"
+        return self.data
+
+    @property
+    def held(self) -> dict[tuple[int, int], Block]:
+        """The blocks of the isolated executors; asking for them elsewhere is a mistake of the program."""
+        assert self.blocks is not None, f"`{self.name}` has no blocks"
+        return self.blocks
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the whole tensor."""
         return self.placement.shape if self.ndim == 2 else self.placement.shape[1:]
@@ -65,9 +77,8 @@ class PlacedTensor:
         if self.blocks is not None:
             found = self.blocks.get((row, col))
             return np.empty(shape, self.dtype) if found is None else found.array
-        assert self.data is not None
         start = self.placement.offset(row, col)
-        return self.data[start : start + int(np.prod(shape))].reshape(shape)
+        return self.flat[start : start + int(np.prod(shape))].reshape(shape)
 
     def gather(self) -> NDArray[Any]:
         """The whole tensor on the host, through the probe channel; replicas are read once.

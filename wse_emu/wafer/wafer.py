@@ -58,7 +58,9 @@ class Wafer:
         cols = spec.usable_cols if cols is None else cols
         for name, value, most in (("rows", rows, spec.n_rows), ("cols", cols, spec.n_cols)):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= most:
-                raise SpecError(f"`{name}` must be an integer in 1..{most} ({spec.name} has {spec.n_rows} x {spec.n_cols} cores), got {value!r}")
+                raise SpecError(
+                    f"`{name}` must be an integer in 1..{most} ({spec.name} has {spec.n_rows} x {spec.n_cols} cores), got {value!r}"
+                )
         if executor not in EXECUTORS:
             raise SpecError(f"`executor` must be one of {', '.join(EXECUTORS)}, got {executor!r}")
         self.spec = spec
@@ -128,7 +130,7 @@ class Wafer:
         """Give a tensor's SRAM back (`PlacedTensor.free` calls this)."""
         self.sram.free(reservation)
         if tensor.blocks is not None and self.cores is not None:
-            for (row, col), block in tensor.blocks.items():
+            for (row, col), block in tensor.held.items():
                 self.cores.arena(row, col).free(block)
 
     def place(self, array: ArrayLike, *, axes: Sequence[GridAxis | None] | None = None, name: str = "x") -> PlacedTensor:
@@ -160,12 +162,11 @@ class Wafer:
             raise PlacementError(f"`{name}` must have one or two axes, got shape {host.shape}")
         if host.dtype.itemsize % _WORD:
             raise PlacementError(f"`{name}`: elements must fill whole 32-bit words, got {host.dtype}; convert to float32 or int32")
-        if axes is None:
-            axes = ("row", "col") if host.ndim == 2 else ("col",)
-        if len(axes) != host.ndim:
-            raise PlacementError(f"`{name}` has {host.ndim} axes, `axes` names {len(axes)}")
+        names: Sequence[GridAxis | None] = (("row", "col") if host.ndim == 2 else ("col",)) if axes is None else axes
+        if len(names) != host.ndim:
+            raise PlacementError(f"`{name}` has {host.ndim} axes, `axes` names {len(names)}")
         length = {"row": self.rows, "col": self.cols, None: 1}
-        pairs = [(grid, Split.balanced(n, length[grid])) for grid, n in zip(axes, host.shape, strict=True)]
+        pairs = [(grid, Split.balanced(n, length[grid])) for grid, n in zip(names, host.shape, strict=True)]
         if host.ndim == 1:
             pairs.insert(0, (None, Split.balanced(1, 1)))
         shape = (1, host.shape[0]) if host.ndim == 1 else (host.shape[0], host.shape[1])
@@ -199,7 +200,7 @@ class Wafer:
             return
         traffic = self.cores.traffic()
         host = np.asarray(array, tensor.dtype).reshape(place.shape)
-        for (row, col), block in (tensor.blocks or {}).items():
+        for (row, col), block in tensor.held.items():
             i0, i1, j0, j1 = place.ranges(row, col)
             self.cores.from_edge(traffic, host[i0:i1, j0:j1], col, [block])
         self.ledger.record(traffic.event(kind, tensor.name, costs.COLORS[kind]))
@@ -227,7 +228,7 @@ class Wafer:
             traffic = self.cores.traffic()
             for row in rows:
                 for col in cols:
-                    block = (tensor.blocks or {}).get((int(row), int(col)))
+                    block = tensor.held.get((int(row), int(col)))
                     if block is not None:
                         i0, i1, j0, j1 = place.ranges(int(row), int(col))
                         whole[i0:i1, j0:j1] = self.cores.to_edge(traffic, block).reshape(i1 - i0, j1 - j0)
@@ -340,11 +341,9 @@ class Wafer:
         return _LaunchPlan(rows, used_rows, used_cols, macs)
 
     def _reserve_scratch(self, kernel: Kernel, args: dict[str, Any]) -> list[Reservation]:
-        ones = np.ones
-        return [
-            self.sram.allocate(name, ones(self.rows, np.int64), np.full(self.cols, int(np.prod(args[name].shape))), args[name].dtype.itemsize)
-            for name in kernel.scratch
-        ]
+        rows = np.ones(self.rows, np.int64)
+        sizes = {name: int(np.prod(args[name].shape)) for name in kernel.scratch}
+        return [self.sram.allocate(name, rows, np.full(self.cols, n), args[name].dtype.itemsize) for name, n in sizes.items()]
 
     def _launch_batched(self, kernel: Kernel, args: dict[str, Any], plan: _LaunchPlan) -> None:
         kinds: list[str] = []
@@ -373,8 +372,7 @@ class Wafer:
                 borrowed: list[Block] = []
                 for name, arg in args.items():
                     if isinstance(arg, PlacedTensor):
-                        assert arg.blocks is not None
-                        blocks[name] = arg.blocks[row, col]
+                        blocks[name] = arg.held[row, col]
                     elif isinstance(arg, Scratch):
                         blocks[name] = arena.allocate(name, arg.shape, arg.dtype)
                         borrowed.append(blocks[name])
