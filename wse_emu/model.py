@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -384,15 +385,19 @@ class _Session:
         self._capacity = [n + new_tokens for n in lengths]
         self._traces = traces
         self._cache: KVCache | None = None
+        self._held = ExitStack()
 
     def __enter__(self) -> _Session:
         self._model.recorded_routing = []
-        self._cache = self._engine.new_cache(self._capacity)
+        with ExitStack() as stack:
+            self._cache = self._engine.new_cache(self._capacity)
+            stack.callback(self._cache.free)
+            stack.enter_context(self._engine.streaming())
+            self._held = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        assert self._cache is not None
-        self._cache.free()
+        self._held.close()
 
     def prefill(
         self, prompts: _Prompts, *, every: bool, hidden_states: bool = False, router_logits: bool = False, taps: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -88,6 +88,7 @@ class Engine:
         self.options = options or EngineOptions()
         self.heads = HeadLayout(self.spec.num_kv_heads, self.spec.queries_per_kv, self.spec.head_dim, wafer.cols)
         self._hidden = Split.balanced(self.spec.hidden_size, wafer.cols)
+        self._stream: LayerStream | None = None
 
     def new_cache(self, capacity: Sequence[int] | Ints) -> KVCache:
         """Key/value cache for sequences of at most `capacity` tokens each."""
@@ -118,10 +119,21 @@ class Engine:
         if taps:
             run.result.taps = self._new_record(token_ids, sequences, bands)
         with ExitStack() as stack:
-            stream = stack.enter_context(LayerStream(self.store, depth=0 if self.wafer.is_dry else self.options.prefetch_depth))
+            stream = self._stream if self._stream is not None else stack.enter_context(LayerStream(self.store, depth=0))
             run.execute(token_ids, wanted, stream, stack)
         cache.advance(sequences)
         return run.result
+
+    @contextmanager
+    def streaming(self) -> Iterator[None]:
+        """Keep one prefetch thread for all forward passes inside the block; without it weights are made resident as they are used."""
+        depth = 0 if self.wafer.is_dry else self.options.prefetch_depth
+        with LayerStream(self.store, depth=depth) as stream:
+            self._stream = stream
+            try:
+                yield
+            finally:
+                self._stream = None
 
     def _new_record(self, token_ids: Ints, sequences: Sequences, bands: TokenBands) -> TapRecord:
         widths = {"hidden": self.spec.hidden_size, "ffn": self.spec.intermediate_size, "vocab": self.spec.vocab_size}
@@ -197,7 +209,7 @@ class _Pass:
                 self.ffn_block(x, stream)
             self.note_hidden(x)
         self.layer = None
-        with stream.layer(["final_norm", "lm_head"]), self.wafer.empty("normalised", self.place) as normal:
+        with stream.layer(["final_norm", "lm_head"], self.engine.layer_names(0)), self.wafer.empty("normalised", self.place) as normal:
             with ledger.scope("final_norm"):
                 rms_norm(self.wafer, x, "final_norm", self.engine.vector("final_norm"), self.spec.rms_norm_eps, normal, self.bands)
                 self.tap("final_norm", normal)

@@ -98,11 +98,13 @@ def attention(
     m, denominator = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     try:
         with wafer.sram.code("attention", _CODE_BYTES):
-            tiles = _tiles(cache, sequences, bands, tile_tokens)
             if wafer.cores is not None:
+                tiles = _tiles(cache, sequences, bands, tile_tokens)
                 events = _isolated(wafer, qkv, context, cache, layer, sequences, bands, tiles, m, denominator)
             else:
-                events = _events(cache, sequences, bands, tiles)
+                if cache.attention_events is None or cache.attention_events[0] is not sequences:
+                    cache.attention_events = (sequences, _events(cache, sequences, bands, _tiles(cache, sequences, bands, tile_tokens)))
+                events = cache.attention_events[1]
                 if not wafer.is_dry:
                     k, v, base, capacity = cache.buffers(layer, sequences)
                     mesh_attention(

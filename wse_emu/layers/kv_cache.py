@@ -87,6 +87,8 @@ class KVCache:
         self._v: list[NDArray[np.float32]] = []
         self._blocks: list[dict[tuple[int, int, int], tuple[Block, Block]]] = []
         self._plan: _AppendPlan | None = None
+        self.attention_events: tuple[Sequences, list[Event]] | None = None
+        """What attention over the newest sequences costs: the same in all layers."""
         try:
             for layer in range(n_layers):
                 self._reserve(layer)

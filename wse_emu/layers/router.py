@@ -7,6 +7,7 @@ the set of chosen experts goes to MemoryX, over the control channel.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,7 +106,7 @@ def route(
                 where = slice(int(bands.split.starts[row]), int(bands.split.stops[row]))
                 topk_ids[where], topk_weights[where] = ids.block(row, 0), weights.block(row, 0)
         else:
-            events = _events(wafer, x.placement.axis1[1], bands, n_experts, top_k, chunk, gate.name)
+            events = _events(wafer.rows, wafer.cols, x.placement.axis1[1], bands, n_experts, top_k, chunk, gate.name)
             if wafer.is_dry:
                 topk_ids = _checked_replay(replay, n_tokens, n_experts, top_k)
             else:
@@ -140,24 +141,27 @@ def _meeting_cores(bands: TokenBands, n_cols: int) -> tuple[Ints, Ints, Ints]:
     return pairs[0], pairs[1], counts
 
 
-def _events(wafer: Wafer, k_split: Split, bands: TokenBands, n_experts: int, top_k: int, chunk: int, name: str) -> list[Event]:
+@lru_cache(maxsize=4096)
+def _events(
+    n_rows: int, n_cols: int, k_split: Split, bands: TokenBands, n_experts: int, top_k: int, chunk: int, name: str
+) -> tuple[Event, ...]:
     stations, source, n_in = k_split.used, int(k_split.used[-1]), k_split.total
     n_pieces = -(-n_experts // chunk)
     used, replicas = bands.used_rows, bands.n_feature_bands
     last_row = used - 1
     row_words = bands.split.sizes[:used] * n_experts
-    row, col, n = _meeting_cores(bands, wafer.cols)
+    row, col, n = _meeting_cores(bands, n_cols)
     away = col != source
-    side = np.zeros((2, wafer.rows), np.int64)
+    side = np.zeros((2, n_rows), np.int64)
     np.add.at(side[0], row[col < source], n[col < source])
     np.add.at(side[1], row[col > source], n[col > source])
-    ends = np.zeros((2, wafer.rows), np.int64)
+    ends = np.zeros((2, n_rows), np.int64)
     np.add.at(ends[0], row[col > 0], n[col > 0])
-    np.add.at(ends[1], row[col < wafer.cols - 1], n[col < wafer.cols - 1])
+    np.add.at(ends[1], row[col < n_cols - 1], n[col < n_cols - 1])
     words = top_k * (_ID_WORDS + 1)
-    spread = wafer.cols > 1
+    spread = n_cols > 1
     runs = used * stations.size * n_pieces
-    return [
+    return (
         costs.moved(
             "stream", name, count=n_pieces * stations.size, words=n_in * n_experts, hops=n_in * n_experts * last_row,
             max_link=k_split.max_size * n_experts if last_row else 0, max_hops=last_row,
@@ -174,16 +178,16 @@ def _events(wafer: Wafer, k_split: Split, bands: TokenBands, n_experts: int, top
         costs.moved(
             "broadcast", "routing", count=2 * int(row.size) * replicas if spread else 0,
             words=bands.n_tokens * words * replicas if spread else 0,
-            hops=bands.n_tokens * words * replicas * (wafer.cols - 1), max_link=int(ends.max(initial=0)) * words,
-            max_hops=int(np.maximum(col, wafer.cols - 1 - col).max()),
+            hops=bands.n_tokens * words * replicas * (n_cols - 1), max_link=int(ends.max(initial=0)) * words,
+            max_hops=int(np.maximum(col, n_cols - 1 - col).max()),
         ),
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 def _isolated(
     wafer: Wafer, x: PlacedTensor, gate: StreamedMatrix, bands: TokenBands, renormalize: bool, chunk: int,
     slab: PlacedTensor, part: PlacedTensor, inbox: PlacedTensor, ids: PlacedTensor, weights: PlacedTensor, logits_out: NDArray[np.float32],
-) -> list[Event]:  # fmt: skip
+) -> tuple[Event, ...]:  # fmt: skip
     cores = wafer.cores
     assert cores is not None
     k_split, n_experts, top_k = x.placement.axis1[1], gate.n_out, ids.placement.shape[1]
@@ -249,7 +253,7 @@ def _isolated(
         logits_out[bands.split.starts[row] + mine] = scores.read()
         for block in (scores, probs, chosen, weight):
             arena.free(block)
-    return [
+    return (
         stream.event("stream", gate.name, costs.COLORS["stream"]),
         Event(None, "", "launch", PARTIAL_MATMUL.name, count=runs, macs=macs),
         chain.event("chain", gate.name, costs.COLORS["chain"]),
@@ -257,7 +261,7 @@ def _isolated(
         handed.event("deliver", gate.name, costs.COLORS["deliver"]),
         Event(None, "", "launch", SOFTMAX_TOPK.name, count=decided, macs=decide_macs),
         told.event("broadcast", "routing", costs.COLORS["broadcast"]),
-    ]
+    )
 
 
 def report_chosen(wafer: Wafer, routing: Routing, bands: TokenBands, n_experts: int) -> Ints:

@@ -5,6 +5,7 @@ All take the wafer first, write into an existing tensor and record their event. 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -80,14 +81,11 @@ def chain_row(wafer: Wafer, partials: PlacedTensor, out: PlacedTensor, cols: Int
         f"`{partials.name}` must hold one private block of {n} columns on every core, rows as in `{out.name}`",
     )
     last = int(stations[-1])
-    sizes = rows.sizes * (n * _words(partials))
-    n_rows = int(rows.used.size)
     inbox_place = partials.placement
     with wafer.empty("inbox", inbox_place, partials.dtype) as inbox, wafer.sram.code(CHAIN_ADD.name, CHAIN_ADD.code_bytes):
         if wafer.cores is None:
-            wafer.ledger.record(costs.chain(partials.name, sizes, stations))
-            wafer.ledger.record(Event(None, "", "launch", CHAIN_ADD.name, count=n_rows * (stations.size - 1)))
-            wafer.ledger.record(costs.deliver(out.name, rows.sizes * _words(out), last, owners.sizes))
+            for event in _chain_row_events(partials.name, out.name, rows, owners, stations.tobytes(), _words(partials)):
+                wafer.ledger.record(event)
             if not wafer.is_dry:
                 total = np.empty((out.placement.shape[0], n), np.float32)
                 chain_panels(partials.flat, total.size, stations, total.reshape(-1))
@@ -110,6 +108,22 @@ def chain_row(wafer: Wafer, partials: PlacedTensor, out: PlacedTensor, cols: Int
         wafer.ledger.record(chain.event("chain", partials.name, costs.COLORS["chain"]))
         wafer.ledger.record(Event(None, "", "launch", CHAIN_ADD.name, count=runs))
         wafer.ledger.record(handed.event("deliver", out.name, costs.COLORS["deliver"]))
+
+
+@lru_cache(maxsize=1024)
+def _chain_row_events(name: str, out: str, rows: Split, owners: Split, stations: bytes, words: int) -> tuple[Event, Event, Event]:
+    cols = np.frombuffer(stations, np.int64)
+    sizes = rows.sizes * words
+    return (
+        costs.chain(name, sizes * owners.total, cols),
+        Event(None, "", "launch", CHAIN_ADD.name, count=int(rows.used.size) * (cols.size - 1)),
+        costs.deliver(out, sizes, int(cols[-1]), owners.sizes),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _broadcast_row_event(name: str, rows: Split, words: int, at: int, targets: bytes) -> Event:
+    return costs.multicast(name, rows.sizes * words, at, np.frombuffer(targets, np.int64))
 
 
 def chain_col(wafer: Wafer, partials: PlacedTensor, out: PlacedTensor, op: ChainOp = "add") -> None:
@@ -194,8 +208,7 @@ def broadcast_row(wafer: Wafer, source: PlacedTensor, out: PlacedTensor, cols: I
     rows = source.placement.axis0[1]
     n = source.placement.shape[1]
     if wafer.cores is None:
-        sizes = source.placement.row_factor * (n * _words(source))
-        wafer.ledger.record(costs.multicast(source.name, sizes, at, targets))
+        wafer.ledger.record(_broadcast_row_event(source.name, rows, n * _words(source), at, targets.tobytes()))
         if not wafer.is_dry:
             out.flat[...] = source.flat
         return

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,7 +94,10 @@ class SramTracker:
         self._ids = count()
         self._live: dict[int, tuple[str, Ints, Ints, int]] = {}
         self._used: Ints = np.zeros((1, 1), np.int64)
-        self._peak = 0
+        self._peak: int | None = 0
+        """Most bytes of tensors on a core; None until asked for after a `free`."""
+        self._sizes: dict[tuple[bytes, bytes, int], Ints] = {}
+        """Bytes per class of cores of every kind of tensor that was placed."""
         self.high_water_bytes = self._base_code
         """Most bytes that any core held at once, code included."""
         self.high_water_map: SramMap | None = None
@@ -114,13 +118,14 @@ class SramTracker:
         """
         size = self._block_bytes(row_factor, col_factor, itemsize)
         used = self._used + size
-        self._check(name, used, size)
-        self._used = used
-        self._peak = int(used.max())
+        peak = int(used.max())
+        if peak + self._base_code + self._kernel_code > self.capacity:
+            self._refuse(name, used, size)
+        self._used, self._peak = used, peak
         entry = (name, row_factor, col_factor, itemsize)
         reservation = Reservation(next(self._ids), name)
         self._live[reservation.id] = entry
-        self._note()
+        self._note(peak)
         return reservation
 
     def free(self, reservation: Reservation) -> None:
@@ -136,7 +141,7 @@ class SramTracker:
             raise SramStateError(f"`{reservation.name}` is not on the wafer: it was freed before")
         size = self._block_bytes(entry[1], entry[2], entry[3])
         self._used = self._used - size
-        self._peak = int(self._used.max())
+        self._peak = None
 
     @contextmanager
     def code(self, name: str, code_bytes: int) -> Iterator[None]:
@@ -144,18 +149,18 @@ class SramTracker:
         before = self._kernel_code
         self._kernel_code = code_bytes
         try:
-            if self.used_bytes() > self.high_water_bytes:
-                self._kernel_code = 0  # what lies there without the code that is asked for
-                self._check(f"code of {name}", self._used + code_bytes, np.full_like(self._used, code_bytes))
-                self._kernel_code = code_bytes
-                self._note()
+            peak = self._peak_now()
+            if peak + self._base_code + code_bytes > self.capacity:
+                self._kernel_code = 0  # the map shows what lies there without the code that is asked for
+                self._refuse(f"code of {name}", self._used + code_bytes, np.full_like(self._used, code_bytes))
+            self._note(peak)
             yield
         finally:
             self._kernel_code = before
 
     def used_bytes(self) -> int:
         """Bytes on the fullest core now, code included."""
-        return self._peak + self._base_code + self._kernel_code
+        return self._peak_now() + self._base_code + self._kernel_code
 
     def core_map(self, row: int, col: int) -> SramMap:
         """What lies on core (row, col) now."""
@@ -173,22 +178,31 @@ class SramTracker:
         return self._worst(self._used)
 
     def _block_bytes(self, row_factor: Ints, col_factor: Ints, itemsize: int) -> Ints:
+        key = (row_factor.tobytes(), col_factor.tobytes(), itemsize)
+        known = self._sizes.get(key)
+        if known is not None:
+            return known
         rows, parents = self._rows.values(row_factor)
         if parents is not None:
             self._used = self._used[parents, :]
+            self._sizes.clear()
         cols, parents = self._cols.values(col_factor)
         if parents is not None:
             self._used = self._used[:, parents]
-        return _round_words(np.multiply.outer(rows, cols) * itemsize)
+            self._sizes.clear()
+        size = self._sizes[key] = _round_words(np.multiply.outer(rows, cols) * itemsize)
+        return size
+
+    def _peak_now(self) -> int:
+        if self._peak is None:
+            self._peak = int(self._used.max())
+        return self._peak
 
     def _worst(self, used: Ints) -> tuple[int, int]:
         row, col = np.unravel_index(int(used.argmax()), used.shape)
         return int(self._rows.first[row]), int(self._cols.first[col])
 
-    def _check(self, name: str, used: Ints, size: Ints) -> None:
-        peak = int(used.max()) + self._base_code + self._kernel_code
-        if peak <= self.capacity:
-            return
+    def _refuse(self, name: str, used: Ints, size: Ints) -> NoReturn:
         row, col = self._worst(used)
         need = int(size.ravel()[int(used.argmax())])
         lies = self.core_map(row, col)
@@ -200,8 +214,8 @@ class SramTracker:
             core_map=asked,
         )
 
-    def _note(self) -> None:
-        now = self.used_bytes()
+    def _note(self, peak: int) -> None:
+        now = peak + self._base_code + self._kernel_code
         if now > self.high_water_bytes or self.high_water_map is None:
             self.high_water_bytes = now
             self.high_water_map = self.core_map(*self.worst_core())
