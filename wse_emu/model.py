@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from wse_emu.checkpoint import Checkpoint, open_checkpoint, random_checkpoint
 from wse_emu.engine.inference import Engine, EngineOptions, ForwardResult, StreamExperts
-from wse_emu.engine.plan import Workload, peak_sram, prompt_chunks, sequences_of, smallest_square
+from wse_emu.engine.plan import Workload, prompt_chunks, sequences_of, settle, smallest_square
 from wse_emu.engine.routing_trace import RoutingTrace
 from wse_emu.equivalence import VerifyReport, verify_record
 from wse_emu.foundation.errors import InputError, SpecError, SramOverflowError
@@ -67,7 +67,7 @@ def from_pretrained(
     prefill_chunk : int, optional
         Prompt tokens of each sequence per forward pass; all at once by default.
     chunk : int, optional
-        Most output columns of one streamed piece of a matrix (default 32); less needs less SRAM.
+        Most output columns of one streamed piece of a matrix; by default 32, or fewer if only that fits. Never changes a value.
     prefetch_depth : int
         Layers made resident ahead of use.
     cache_dir : path, optional
@@ -118,8 +118,6 @@ def from_config(
 
 
 def _options(stream_experts: StreamExperts, chunk: int | None, prefetch_depth: int) -> EngineOptions:
-    if chunk is None:
-        return EngineOptions(stream_experts=stream_experts, prefetch_depth=prefetch_depth)
     return EngineOptions(stream_experts=stream_experts, chunk=chunk, prefetch_depth=prefetch_depth)
 
 
@@ -143,7 +141,7 @@ class WaferModel:
         """Routing of every forward pass of the last call, for replay with the ``dry`` executor."""
         self._chosen_grid = wafer is None
         self._wafer = wafer
-        self._engine = Engine(wafer, store, options) if wafer is not None else None
+        self._engine: Engine | None = None
         if wafer is None and max_tokens is not None:
             limit = min(max_tokens, self.spec.max_position_embeddings)
             self._choose_grid(Workload.of((limit,), 0, prefill_chunk))
@@ -281,9 +279,9 @@ class WaferModel:
     def record(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> TapRecord:
         """Every stage of a forward pass, through the probe channel; see `wse_emu.foundation.taps`."""
         prompts = _Prompts.read(input_ids, attention_mask, self.spec)
-        with _Session(self, prompts.lengths, 0, None) as session:
-            if self.wafer.is_dry:
-                raise InputError("the `dry` executor computes no values to record; use another executor")
+        if self._wafer is not None and self._wafer.is_dry:
+            raise InputError("the `dry` executor computes no values to record; use another executor")
+        with _Session(self, prompts.lengths, 0, None, probe=True) as session:
             result, _ = session.prefill(prompts, every=True, taps=True)
         assert result.taps is not None
         return result.taps
@@ -294,24 +292,28 @@ class WaferModel:
         side = smallest_square(self.spec, WSE3, work, self.options)
         if side is None:
             side = min(WSE3.usable_rows, WSE3.usable_cols)
-            peak_sram(self.spec, WSE3, side, side, work, self.options)
+            settle(self.spec, WSE3, side, side, work, self.options)  # raises, with the map of the worst core
         self._wafer = Wafer(WSE3, rows=side, cols=side)
-        self._engine = Engine(self._wafer, self.store, self.options)
+        self._engine = None
 
     def _engine_for(self, work: Workload) -> Engine:
         """The engine, on a grid that holds the workload; raises `SramOverflowError` before anything runs."""
-        if self._engine is None:
+        if self._wafer is None:
             self._choose_grid(work)
-        assert self._engine is not None
-        assert self._wafer is not None
-        wafer = self._wafer
         try:
-            peak_sram(self.spec, wafer.spec, wafer.rows, wafer.cols, work, self.options)
+            settled = self._settled(work)
         except SramOverflowError:
             if not self._chosen_grid:
                 raise
             self._choose_grid(work)
+            settled = self._settled(work)
+        if self._engine is None or self._engine.options != settled:
+            self._engine = Engine(self.wafer, self.store, settled)
         return self._engine
+
+    def _settled(self, work: Workload) -> EngineOptions:
+        wafer = self.wafer
+        return settle(self.spec, wafer.spec, wafer.rows, wafer.cols, work, self.options)[0]
 
 
 @dataclass(frozen=True)
@@ -379,9 +381,11 @@ class _Prompts:
 class _Session:
     """One call of a model: its cache on the wafer, and the forward passes on it."""
 
-    def __init__(self, model: WaferModel, lengths: tuple[int, ...], new_tokens: int, traces: Sequence[RoutingTrace] | None) -> None:
+    def __init__(
+        self, model: WaferModel, lengths: tuple[int, ...], new_tokens: int, traces: Sequence[RoutingTrace] | None, *, probe: bool = False
+    ) -> None:
         self._model = model
-        self._engine = model._engine_for(Workload.of(lengths, new_tokens, model.prefill_chunk))
+        self._engine = model._engine_for(Workload.of(lengths, new_tokens, model.prefill_chunk, probe=probe))
         self._capacity = [n + new_tokens for n in lengths]
         self._traces = traces
         self._cache: KVCache | None = None

@@ -87,6 +87,7 @@ def load(request: Request, placing: Placing, *, new_tokens: int, verify: bool, q
         cols=cols,
         prompt_tokens=n_prompt + new_tokens if verify else n_prompt,
         new_tokens=0 if verify else new_tokens,
+        verify=verify,
         prefill_chunk=placing.prefill_chunk,
     )
     if not plan.fits:

@@ -32,6 +32,8 @@ from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.wafer import Wafer
 
 StreamExperts = Literal["activated", "all"]
+CHUNKS = (DEFAULT_CHUNK, 16, 8, 4, 2)
+"""Sizes of streamed pieces that are tried in turn: smaller ones need less SRAM and more messages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,18 +42,24 @@ class EngineOptions:
 
     stream_experts: StreamExperts = "activated"
     """Stream only experts that some token chose, or all."""
-    chunk: int = DEFAULT_CHUNK
-    """Most output columns of one streamed piece of a matrix."""
+    chunk: int | None = None
+    """Most output columns of one streamed piece of a matrix; None takes the largest of `CHUNKS` that fits (see `wse_emu.engine.plan`)."""
     prefetch_depth: int = 1
     """Layers made resident ahead of use; 0 starts no thread."""
 
     def __post_init__(self) -> None:
         if self.stream_experts not in ("activated", "all"):
             raise SpecError(f"`stream_experts` must be 'activated' or 'all', got {self.stream_experts!r}")
-        if type(self.chunk) is not int or self.chunk < 2:
-            raise SpecError(f"`chunk` must be an integer >= 2, got {self.chunk!r}")
+        if self.chunk is not None and (type(self.chunk) is not int or self.chunk < 2):
+            raise SpecError(f"`chunk` must be an integer >= 2 or None, got {self.chunk!r}")
         if type(self.prefetch_depth) is not int or self.prefetch_depth < 0:
             raise SpecError(f"`prefetch_depth` must be an integer >= 0, got {self.prefetch_depth!r}")
+
+
+    @property
+    def piece(self) -> int:
+        """Columns of a streamed piece, with the default filled in."""
+        return DEFAULT_CHUNK if self.chunk is None else self.chunk
 
 
 @dataclass(slots=True)
@@ -216,7 +224,7 @@ class _Pass:
             with ledger.scope("lm_head"):
                 head = self.engine.matrix("lm_head", self.spec.hidden_size, self.spec.vocab_size)
                 selection = Selection.of_tokens(np.asarray(wanted, np.int64), self.bands.split)
-                self.result.logits = logits(self.wafer, normal, head, selection, self.bands, chunk=self.options.chunk)
+                self.result.logits = logits(self.wafer, normal, head, selection, self.bands, chunk=self.options.piece)
         if self.result.taps is not None:
             self.result.taps.stages[None, "logits"] = self.result.logits
 
@@ -236,7 +244,7 @@ class _Pass:
                     self.tap("attn_norm", normal)
                 with self.scope("qkv"):
                     w_qkv = engine.matrix(prefix + "w_qkv", spec.hidden_size, heads.qkv.total)
-                    matmul(wafer, normal, w_qkv, qkv, self.bands, chunk=self.options.chunk)
+                    matmul(wafer, normal, w_qkv, qkv, self.bands, chunk=self.options.piece)
                     all_gather_bands(wafer, qkv, self.bands)
                     self.tap_qkv(qkv, "")
             with self.scope("rotary"):
@@ -252,7 +260,7 @@ class _Pass:
                 statistics = attention(wafer, qkv, context, self.cache, layer, self.sequences, self.bands, probe=record is not None)
                 if record is not None and statistics is not None:
                     record.stages[layer, "attn_max"], record.stages[layer, "attn_denominator"] = statistics
-                    record.stages[layer, "attn_context"] = context_to_published(context.gather(), spec)
+                    record.stages[layer, "attn_context"] = context_to_published(wafer.drain(context, kind="probe"), spec)
             with self.scope("attention_out"), wafer.empty("attention output", self.place) as y:
                 matmul(
                     wafer,
@@ -260,7 +268,7 @@ class _Pass:
                     engine.matrix(prefix + "w_o", heads.context.total, spec.hidden_size),
                     y,
                     self.bands,
-                    chunk=self.options.chunk,
+                    chunk=self.options.piece,
                 )
                 all_gather_bands(wafer, y, self.bands)
                 self.tap("attn_out", y)
@@ -281,7 +289,7 @@ class _Pass:
             else:
                 with self.scope("ffn"):
                     dense_ffn(
-                        wafer, normal, engine.ffn(prefix), y, self.bands, chunk=self.options.chunk,
+                        wafer, normal, engine.ffn(prefix), y, self.bands, chunk=self.options.piece,
                         probe=self.tap if self.result.taps is not None else None,
                     )  # fmt: skip
             with self.scope("experts" if spec.is_moe else "ffn"):
@@ -304,7 +312,7 @@ class _Pass:
                 self.bands,
                 spec.top_k,
                 spec.renormalize,
-                chunk=self.options.chunk,
+                chunk=self.options.piece,
                 probe=self.want_router,
                 replay=replay,
             )
@@ -325,7 +333,7 @@ class _Pass:
         with self.scope("experts"):
             experts_ffn(
                 wafer, normal, routing, self.stream_experts(chosen, stream), spec.intermediate_size, y, self.bands,
-                n_experts=spec.num_experts, chunk=self.options.chunk, taps=taps,
+                n_experts=spec.num_experts, chunk=self.options.piece, taps=taps,
             )  # fmt: skip
         if record is not None and taps is not None:
             record.stages[layer, "expert_hidden"], record.stages[layer, "expert_out"] = taps.hidden, taps.out
@@ -351,12 +359,12 @@ class _Pass:
     def tap(self, name: str, tensor: PlacedTensor) -> None:
         """Record a stage, if taps were asked for."""
         if self.result.taps is not None:
-            self.result.taps.stages[self.layer, name] = tensor.gather()
+            self.result.taps.stages[self.layer, name] = self.wafer.drain(tensor, kind="probe")
 
     def tap_qkv(self, qkv: PlacedTensor, suffix: str) -> None:
         """Record queries, keys and values in published order."""
         if self.result.taps is not None:
-            q, k, v = qkv_to_published(qkv.gather(), self.spec)
+            q, k, v = qkv_to_published(self.wafer.drain(qkv, kind="probe"), self.spec)
             self.result.taps.stages[self.layer, "q" + suffix] = q
             self.result.taps.stages[self.layer, "k" + suffix] = k
             if not suffix:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from wse_emu.engine.inference import EngineOptions, shape_engine
+from wse_emu.engine.inference import CHUNKS, EngineOptions, shape_engine
 from wse_emu.engine.routing_trace import RoutingTrace
 from wse_emu.foundation.errors import InputError, SpecError, SramOverflowError
 from wse_emu.foundation.model_spec import ModelSpec
@@ -30,14 +30,16 @@ class Workload:
     """Most tokens of each sequence, prompt and new ones."""
     n_new: tuple[tuple[int, ...], ...]
     """New tokens of each sequence, for every kind of forward pass (prompt chunks, decode)."""
+    probe: bool = False
+    """Whether every stage is read, as `WaferModel.verify` does; an expert's output then lies on the wafer once more."""
 
     @staticmethod
-    def of(prompts: tuple[int, ...], new_tokens: int, prefill_chunk: int | None) -> Workload:
+    def of(prompts: tuple[int, ...], new_tokens: int, prefill_chunk: int | None, *, probe: bool = False) -> Workload:
         """Prompts of these lengths in chunks, then `new_tokens` one by one."""
         passes = list(dict.fromkeys(tuple(n for _, n in chunk) for chunk in prompt_chunks(prompts, prefill_chunk)))
         if new_tokens > 1:
             passes.append((1,) * len(prompts))
-        return Workload(capacity=tuple(n + new_tokens for n in prompts), n_new=tuple(passes))
+        return Workload(capacity=tuple(n + new_tokens for n in prompts), n_new=tuple(passes), probe=probe)
 
 
 def prompt_chunks(lengths: tuple[int, ...], chunk: int | None) -> list[list[tuple[int, int]]]:
@@ -77,11 +79,33 @@ def peak_sram(spec: ModelSpec, wafer_spec: WaferSpec, rows: int, cols: int, work
             few = np.tile(np.arange(spec.top_k, dtype=np.int64), (sequences.n_tokens, 1))
             trace = RoutingTrace((few,))
         wanted = np.arange(sequences.n_tokens, dtype=np.int64)
-        engine.forward(np.zeros(sequences.n_tokens, np.int64), sequences, cache, wanted, trace=trace)
+        engine.forward(np.zeros(sequences.n_tokens, np.int64), sequences, cache, wanted, taps=work.probe, trace=trace)
         cache.free()
     lies = wafer.sram.high_water_map
     assert lies is not None
     return lies
+
+
+def settle(
+    spec: ModelSpec, wafer_spec: WaferSpec, rows: int, cols: int, work: Workload, options: EngineOptions
+) -> tuple[EngineOptions, SramMap]:  # fmt: skip
+    """Options with the largest size of streamed pieces that fits, unless a size is given, and the fullest core with them.
+
+    Raises
+    ------
+    SramOverflowError
+        If a workload does not fit with any, or with the given one.
+    """
+    if options.chunk is not None:
+        return options, peak_sram(spec, wafer_spec, rows, cols, work, options)
+    for chunk in CHUNKS[:-1]:
+        settled = replace(options, chunk=chunk)
+        try:
+            return settled, peak_sram(spec, wafer_spec, rows, cols, work, settled)
+        except SramOverflowError:
+            continue
+    settled = replace(options, chunk=CHUNKS[-1])
+    return settled, peak_sram(spec, wafer_spec, rows, cols, work, settled)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +124,8 @@ class Plan:
     """Weight bytes streamed for the prompt, if its tokens choose as many experts as they can."""
     stream_bytes_token: int
     """Weight bytes streamed for one decode step, likewise."""
+    chunk: int
+    """Most columns of one streamed piece of a matrix."""
     max_context: int
     """Longest sequence that this grid holds, with prompt chunks as planned; 0 if it does not fit."""
     message: str
@@ -111,7 +137,7 @@ class Plan:
 
 def plan_model(
     spec: ModelSpec, *, wafer_spec: WaferSpec = WSE3, rows: int | None = None, cols: int | None = None, prompt_tokens: int = 512,
-    new_tokens: int = 32, batch: int = 1, prefill_chunk: int | None = None, options: EngineOptions | None = None,
+    new_tokens: int = 32, batch: int = 1, prefill_chunk: int | None = None, verify: bool = False, options: EngineOptions | None = None,
 ) -> Plan:  # fmt: skip
     """Place a model on a grid, or on the smallest square grid that holds it, without weights.
 
@@ -125,6 +151,8 @@ def plan_model(
         Tokens of each of `batch` prompts, and tokens to generate.
     prefill_chunk : int, optional
         Prompt tokens of each sequence per forward pass; all at once by default.
+    verify : bool
+        Also leave room for what `WaferModel.verify` of the prompt takes.
     options : EngineOptions, optional
 
     Returns
@@ -149,7 +177,7 @@ def plan_model(
             f"{prompt_tokens} tokens of prompt and {new_tokens} new ones are more than the model's {spec.max_position_embeddings} positions"
         )
     options = options or EngineOptions()
-    work = Workload.of((prompt_tokens,) * batch, new_tokens, prefill_chunk)
+    work = Workload.of((prompt_tokens,) * batch, new_tokens, prefill_chunk, probe=verify)
     if rows is None and cols is None:
         side = smallest_square(spec, wafer_spec, work, options)
         rows = cols = side or min(wafer_spec.usable_rows, wafer_spec.usable_cols)
@@ -160,19 +188,20 @@ def plan_model(
     passes = -(-prompt_tokens // (prefill_chunk or prompt_tokens))
     bytes_prefill = streamed[batch * min(prompt_tokens, prefill_chunk or prompt_tokens)] * passes
     try:
-        lies = peak_sram(spec, wafer_spec, rows, cols, work, options)
+        settled, lies = settle(spec, wafer_spec, rows, cols, work, options)
     except SramOverflowError as error:
         lies = error.core_map
         return Plan(
             rows=rows, cols=cols, fits=False, peak_bytes=lies.used_bytes, worst_core=(lies.row, lies.col), blocks=lies.blocks,
-            stream_bytes_prefill=bytes_prefill, stream_bytes_token=streamed[batch], max_context=0,
+            stream_bytes_prefill=bytes_prefill, stream_bytes_token=streamed[batch], chunk=CHUNKS[-1] if options.chunk is None else options.chunk, max_context=0,
             message=f"does not fit {rows} x {cols} cores: {str(error).splitlines()[0]}",
         )  # fmt: skip
     longest = _max_context(spec, wafer_spec, rows, cols, prompt_tokens, batch, prefill_chunk, options)
     return Plan(
         rows=rows, cols=cols, fits=True, peak_bytes=lies.used_bytes, worst_core=(lies.row, lies.col), blocks=lies.blocks,
-        stream_bytes_prefill=bytes_prefill, stream_bytes_token=streamed[batch], max_context=longest,
-        message=f"fits {rows} x {cols} cores: {lies.used_bytes} of {lies.capacity_bytes} bytes on the worst core",
+        stream_bytes_prefill=bytes_prefill, stream_bytes_token=streamed[batch], chunk=settled.piece, max_context=longest,
+        message=f"fits {rows} x {cols} cores: {lies.used_bytes} of {lies.capacity_bytes} bytes on the worst core, "
+        f"weights in pieces of {settled.piece} columns",
     )  # fmt: skip
 
 
@@ -186,7 +215,7 @@ def smallest_square(spec: ModelSpec, wafer_spec: WaferSpec, work: Workload, opti
 
     def fits(side: int) -> bool:
         try:
-            peak_sram(spec, wafer_spec, side, side, work, options)
+            settle(spec, wafer_spec, side, side, work, options)
         except SramOverflowError:
             return False
         return True
@@ -228,7 +257,7 @@ def _max_context(
     def fits(length: int) -> bool:
         passes = ((min(chunk, length),) * batch, (1,) * batch)
         try:
-            peak_sram(spec, wafer_spec, rows, cols, Workload(capacity=(length,) * batch, n_new=passes), options)
+            settle(spec, wafer_spec, rows, cols, Workload(capacity=(length,) * batch, n_new=passes), options)
         except SramOverflowError:
             return False
         return True

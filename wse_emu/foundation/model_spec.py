@@ -53,9 +53,7 @@ class ModelSpec:
             if type(value) is not int or value <= 0:
                 raise SpecError(f"`{name}` must be a positive integer, got {value!r}")
         if self.num_heads % self.num_kv_heads:
-            raise SpecError(
-                f"`num_heads` must be a multiple of `num_kv_heads`, got {self.num_heads} and {self.num_kv_heads}"
-            )
+            raise SpecError(f"`num_heads` must be a multiple of `num_kv_heads`, got {self.num_heads} and {self.num_kv_heads}")
         if self.head_dim % 2:
             raise SpecError(f"`head_dim` must be even (rotary pairs), got {self.head_dim}")
         if not 0 < self.rms_norm_eps < 1:

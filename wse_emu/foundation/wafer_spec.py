@@ -40,14 +40,10 @@ class WaferSpec:
             if type(value) is not int or value <= 0:
                 raise SpecError(f"`{name}` must be a positive integer, got {value!r}")
         if self.usable_rows > self.n_rows or self.usable_cols > self.n_cols:
-            raise SpecError(
-                f"usable rectangle {self.usable_rows} x {self.usable_cols} exceeds the fabric "
-                f"{self.n_rows} x {self.n_cols}"
-            )
+            raise SpecError(f"usable rectangle {self.usable_rows} x {self.usable_cols} exceeds the fabric {self.n_rows} x {self.n_cols}")
         if not 0 <= self.base_code_bytes < self.sram_bytes_per_core:
             raise SpecError(
-                f"`base_code_bytes` must lie in 0..{self.sram_bytes_per_core - 1} (`sram_bytes_per_core`), "
-                f"got {self.base_code_bytes}"
+                f"`base_code_bytes` must lie in 0..{self.sram_bytes_per_core - 1} (`sram_bytes_per_core`), got {self.base_code_bytes}"
             )
         object.__setattr__(self, "sources", MappingProxyType(dict(self.sources)))
 

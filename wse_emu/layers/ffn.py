@@ -186,10 +186,12 @@ def _tap(
 
 
 def read_compact(tensor: PlacedTensor, bands: TokenBands, selection: Selection) -> NDArray[np.float32]:
-    """The first ``counts[row]`` rows of every band's block, as an (m, n) array, without an entry in the ledger."""
+    """The first ``counts[row]`` rows of every band's block, as an (m, n) array, without an entry in the ledger; zeros from a dry wafer."""
     n = tensor.placement.shape[1]
     split = tensor.placement.axis1[1]
-    whole = np.empty((selection.n_tokens, n), np.float32)
+    whole = np.zeros((selection.n_tokens, n), np.float32)
+    if tensor.wafer.is_dry:
+        return whole
     if tensor.data is not None:
         m = selection.n_tokens
         for col in split.used.tolist():
