@@ -11,7 +11,7 @@ import typer
 from wse_emu.foundation.wafer_spec import WSE2, WSE3, WaferSpec
 
 SHIPPED_MODEL = "pydoc-moe-8x2"
-SHIPPED_PROMPT = "Return True if"
+SHIPPED_PROMPT = "If the argument"
 OTHER_PROMPT = "Once upon a time"
 
 
