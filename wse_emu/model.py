@@ -21,7 +21,7 @@ from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.taps import TapRecord
 from wse_emu.foundation.wafer_spec import WSE3
 from wse_emu.layers.kv_cache import KVCache
-from wse_emu.memoryx import ArrayStore, ShapeStore, WeightStore, open_store
+from wse_emu.memoryx import RESIDENT_BYTES, ArrayStore, ShapeStore, WeightStore, open_store
 from wse_emu.sampling import Sampler
 from wse_emu.wafer.wafer import Wafer
 
@@ -47,8 +47,8 @@ class ModelOutput:
 
 def from_pretrained(
     path: str | os.PathLike[str], *, wafer: Wafer | None = None, max_tokens: int | None = None, stream_experts: StreamExperts = "activated",
-    prefill_chunk: int | None = None, chunk: int | None = None, prefetch_depth: int = 1, cache_dir: str | os.PathLike[str] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    prefill_chunk: int | None = None, chunk: int | None = None, prefetch_depth: int = 1, resident_bytes: int = RESIDENT_BYTES,
+    cache_dir: str | os.PathLike[str] | None = None, progress: Callable[[int, int], None] | None = None,
 ) -> WaferModel:  # fmt: skip
     """Open a Hugging Face directory; its weights stay in MemoryX.
 
@@ -70,6 +70,9 @@ def from_pretrained(
         Most output columns of one streamed piece of a matrix; by default 32, or fewer if only that fits. Never changes a value.
     prefetch_depth : int
         Layers made resident ahead of use.
+    resident_bytes : int
+        Mapped weight pages that may stay in the process behind the layer (1 GiB); 0 drops every layer's pages as soon as it is done. They
+        belong to the system's file cache.
     cache_dir : path, optional
         Where layout files are kept.
     progress : callable, optional
@@ -88,7 +91,7 @@ def from_pretrained(
     """
     checkpoint = open_checkpoint(path)
     dry = wafer is not None and wafer.is_dry
-    store: WeightStore = ShapeStore(checkpoint.spec) if dry else open_store(checkpoint, cache_dir=cache_dir, progress=progress)
+    store: WeightStore = ShapeStore(checkpoint.spec) if dry else open_store(checkpoint, cache_dir=cache_dir, progress=progress, resident_bytes=resident_bytes)
     return WaferModel(checkpoint, store, wafer, max_tokens, prefill_chunk, _options(stream_experts, chunk, prefetch_depth))
 
 

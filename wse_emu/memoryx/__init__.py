@@ -2,11 +2,12 @@
 
 from wse_emu.memoryx.build import CacheEntry, cache_directory, cache_entries, clear_cache, open_store
 from wse_emu.memoryx.layout import context_to_published, layout_bytes, qkv_to_published
-from wse_emu.memoryx.mapped import MappedStore
+from wse_emu.memoryx.mapped import RESIDENT_BYTES, MappedStore
 from wse_emu.memoryx.prefetch import LayerStream
 from wse_emu.memoryx.store import ArrayStore, ShapeStore, WeightStore
 
 __all__ = [
+    "RESIDENT_BYTES",
     "ArrayStore",
     "CacheEntry",
     "LayerStream",

@@ -17,7 +17,7 @@ from pathlib import Path
 from wse_emu.checkpoint import Checkpoint
 from wse_emu.foundation.errors import StoreError
 from wse_emu.memoryx.layout import LAYOUT_VERSION, Layout
-from wse_emu.memoryx.mapped import FilePlan, MappedStore, Progress, plan_file, read_header
+from wse_emu.memoryx.mapped import RESIDENT_BYTES, FilePlan, MappedStore, Progress, plan_file, read_header
 
 CACHE_ENV = "WSE_EMU_CACHE_DIR"
 SUFFIX = ".wsew"
@@ -69,6 +69,7 @@ def open_store(
     cache_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     verify: bool = False,
+    resident_bytes: int = RESIDENT_BYTES,
 ) -> MappedStore:
     """Mapped store of a checkpoint; its layout file is made first if it is not there or is damaged.
 
@@ -82,6 +83,8 @@ def open_store(
         Called with bytes written and bytes in all, while the file is made; never called if it is there.
     verify : bool
         Check every tensor of a file that is there, not only its header and size; reads it whole.
+    resident_bytes : int
+        Mapped pages that may stay in the process behind the layer; see `MappedStore`.
 
     Returns
     -------
@@ -101,13 +104,13 @@ def open_store(
     if os.path.exists(path):
         # What is damaged is made again.
         with contextlib.suppress(StoreError):
-            return _open_checked(path, plan, checkpoint, verify)
+            return _open_checked(path, plan, checkpoint, verify, resident_bytes)
     _build(checkpoint, plan, path, progress)
-    return MappedStore(path, plan, checkpoint.spec, checkpoint.name)
+    return MappedStore(path, plan, checkpoint.spec, checkpoint.name, resident_bytes=resident_bytes)
 
 
-def _open_checked(path: Path, plan: FilePlan, checkpoint: Checkpoint, verify: bool) -> MappedStore:
-    store = MappedStore(path, plan, checkpoint.spec, checkpoint.name)
+def _open_checked(path: Path, plan: FilePlan, checkpoint: Checkpoint, verify: bool, resident_bytes: int) -> MappedStore:
+    store = MappedStore(path, plan, checkpoint.spec, checkpoint.name, resident_bytes=resident_bytes)
     if verify:
         try:
             store.check()
@@ -137,7 +140,7 @@ def _build(checkpoint: Checkpoint, plan: FilePlan, path: Path, progress: Progres
             need = f"the layout file of {checkpoint.name} needs {plan.file_bytes} bytes, {free} are free"
             raise StoreError(f"{path.parent}: {need}; {_WAY_OUT}")
         _write(checkpoint, plan, part, progress)
-        _open_checked(part, plan, checkpoint, verify=True).close()
+        _open_checked(part, plan, checkpoint, True, 0).close()
         os.replace(part, path)
     except StoreError:
         raise
