@@ -12,9 +12,9 @@ accumulators visit the keys (decode), the arithmetic of a query is the same:
    (`softmax_accumulate`), both from +0;
 5. context = o / denominator (`finish`).
 
-A key is admitted if its position is not after the query's; a key that is not admitted is skipped, never added as zero. Blocks of queries are
-transposed, ``(elements, Q)``: column ``s * t + i`` is query slot ``s`` of token ``i`` of the ``t`` tokens at hand, so that inner loops run
-over queries and no sum is ever reordered.
+A key is admitted if its position is not after the query's; a key that is not admitted is skipped, never added as zero. Blocks of queries
+are transposed, ``(elements, Q)``: column ``s * t + i`` is query slot ``s`` of token ``i`` of the ``t`` tokens at hand, so that inner loops
+run over queries and no sum is ever reordered.
 """
 
 from __future__ import annotations
@@ -193,9 +193,7 @@ def softmax_accumulate(
 
 
 @kernel()
-def finish(
-    o_t: NDArray[np.float32], denom: NDArray[np.float32], q_slots: int, row0: int, u0: int, context: NDArray[np.float32]
-) -> None:
+def finish(o_t: NDArray[np.float32], denom: NDArray[np.float32], q_slots: int, row0: int, u0: int, context: NDArray[np.float32]) -> None:
     """Divide by the denominators and put the result where the output projection reads it.
 
     Parameters

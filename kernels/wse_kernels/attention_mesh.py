@@ -1,15 +1,15 @@
 """Attention of a whole mesh in one call: what its cores compute together with the bodies of `wse_kernels.attention`, bit for bit, faster.
 
-What every core of a column group does for itself (the maximum, the exponentials, the denominator) is done once; queries and keys are cut into
-other tiles, on which nothing depends. Every sum keeps the order that `wse_kernels.attention` states.
+What every core of a column group does for itself (the maximum, the exponentials, the denominator) is done once; queries and keys are cut
+into other tiles, on which nothing depends. Every sum keeps the order that `wse_kernels.attention` states.
 
-Buffers are flat and column-panel-major. ``unit_starts[c]`` is the first pair unit of column ``c``, counted over all key/value heads (head ``g``
-owns units ``g * d/2`` to ``(g + 1) * d/2``): a column holds several whole heads, or a slice of one, or nothing. The panel of column ``c`` in a
-tensor with ``x`` elements per unit and ``n`` rows starts at element ``n * x * unit_starts[c]``, C-contiguous.
+Buffers are flat and column-panel-major. ``unit_starts[c]`` is the first pair unit of column ``c``, counted over all key/value heads (head
+``g`` owns units ``g * d/2`` to ``(g + 1) * d/2``): a column holds several whole heads, or a slice of one, or nothing. The panel of column
+``c`` in a tensor with ``x`` elements per unit and ``n`` rows starts at element ``n * x * unit_starts[c]``, C-contiguous.
 
-A task is up to `_LANES` queries of one sequence and one key/value head. They are *lanes*: lane ``i * q_slots + s`` is query slot ``s`` of token
-``i`` of the sequence's new tokens, so that those which admit a key are a contiguous range. Scratch rows hold one float32 for each lane, rounded up
-to whole register tiles; lanes without a query compute with zeros and are never written out.
+A task is up to `_LANES` queries of one sequence and one key/value head. They are *lanes*: lane ``i * q_slots + s`` is query slot ``s`` of
+token ``i`` of the sequence's new tokens, so that those which admit a key are a contiguous range. Scratch rows hold one float32 for each
+lane, rounded up to whole register tiles; lanes without a query compute with zeros and are never written out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,18 @@ from numba import get_num_threads, prange
 from numpy.typing import NDArray
 
 from wse_kernels._jit import helper, kernel
-from wse_kernels.attention_tile import ROWS, WIDTH, add_tiles, divide_tile, fill_tile, fma_step, fma_step_from, load_tile, scale_tile, store_tile
+from wse_kernels.attention_tile import (
+    ROWS,
+    WIDTH,
+    add_tiles,
+    divide_tile,
+    fill_tile,
+    fma_step,
+    fma_step_from,
+    load_tile,
+    scale_tile,
+    store_tile,
+)
 from wse_kernels.exp import exp32
 
 F32 = NDArray[np.float32]
@@ -125,7 +136,8 @@ def _accumulate(
 def _find_pieces(unit_starts: I64, half: int, pieces: I64, first_piece: I64) -> None:
     """Cut the units of every head into pieces, one for each column that holds any, west to east; head g's are first_piece[g] to [g + 1].
 
-    A row of ``pieces``: first unit of the column, units of the column, first unit of the piece in the column and in the head, units of the piece.
+    A row of ``pieces``: first unit of the column, units of the column, first unit of the piece in the column and in the head, units of the
+    piece.
     """
     n = 0
     c = 0
@@ -238,6 +250,39 @@ def _attend(
 
 
 @kernel(parallel=True)
+def _mesh_attention(
+    qkv: F32, unit_starts: I64, q_slots: int, head_dim: int, scale: np.float32,
+    t0: I64, nt: I64, pos0: I64, kv_base: I64, cap: I64, k_cache: F32, v_cache: F32,
+    context: F32, m_out: F32, denom_out: F32, n_workers: int,
+) -> None:  # fmt: skip
+    """`mesh_attention` by `n_workers` threads: the number comes as an argument, for code that asks Numba for it could not be kept on disk."""
+    half = head_dim // 2
+    n_tokens = qkv.shape[0] // (unit_starts[-1] * (q_slots + 2) * 2)
+    n_heads = unit_starts[-1] // half
+    pieces = np.empty((unit_starts.shape[0] - 1 + n_heads, 5), np.int64)
+    first_piece = np.empty(n_heads + 1, np.int64)
+    _find_pieces(unit_starts, half, pieces, first_piece)
+    height = (head_dim + ROWS - 1) // ROWS * ROWS
+    size = 0
+    for s in range(nt.shape[0]):
+        lanes = min(_LANES, (nt[s] * q_slots + WIDTH - 1) // WIDTH * WIDTH)
+        size = max(size, (2 * height + 2 + pos0[s] + nt[s]) * lanes + _KEYS * height)
+    for worker in prange(n_workers):
+        work = np.empty(size, np.float32)
+        task = 0
+        for s in range(nt.shape[0]):
+            for lane0 in range(0, nt[s] * q_slots, _LANES):
+                n_lanes = min(_LANES, nt[s] * q_slots - lane0)
+                for head in range(n_heads):
+                    if task % n_workers == worker:
+                        _attend(
+                            qkv, n_tokens, pieces[first_piece[head] : first_piece[head + 1]], q_slots, height, head, scale,
+                            t0[s], pos0[s], kv_base[s], cap[s],
+                            k_cache, v_cache, lane0, n_lanes, work, context, m_out, denom_out,
+                        )  # fmt: skip
+                    task += 1
+
+
 def mesh_attention(
     qkv: F32, unit_starts: I64, q_slots: int, head_dim: int, scale: np.float32,
     t0: I64, nt: I64, pos0: I64, kv_base: I64, cap: I64, k_cache: F32, v_cache: F32,
@@ -264,34 +309,26 @@ def mesh_attention(
     k_cache, v_cache : ndarray, (any,), float32
         Keys (rotated) and values.
     context : ndarray, (n_tokens * n_units * q_slots * 2,), float32
-        Written, column-panel-major; element ``e`` of slot ``s`` of a column's unit ``u`` is column ``(u * q_slots + s) * 2 + e`` of its panel.
-        Rows that belong to no sequence are left as they are.
+        Written, column-panel-major; element ``e`` of slot ``s`` of a column's unit ``u`` is column ``(u * q_slots + s) * 2 + e`` of its
+        panel. Rows that belong to no sequence are left as they are.
     m_out, denom_out : ndarray, (n_tokens, n_kv_heads * q_slots), float32
         Written: maximum of the scaled scores and denominator of every query head. Pass arrays of shape (0, 0) if not wanted.
     """
-    half = head_dim // 2
-    n_tokens = qkv.shape[0] // (unit_starts[-1] * (q_slots + 2) * 2)
-    n_heads = unit_starts[-1] // half
-    pieces = np.empty((unit_starts.shape[0] - 1 + n_heads, 5), np.int64)
-    first_piece = np.empty(n_heads + 1, np.int64)
-    _find_pieces(unit_starts, half, pieces, first_piece)
-    n_workers = get_num_threads()
-    height = (head_dim + ROWS - 1) // ROWS * ROWS
-    size = 0
-    for s in range(nt.shape[0]):
-        lanes = min(_LANES, (nt[s] * q_slots + WIDTH - 1) // WIDTH * WIDTH)
-        size = max(size, (2 * height + 2 + pos0[s] + nt[s]) * lanes + _KEYS * height)
-    for worker in prange(n_workers):
-        work = np.empty(size, np.float32)
-        task = 0
-        for s in range(nt.shape[0]):
-            for lane0 in range(0, nt[s] * q_slots, _LANES):
-                n_lanes = min(_LANES, nt[s] * q_slots - lane0)
-                for head in range(n_heads):
-                    if task % n_workers == worker:
-                        _attend(
-                            qkv, n_tokens, pieces[first_piece[head] : first_piece[head + 1]], q_slots, height, head, scale,
-                            t0[s], pos0[s], kv_base[s], cap[s],
-                            k_cache, v_cache, lane0, n_lanes, work, context, m_out, denom_out,
-                        )  # fmt: skip
-                    task += 1
+    _mesh_attention(
+        qkv,
+        unit_starts,
+        q_slots,
+        head_dim,
+        scale,
+        t0,
+        nt,
+        pos0,
+        kv_base,
+        cap,
+        k_cache,
+        v_cache,
+        context,
+        m_out,
+        denom_out,
+        get_num_threads(),
+    )

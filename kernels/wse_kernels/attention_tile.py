@@ -1,8 +1,8 @@
 """A register tile for attention: a few rows (keys, or elements of a head) by sixteen queries, held in the CPU's registers while a sum runs.
 
 A tile is an opaque Numba value. Each operation is a plain function on NumPy blocks (its definition, and what runs as plain Python) and,
-compiled, the same arithmetic on LLVM vectors, one vector a row; LLVM splits vectors wider than the machine's. A lane is one query: no operation
-adds two lanes. Rows are `stride` apart in flat memory; a stride of 0 does one row in place of `ROWS`.
+compiled, the same arithmetic on LLVM vectors, one vector a row; LLVM splits vectors wider than the machine's. A lane is one query: no
+operation adds two lanes. Rows are `stride` apart in flat memory; a stride of 0 does one row in place of `ROWS`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ ROWS = 8 if llvm.get_host_cpu_features().get("avx512f") else 4
 """Independent sums in a tile: enough to hide the latency of the multiply-add, few enough for the registers."""
 
 F32 = NDArray[np.float32]
+
+# Numba's own annotations stop here.
+_lower_builtin: Any = lower_builtin
+_get_or_insert_function: Any = cgutils.get_or_insert_function
 
 
 def fill_tile(x: np.float32) -> F32:
@@ -76,7 +80,7 @@ def fma_step_from(first: int, p: F32, a: F32, i: int, stride: int, b: F32, j: in
     return out
 
 
-class _TileType(types.Type):  # type: ignore[misc]  # numba is untyped
+class _TileType(types.Type):
     """Numba type of a tile."""
 
     def __init__(self) -> None:
@@ -90,9 +94,9 @@ _INT_VECTOR = ir.VectorType(ir.IntType(64), WIDTH)
 
 
 @register_model(_TileType)
-class _TileModel(models.PrimitiveModel):  # type: ignore[misc]
+class _TileModel(models.PrimitiveModel):
     def __init__(self, manager: Any, tile: _TileType) -> None:
-        super().__init__(manager, tile, ir.ArrayType(_VECTOR, ROWS))
+        super().__init__(manager, tile, ir.ArrayType(_VECTOR, ROWS))  # type: ignore[no-untyped-call]
 
 
 def _type_fill(context: Any) -> Callable[..., Any]:
@@ -195,7 +199,7 @@ def _lower_divide(context: Any, builder: Any, signature: Any, args: Any) -> Any:
 def _step(context: Any, builder: Any, arg_types: Any, args: Any, admitted: Any) -> Any:
     p, a, i, stride, b, j = args
     a_type, b_type = arg_types[1], arg_types[4]
-    fma_of_vectors = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{WIDTH}f32")
+    fma_of_vectors = _get_or_insert_function(builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{WIDTH}f32")
     lanes = builder.load(_vector_address(context, builder, b_type, b, j), align=4)
     for r in range(ROWS):
         one = builder.load(_address(context, builder, a_type, a, _row(builder, i, stride, r)))
@@ -227,11 +231,11 @@ type_callable(scale_tile)(_type_scale)
 type_callable(divide_tile)(_type_divide)
 type_callable(fma_step)(_type_step)
 type_callable(fma_step_from)(_type_step_from)
-lower_builtin(fill_tile, types.float32)(_lower_fill)
-lower_builtin(load_tile, _ARRAY, _INT, _INT)(_lower_load)
-lower_builtin(store_tile, _TileType, _ARRAY, _INT, _INT)(_lower_store)
-lower_builtin(add_tiles, _TileType, _TileType)(_lower_add)
-lower_builtin(scale_tile, _TileType, types.float32)(_lower_scale)
-lower_builtin(divide_tile, _TileType, _ARRAY, _INT)(_lower_divide)
-lower_builtin(fma_step, _TileType, _ARRAY, _INT, _INT, _ARRAY, _INT)(_lower_step)
-lower_builtin(fma_step_from, _INT, _TileType, _ARRAY, _INT, _INT, _ARRAY, _INT)(_lower_step_from)
+_lower_builtin(fill_tile, types.float32)(_lower_fill)
+_lower_builtin(load_tile, _ARRAY, _INT, _INT)(_lower_load)
+_lower_builtin(store_tile, _TileType, _ARRAY, _INT, _INT)(_lower_store)
+_lower_builtin(add_tiles, _TileType, _TileType)(_lower_add)
+_lower_builtin(scale_tile, _TileType, types.float32)(_lower_scale)
+_lower_builtin(divide_tile, _TileType, _ARRAY, _INT)(_lower_divide)
+_lower_builtin(fma_step, _TileType, _ARRAY, _INT, _INT, _ARRAY, _INT)(_lower_step)
+_lower_builtin(fma_step_from, _INT, _TileType, _ARRAY, _INT, _INT, _ARRAY, _INT)(_lower_step_from)

@@ -250,6 +250,30 @@ def _matmul_part(
 
 
 @kernel(parallel=True)
+def _mesh_matmul(
+    x: F32, n_x_rows: int, k_starts: I64, rows: I64,
+    w: F32, w_offset: int, n_in: int, n_out: int,
+    out: F32, n_out_rows: int, out_starts: I64, out_rows: I64, scale: F32, mode: int, n_parts: int,
+) -> None:  # fmt: skip
+    """`mesh_matmul` in `n_parts` parts: the number comes as an argument, for code that asks Numba for it could not be kept on disk."""
+    n_blocks = (rows.shape[0] + ROWS - 1) // ROWS
+    share_rows = n_blocks >= _BLOCKS_PER_THREAD * n_parts
+    part_rows = n_blocks * ROWS
+    if share_rows:
+        part_rows = (n_blocks // n_parts + 1) * ROWS
+    starts = np.empty((n_parts, ROWS), np.int64)
+    a = np.empty((n_parts, part_rows * n_in), np.float32)
+    b = np.empty((n_parts, COLS * n_in), np.float32)
+    t = np.empty((n_parts, part_rows, COLS), np.float32)
+    h = np.empty((n_parts, part_rows, COLS // 2), np.float32)
+    for part in prange(n_parts):
+        index: Any = np.int64(part)  # prange counts in uint64, which would need code of its own
+        _matmul_part(
+            x, n_x_rows, k_starts, rows, w, w_offset, n_in, n_out, out, n_out_rows, out_starts, out_rows, scale, mode,
+            index, n_parts, share_rows, starts[part], a[part], b[part], t[part], h[part],
+        )  # fmt: skip
+
+
 def mesh_matmul(
     x: F32, n_x_rows: int, k_starts: I64, rows: I64,
     w: F32, w_offset: int, n_in: int, n_out: int,
@@ -288,20 +312,6 @@ def mesh_matmul(
     -----
     Shapes and indices are the caller's to check: compiled, nothing is. The result does not depend on the number of threads.
     """
-    n_blocks = (rows.shape[0] + ROWS - 1) // ROWS
-    n_parts = get_num_threads()
-    share_rows = n_blocks >= _BLOCKS_PER_THREAD * n_parts
-    part_rows = n_blocks * ROWS
-    if share_rows:
-        part_rows = (n_blocks // n_parts + 1) * ROWS
-    starts = np.empty((n_parts, ROWS), np.int64)
-    a = np.empty((n_parts, part_rows * n_in), np.float32)
-    b = np.empty((n_parts, COLS * n_in), np.float32)
-    t = np.empty((n_parts, part_rows, COLS), np.float32)
-    h = np.empty((n_parts, part_rows, COLS // 2), np.float32)
-    for part in prange(n_parts):
-        index: Any = np.int64(part)  # prange counts in uint64, which would need code of its own
-        _matmul_part(
-            x, n_x_rows, k_starts, rows, w, w_offset, n_in, n_out, out, n_out_rows, out_starts, out_rows, scale, mode,
-            index, n_parts, share_rows, starts[part], a[part], b[part], t[part], h[part],
-        )  # fmt: skip
+    _mesh_matmul(
+        x, n_x_rows, k_starts, rows, w, w_offset, n_in, n_out, out, n_out_rows, out_starts, out_rows, scale, mode, get_num_threads()
+    )

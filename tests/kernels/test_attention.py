@@ -1,0 +1,466 @@
+"""Attention: the driver, the cores in any split and the definition, one scalar at a time, give the same bits; and float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numba
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numba import config
+
+from wse_kernels import attention_mesh, attention_tile
+from wse_kernels._jit import plain
+from wse_kernels.attention import finish, pack_queries, partial_scores, score_max, softmax_accumulate, store_kv
+from wse_kernels.attention_mesh import mesh_attention, mesh_store_kv
+from wse_kernels.exp import exp32
+from wse_kernels.fma import fma
+
+F = np.float32
+U = 2.0**-24
+NOJIT = bool(config.DISABLE_JIT)
+MANY = settings(max_examples=25 if NOJIT else 60, deadline=None)
+
+
+def unit_starts(n_heads: int, half: int, n_cols: int) -> np.ndarray:
+    """Whole heads on every column, or every head on a group of columns; balanced, with empty columns where there are too many."""
+    if n_cols <= n_heads:
+        return np.arange(n_cols + 1) * n_heads // n_cols * half
+    starts = [0]
+    for g in range(n_heads):
+        n = (g + 1) * n_cols // n_heads - g * n_cols // n_heads
+        starts += [g * half + i * half // n for i in range(1, n + 1)]
+    return np.array(starts, np.int64)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Sequences with their new tokens' projections (keys rotated), and caches that hold the keys and values before them."""
+
+    n_heads: int
+    q: int
+    half: int
+    starts: np.ndarray
+    nt: np.ndarray
+    pos0: np.ndarray
+    cap: np.ndarray
+    qkv: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+
+    @property
+    def t0(self) -> np.ndarray:
+        return np.cumsum(self.nt) - self.nt
+
+    @property
+    def base(self) -> np.ndarray:
+        return (np.cumsum(self.cap) - self.cap) * 2 * self.starts[-1]
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.nt.sum())
+
+    @property
+    def scale(self) -> np.float32:
+        return F(1 / np.sqrt(2 * self.half))
+
+    def panel(self, flat: np.ndarray, c: int, per_unit: int) -> np.ndarray:
+        """All tokens' rows of column c of a flat placed tensor."""
+        a, b = (self.n_tokens * per_unit * int(self.starts[i]) for i in (c, c + 1))
+        return flat[a:b].reshape(self.n_tokens, -1) if b > a else np.empty((self.n_tokens, 0), flat.dtype)
+
+    def cached(self, flat: np.ndarray, s: int, c: int) -> np.ndarray:
+        """Rows of sequence s in the cache of column c."""
+        a, b = (int(self.base[s] + self.cap[s] * 2 * self.starts[i]) for i in (c, c + 1))
+        return flat[a:b].reshape(int(self.cap[s]), -1) if b > a else np.empty((int(self.cap[s]), 0), flat.dtype)
+
+    def pieces(self, head: int) -> Iterator[tuple[int, int, int]]:
+        """Column, first unit in it, number of units, of the columns that hold units of a head."""
+        for c, (a, b) in enumerate(pairwise(self.starts.tolist())):
+            lo, hi = max(a, head * self.half), min(b, (head + 1) * self.half)
+            if lo < hi:
+                yield c, lo - a, hi - lo
+
+
+def make(n_heads: int, q: int, half: int, n_cols: int, lengths: list[tuple[int, int]], seed: int, spread: float = 1.0) -> Mesh:
+    """`lengths` are (tokens in the cache, new tokens) of every sequence; what a cache has no token for is NaN."""
+    rng = np.random.default_rng(seed)
+    starts = unit_starts(n_heads, half, n_cols)
+    pos0, nt = np.array(lengths, np.int64).T.copy()
+    cap = pos0 + nt + rng.integers(0, 3, nt.size)
+    n_kv = int(cap.sum() * 2 * starts[-1])
+    qkv = (spread * rng.standard_normal(int(nt.sum() * starts[-1] * (q + 2) * 2))).astype(F)
+    m = Mesh(n_heads, q, half, starts, nt, pos0, cap, qkv, np.full(n_kv, np.nan, F), np.full(n_kv, np.nan, F))
+    for s in range(nt.size):
+        for c in range(starts.size - 1):
+            for flat in (m.k, m.v):
+                rows = m.cached(flat, s, c)[: pos0[s]]
+                rows[:] = rng.standard_normal(rows.shape)
+    mesh_store_kv(m.qkv, m.starts, m.q, m.t0, m.nt, m.pos0, m.base, m.cap, m.k, m.v)
+    return m
+
+
+Result = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def results(m: Mesh) -> Result:
+    """Context, maxima and denominators, not yet written."""
+    shape = m.n_tokens, m.n_heads * m.q
+    return np.full(m.n_tokens * int(m.starts[-1]) * m.q * 2, np.nan, F), np.full(shape, np.nan, F), np.full(shape, np.nan, F)
+
+
+def driver(m: Mesh) -> Result:
+    out = results(m)
+    mesh_attention(m.qkv, m.starts, m.q, 2 * m.half, m.scale, m.t0, m.nt, m.pos0, m.base, m.cap, m.k, m.v, *out)
+    return out
+
+
+def cuts(rng: np.random.Generator, n: int) -> list[tuple[int, int]]:
+    at = sorted({0, n, *rng.integers(0, n + 1, int(rng.integers(0, 4))).tolist()})
+    return list(pairwise(at))
+
+
+def cores(m: Mesh, seed: int, *, interpreted: bool = False) -> Result:
+    """What the cores do: every body on its own blocks, tokens and keys cut at random; blocks that a body writes start as NaN."""
+    pack, partial, raise_max, accumulate, divide = (
+        plain(f) if interpreted else f for f in (pack_queries, partial_scores, score_max, softmax_accumulate, finish)
+    )
+    rng = np.random.default_rng(seed)
+    context, top, denominators = results(m)
+    for s in range(m.nt.size):
+        for i0, i1 in cuts(rng, int(m.nt[s])):
+            t, row0, q_pos = i1 - i0, int(m.t0[s]) + i0, m.pos0[s] + np.arange(i0, i1)
+            blocks = cuts(rng, int(m.pos0[s] + m.nt[s]))
+            for g in range(m.n_heads):
+                peak = np.full(m.q * t, -np.inf, F)
+                scores = []
+                for j0, j1 in blocks:
+                    chain = None
+                    for c, u0, n in m.pieces(g):
+                        q_t = np.full((2 * n, m.q * t), np.nan, F)
+                        pack(m.panel(m.qkv, c, (m.q + 2) * 2), m.q, row0, u0, q_t)
+                        p = np.full((j1 - j0, m.q * t), np.nan, F)
+                        partial(m.cached(m.k, s, c)[j0:j1], 2 * u0, q_t, p)
+                        chain = p if chain is None else chain + p
+                    assert chain is not None
+                    scores.append(chain)
+                for b in rng.permutation(len(blocks)):
+                    raise_max(scores[b], m.scale, blocks[b][0], q_pos, peak)
+                for c, u0, n in m.pieces(g):
+                    denom, o_t = np.zeros(m.q * t, F), np.zeros((2 * n, m.q * t), F)
+                    for (j0, j1), block in zip(blocks, scores, strict=True):
+                        accumulate(block.copy(), m.scale, j0, q_pos, peak, m.cached(m.v, s, c)[j0:j1], 2 * u0, denom, o_t)
+                    divide(o_t, denom, m.q, row0, u0, m.panel(context, c, m.q * 2))
+                    top[row0 : row0 + t, g * m.q : (g + 1) * m.q] = peak.reshape(m.q, t).T
+                    denominators[row0 : row0 + t, g * m.q : (g + 1) * m.q] = denom.reshape(m.q, t).T
+    return context, top, denominators
+
+
+def definition(m: Mesh) -> Result:
+    """The law of the sums, one scalar at a time."""
+    context, top, denominators = results(m)
+    for s in range(m.nt.size):
+        for i in range(int(m.nt[s])):
+            row, n_keys = int(m.t0[s]) + i, int(m.pos0[s]) + i + 1
+            for g, slot in np.ndindex(m.n_heads, m.q):
+                scaled = []
+                for j in range(n_keys):
+                    score = None
+                    for c, u0, n in m.pieces(g):
+                        p = F(0)
+                        for u in range(u0, u0 + n):
+                            for e in range(2):
+                                a = m.panel(m.qkv, c, (m.q + 2) * 2)[row, (u * (m.q + 2) + slot) * 2 + e]
+                                p = fma(a, m.cached(m.k, s, c)[j, 2 * u + e], p)
+                        score = p if score is None else score + p
+                    scaled.append(score * m.scale)
+                peak = max(scaled)
+                weights = [plain(exp32)(x - peak) for x in scaled]
+                denom = F(0)
+                for p in weights:
+                    denom = denom + p
+                for c, u0, n in m.pieces(g):
+                    for u in range(u0, u0 + n):
+                        for e in range(2):
+                            o = F(0)
+                            for j, p in enumerate(weights):
+                                o = fma(p, m.cached(m.v, s, c)[j, 2 * u + e], o)
+                            m.panel(context, c, m.q * 2)[row, (u * m.q + slot) * 2 + e] = o / denom
+                top[row, g * m.q + slot], denominators[row, g * m.q + slot] = peak, denom
+    return context, top, denominators
+
+
+def heads_of(m: Mesh, flat: np.ndarray, per_unit: int) -> np.ndarray:
+    """A placed tensor as (tokens, heads, slots, head_dim), elements in pair-unit order."""
+    whole = np.concatenate([m.panel(flat, c, per_unit) for c in range(m.starts.size - 1)], axis=1)
+    return (
+        whole.reshape(m.n_tokens, m.n_heads, m.half, per_unit // 2, 2)
+        .transpose(0, 1, 3, 2, 4)
+        .reshape(m.n_tokens, m.n_heads, -1, 2 * m.half)
+    )
+
+
+def same(a: Result, b: Result) -> bool:
+    return all(np.array_equal(x.view(np.int32), y.view(np.int32)) for x, y in zip(a, b, strict=True))
+
+
+@st.composite
+def meshes(draw: st.DrawFn, most_tokens: int = 24, most_cached: int = 40) -> Mesh:
+    small = NOJIT
+    lengths = st.tuples(st.integers(0, 2 if small else most_cached), st.integers(1, 3 if small else most_tokens))
+    return make(
+        n_heads=draw(st.integers(1, 3)),
+        q=draw(st.integers(1, 2 if small else 5)),
+        half=draw(st.integers(1, 2 if small else 12)),
+        n_cols=draw(st.integers(1, 9)),
+        lengths=draw(st.lists(lengths, min_size=1, max_size=2 if small else 3)),
+        seed=draw(st.integers(0, 10_000)),
+        spread=draw(st.sampled_from([0.01, 1.0, 6.0])),
+    )
+
+
+@pytest.mark.nojit
+@MANY
+@given(meshes(), st.integers(0, 10_000))
+def test_driver_gives_the_bits_of_the_cores_in_any_split(m: Mesh, seed: int) -> None:
+    got = driver(m)
+    assert not np.isnan(got[0]).any()
+    assert same(got, cores(m, seed))
+
+
+@pytest.mark.parametrize(
+    ("n_heads", "q", "half", "n_cols", "lengths"),
+    [
+        (2, 70, 2, 3, [(3, 2)]),  # more query slots than a task has lanes
+        (1, 4, 32, 8, [(100, 45)]),  # several tasks of one head, several runs of keys
+        (2, 3, 9, 4, [(0, 70), (66, 1), (0, 1)]),  # a head dimension that no tile divides
+        (2, 2, 4, 24, [(5, 9)]),  # more columns than pair units
+        (4, 1, 16, 3, [(0, 33), (31, 2)]),  # several whole heads on a column, unevenly
+    ],
+)
+def test_driver_gives_the_bits_of_the_cores_at_the_edges_of_its_tiles(
+    n_heads: int, q: int, half: int, n_cols: int, lengths: list[tuple[int, int]]
+) -> None:
+    m = make(n_heads, q, half, n_cols, lengths, 5)
+    assert same(driver(m), cores(m, 6))
+
+
+@pytest.mark.nojit
+@pytest.mark.parametrize(
+    ("n_heads", "q", "half", "n_cols", "lengths"),
+    [(1, 2, 2, 1, [(0, 3)]), (2, 1, 3, 5, [(2, 2)]), (3, 1, 1, 2, [(0, 1), (3, 1)]), (1, 1, 4, 3, [(1, 2)])],
+)
+def test_cores_driver_and_plain_python_obey_the_definition(
+    n_heads: int, q: int, half: int, n_cols: int, lengths: list[tuple[int, int]]
+) -> None:
+    m = make(n_heads, q, half, n_cols, lengths, 7)
+    expected = definition(m)
+    assert same(driver(m), expected)
+    assert same(cores(m, 8), expected)
+    assert same(cores(m, 9, interpreted=True), expected)
+
+
+@pytest.mark.parametrize(("half", "n_cols", "spread"), [(4, 2, 1.0), (32, 2, 1.0), (32, 16, 1.0), (32, 16, 4.0), (16, 64, 1.0)])
+def test_result_agrees_with_softmax_in_float64(half: int, n_cols: int, spread: float) -> None:
+    m = make(2, 3, half, n_cols, [(90, 60), (0, 75)], 11, spread)
+    context, top, denominators = driver(m)
+    d = 2 * half
+    qkv, out = heads_of(m, m.qkv, (m.q + 2) * 2).astype(np.float64), heads_of(m, context, m.q * 2)
+    for s in range(2):
+        rows = slice(int(m.t0[s]), int(m.t0[s] + m.nt[s]))
+        n_keys = int(m.pos0[s] + m.nt[s])
+        k, v = (
+            np.concatenate([m.cached(flat, s, c) for c in range(n_cols)], axis=1)[:n_keys].astype(np.float64).reshape(n_keys, 2, d)
+            for flat in (m.k, m.v)
+        )
+        admitted = np.arange(n_keys) <= m.pos0[s] + np.arange(m.nt[s])[:, None]
+        for g, slot in np.ndindex(2, m.q):
+            q = qkv[rows, g, slot]
+            scores = np.where(admitted, q @ k[:, g].T * float(m.scale), -np.inf)
+            peak = scores.max(axis=1, keepdims=True)
+            weights = np.exp(scores - peak)
+            total = weights.sum(axis=1, keepdims=True)
+            # First order in u. Score: a sum of d terms over the group, and the scaling. Weight, relative: the error of its exponent
+            # (score, maximum, their difference, what exp32 takes for 0) and 1 ulp of exp32, at most 2 u.
+            e_score = np.where(admitted, (2 * np.sqrt(d) * np.abs(q) @ np.abs(k[:, g]).T * float(m.scale) + np.abs(scores)) * U, 0)
+            e_peak = e_score.max(axis=1, keepdims=True)
+            e_weight = np.where(
+                admitted, weights * (e_score + e_peak + U * (peak - np.where(admitted, scores, peak)) + 2 * U) + 2.0**-126, 0
+            )
+            e_sum = 2 * np.sqrt(n_keys) * U
+            e_total = e_weight.sum(axis=1, keepdims=True) + e_sum * total
+            expected = weights @ v[:, g] / total
+            e_context = (e_weight @ np.abs(v[:, g]) + e_sum * (weights @ np.abs(v[:, g])) + np.abs(expected) * e_total) / total
+            h = g * m.q + slot
+            assert np.all(np.abs(top[rows, h] - peak[:, 0]) <= e_peak[:, 0])
+            assert np.all(np.abs(denominators[rows, h] - total[:, 0]) <= e_total[:, 0])
+            assert np.all(np.abs(out[rows, g, slot] - expected) <= e_context + U * np.abs(expected))
+
+
+def one_sequence(m: Mesh, s: int, first: int, n: int, k: np.ndarray, v: np.ndarray) -> Mesh:
+    """`n` new tokens of sequence s from its `first` new one on, with caches of its own."""
+    rows = slice(int(m.t0[s]) + first, int(m.t0[s]) + first + n)
+    qkv = np.concatenate([m.panel(m.qkv, c, (m.q + 2) * 2)[rows].ravel() for c in range(m.starts.size - 1)])
+    return replace(m, nt=np.array([n]), pos0=m.pos0[s : s + 1] + first, cap=m.cap[s : s + 1], qkv=qkv, k=k, v=v)
+
+
+@pytest.mark.nojit
+@MANY
+@given(meshes(), st.integers(0, 10_000))
+def test_chunks_and_neighbours_do_not_matter(m: Mesh, seed: int) -> None:
+    """Every sequence alone, in chunks down to one token, each stored into the cache before it attends."""
+    rng = np.random.default_rng(seed)
+    whole = heads_of(m, driver(m)[0], m.q * 2)
+    for s in range(m.nt.size):
+        k, v = np.full((2, int(m.cap[s] * 2 * m.starts[-1])), np.nan, F)
+        alone = one_sequence(m, s, 0, int(m.nt[s]), k, v)
+        for c in range(m.starts.size - 1):
+            for mine, theirs in ((k, m.k), (v, m.v)):
+                alone.cached(mine, 0, c)[: m.pos0[s]] = m.cached(theirs, s, c)[: m.pos0[s]]
+        steps = cuts(rng, int(m.nt[s])) if seed % 2 else [(i, i + 1) for i in range(int(m.nt[s]))]
+        for i0, i1 in steps:
+            chunk = one_sequence(m, s, i0, i1 - i0, k, v)
+            mesh_store_kv(chunk.qkv, chunk.starts, m.q, chunk.t0, chunk.nt, chunk.pos0, chunk.base, chunk.cap, k, v)
+            got = heads_of(chunk, driver(chunk)[0], m.q * 2)
+            assert np.array_equal(got.view(np.int32), whole[m.t0[s] + i0 : m.t0[s] + i1].view(np.int32))
+
+
+@pytest.mark.nojit
+@MANY
+@given(meshes())
+def test_mesh_store_is_the_store_of_every_core(m: Mesh) -> None:
+    k, v = np.full_like(m.k, np.nan), np.full_like(m.v, np.nan)
+    mesh_store_kv(m.qkv, m.starts, m.q, m.t0, m.nt, m.pos0, m.base, m.cap, k, v)
+    k_cores, v_cores = np.full_like(m.k, np.nan), np.full_like(m.v, np.nan)
+    for s in range(m.nt.size):
+        new = slice(int(m.pos0[s]), int(m.pos0[s] + m.nt[s]))
+        for c in range(m.starts.size - 1):
+            qkv = m.panel(m.qkv, c, (m.q + 2) * 2)
+            store_kv(qkv, m.q, int(m.t0[s]), m.cached(k_cores, s, c)[new], m.cached(v_cores, s, c)[new])
+            slots = qkv[m.t0[s] : m.t0[s] + m.nt[s]].reshape(m.nt[s], -1, m.q + 2, 2)
+            assert np.array_equal(m.cached(k, s, c)[new], slots[:, :, m.q].reshape(m.nt[s], -1))
+            assert np.array_equal(m.cached(v, s, c)[new], slots[:, :, m.q + 1].reshape(m.nt[s], -1))
+    assert np.array_equal(k.view(np.int32), k_cores.view(np.int32))
+    assert np.array_equal(v.view(np.int32), v_cores.view(np.int32))
+
+
+def test_keys_that_are_not_admitted_are_never_touched() -> None:
+    m = make(2, 3, 8, 4, [(20, 37)], 13)
+    clean = driver(m)
+    later = 20 + 30
+    for c in range(4):
+        m.cached(m.k, 0, c)[later:] = np.nan
+        m.cached(m.v, 0, c)[later:] = np.inf
+    dirty, split = driver(m), cores(m, 14)
+    for before, after, other in zip(clean, dirty, split, strict=True):
+        before, after, other = (x.reshape(37, -1) if x.ndim == 2 else heads_of(m, x, m.q * 2) for x in (before, after, other))
+        assert np.array_equal(before[:30], after[:30])
+        assert np.array_equal(before[:30], other[:30])
+        assert np.isnan(after[30:]).all()
+        assert np.isnan(other[30:]).all()
+
+
+def test_nan_in_a_query_stays_with_its_head_and_token() -> None:
+    m = make(2, 2, 8, 4, [(10, 12)], 15)
+    clean = driver(m)
+    m.panel(m.qkv, 1, 8)[5, 2] = np.nan  # column 1: second half of head 0; slot 1
+    dirty, split = driver(m), cores(m, 16)
+    hit = np.zeros((12, 4), bool)
+    hit[5, 1] = True
+    for before, after, other in zip(clean, dirty, split, strict=True):
+        before, after, other = (x if x.ndim == 2 else heads_of(m, x, 4).reshape(12, 4, 16) for x in (before, after, other))
+        assert np.array_equal(before[~hit], after[~hit])
+        assert np.isnan(after[hit]).all()
+        assert np.isnan(other[hit]).all()
+
+
+@pytest.mark.nojit
+def test_maximum_of_zeros_is_plus_zero_in_any_order() -> None:
+    zeros = np.array([[-0.0], [0.0], [-0.0]], F)
+    for order in ([0, 1, 2], [1, 0, 2], [0, 2]):
+        m = np.full(1, -np.inf, F)
+        score_max(zeros[order], F(1), 0, np.array([9]), m)
+        assert m.view(np.int32)[0] == 0
+    # The smallest products round to -0: every score of the driver is one.
+    mesh = make(1, 1, 1, 1, [(0, 2)], 17)
+    mesh.qkv[:] = 1e-30
+    mesh.k[:] = -1e-30
+    assert (driver(mesh)[1].view(np.int32) == 0).all()
+
+
+@pytest.mark.nojit
+def test_rows_of_no_sequence_stay_as_they_are_and_statistics_may_be_left_out() -> None:
+    m = make(1, 2, 2, 2, [(0, 2), (1, 1)], 19)
+    full, part = driver(m), results(m)
+    none = np.empty((0, 0), F)
+    a = slice(1, 2)
+    mesh_attention(m.qkv, m.starts, m.q, 4, m.scale, m.t0[a], m.nt[a], m.pos0[a], m.base[a], m.cap[a], m.k, m.v, part[0], none, none)
+    got, expected = heads_of(m, part[0], 4), heads_of(m, full[0], 4)
+    assert np.isnan(got[:2]).all()
+    assert np.array_equal(got[2:], expected[2:])
+
+
+@pytest.mark.nojit
+def test_a_core_without_tokens_or_keys_has_nothing_to_do() -> None:
+    qkv, no_pos = np.ones((3, 8), F), np.empty(0, np.int64)
+    q_t, m, denom, o_t = np.empty((4, 0), F), np.empty(0, F), np.empty(0, F), np.empty((4, 0), F)
+    pack_queries(qkv, 2, 0, 0, q_t)
+    s_t = np.empty((3, 0), F)
+    partial_scores(np.ones((3, 4), F), 0, q_t, s_t)
+    score_max(s_t, F(1), 0, no_pos, m)
+    softmax_accumulate(s_t, F(1), 0, no_pos, m, np.ones((3, 4), F), 0, denom, o_t)
+    finish(o_t, denom, 2, 0, 0, np.empty((0, 8), F))
+    top, total, o_t = np.full(2, -np.inf, F), np.zeros(2, F), np.zeros((4, 2), F)
+    score_max(np.empty((0, 2), F), F(1), 0, np.array([4]), top)
+    softmax_accumulate(np.empty((0, 2), F), F(1), 0, np.array([4]), top, np.empty((0, 4), F), 0, total, o_t)
+    assert np.isneginf(top).all()
+    assert not total.any()
+    assert not o_t.any()
+
+
+@pytest.mark.skipif(NOJIT, reason="threads are Numba's")
+def test_number_of_threads_does_not_matter() -> None:
+    m = make(2, 3, 16, 8, [(0, 100), (70, 3), (5, 1)], 21)
+    before = numba.get_num_threads()
+    answers = []
+    try:
+        for n in {1, before, min(2, config.NUMBA_NUM_THREADS)}:
+            numba.set_num_threads(n)
+            answers.append(driver(m))
+    finally:
+        numba.set_num_threads(before)
+    assert all(same(answers[0], other) for other in answers[1:])
+
+
+@pytest.mark.skipif(NOJIT, reason="nothing is compiled")
+def test_driver_has_one_specialisation() -> None:
+    driver(make(1, 1, 2, 1, [(0, 1)], 23))
+    assert len(attention_mesh._mesh_attention.signatures) == 1
+    assert len(mesh_store_kv.signatures) == 1
+
+
+@numba.njit(error_model="numpy")
+def _use_tile(array: np.ndarray, a: np.ndarray, stride: int, first: int, x: np.float32, out: np.ndarray) -> None:
+    p = attention_tile.load_tile(array, 3, 17)
+    p = attention_tile.fma_step(p, a, 1, stride, array, 5)
+    p = attention_tile.fma_step_from(first, p, a, 2, stride, array, 7)
+    p = attention_tile.add_tiles(p, attention_tile.fill_tile(x))
+    p = attention_tile.divide_tile(attention_tile.scale_tile(p, x), array, 2)
+    attention_tile.store_tile(p, out, 1, 18)
+
+
+@pytest.mark.skipif(NOJIT, reason="compares with compiled code")
+@pytest.mark.parametrize("stride", [0, 1, 5])
+@pytest.mark.parametrize("first", [-20, 0, 1, 15, 16, 40])
+def test_compiled_tile_is_its_definition(stride: int, first: int) -> None:
+    rng = np.random.default_rng(25)
+    array, a = rng.standard_normal(200).astype(F), rng.standard_normal(60).astype(F)
+    compiled, interpreted = np.zeros((2, 200), F)
+    _use_tile(array, a, stride, first, F(0.3), compiled)
+    _use_tile.py_func(array, a, stride, first, F(0.3), interpreted)
+    assert np.array_equal(compiled.view(np.int32), interpreted.view(np.int32))
+    assert compiled.any()
