@@ -114,10 +114,10 @@ def attention(
     finally:
         wafer.sram.free(work)
     for event in events:
-        wafer.ledger.record(event)
+        wafer.record(event)
     if not probe:
         return None
-    wafer.ledger.record(costs.moved("probe", "softmax statistics", count=2, words=2 * m.size, hops=0, max_link=0, max_hops=0))
+    wafer.record(costs.moved("probe", "softmax statistics", count=2, words=2 * m.size, hops=0, max_link=0, max_hops=0))
     return m, denominator
 
 

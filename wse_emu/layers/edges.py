@@ -107,11 +107,11 @@ def _drain(wafer: Wafer, y: PlacedTensor, wanted: Selection, bands: TokenBands) 
     if wafer.cores is None:
         words = np.zeros(wafer.rows, np.int64)
         words[rows] = wanted.counts[rows]
-        wafer.ledger.record(costs.edge("drain", "logits", words, y.placement.col_factor))
+        wafer.record(costs.edge("drain", "logits", words, y.placement.col_factor))
         return
     traffic = wafer.cores.traffic()
     for row in rows.tolist():
         for col in np.flatnonzero(y.placement.col_factor).tolist():
             if wanted.counts[row]:
                 wafer.cores.to_edge(traffic, y.held[row, col], slice(0, int(wanted.counts[row])))
-    wafer.ledger.record(traffic.event("drain", "logits", costs.COLORS["drain"]))
+    wafer.record(traffic.event("drain", "logits", costs.COLORS["drain"]))

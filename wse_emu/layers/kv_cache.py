@@ -181,14 +181,14 @@ class KVCache:
             self._append_isolated(layer, qkv, sequences, plan)
         else:
             for event in plan.events:
-                self.wafer.ledger.record(event)
+                self.wafer.record(event)
             if not self.wafer.is_dry:
                 k, v, base, cap = self.buffers(layer, sequences)
                 mesh_store_kv(
                     qkv.flat, self.heads.units.offsets, self.heads.queries_per_kv,
                     sequences.first_token, sequences.n_new, sequences.start, base, cap, k, v,
                 )  # fmt: skip
-        self.wafer.ledger.record(plan.stored)
+        self.wafer.record(plan.stored)
 
     def _plan_append(self, sequences: Sequences, bands: TokenBands) -> _AppendPlan:
         """The same for all layers, so made once for each forward pass."""
@@ -253,8 +253,8 @@ class KVCache:
                             cores.send(sent, piece, [block], to=where)
                     arena.free(k)
                     arena.free(v)
-        self.wafer.ledger.record(shifted.event("shift", "keys and values", costs.COLORS["shift"]))
-        self.wafer.ledger.record(sent.event("send", "keys and values", costs.COLORS["send"]))
+        self.wafer.record(shifted.event("shift", "keys and values", costs.COLORS["shift"]))
+        self.wafer.record(sent.event("send", "keys and values", costs.COLORS["send"]))
 
 
 @dataclass(frozen=True, slots=True)

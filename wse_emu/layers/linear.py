@@ -141,7 +141,7 @@ def matmul(
         elif not wafer.is_dry:
             _batched(x, weight, out, bands, mode, take, put, compact)
     for event in events:
-        wafer.ledger.record(event)
+        wafer.record(event)
 
 
 def _batched(
@@ -381,7 +381,7 @@ def all_gather_bands(wafer: Wafer, tensor: PlacedTensor, bands: TokenBands, sele
     split = tensor.placement.axis1[1]
     counts = selection.counts if selection is not None else bands.split.sizes
     if wafer.cores is None:
-        wafer.ledger.record(_gather_event(bands, counts.tobytes(), split, tensor.name))
+        wafer.record(_gather_event(bands, counts.tobytes(), split, tensor.name))
         return
     traffic = wafer.cores.traffic()
     for first in range(0, bands.used_rows, n_bands):
@@ -395,7 +395,7 @@ def all_gather_bands(wafer: Wafer, tensor: PlacedTensor, bands: TokenBands, sele
                 rows = slice(0, m) if selection is not None else slice(None)
                 others = [tensor.held[first + b, col] for b in range(n_bands) if b != band]
                 wafer.cores.send(traffic, tensor.held[first + band, col], others, where=(rows, share), to=(rows, share))
-    wafer.ledger.record(traffic.event("allgather", tensor.name, costs.COLORS["allgather"]))
+    wafer.record(traffic.event("allgather", tensor.name, costs.COLORS["allgather"]))
 
 
 @lru_cache(maxsize=4096)

@@ -58,7 +58,7 @@ def stream_vector(wafer: Wafer, name: str, values: NDArray[np.float32] | None, s
     tensor = wafer.empty(name, wafer.placement((1, split.total), (None, None), ("col", split)))
     last = bands.used_rows - 1
     if wafer.cores is None:
-        wafer.ledger.record(
+        wafer.record(
             costs.moved(
                 "stream", name, count=int(split.used.size), words=split.total, hops=split.total * last,
                 max_link=split.max_size if last else 0, max_hops=last,
@@ -72,7 +72,7 @@ def stream_vector(wafer: Wafer, name: str, values: NDArray[np.float32] | None, s
     for col in split.used.tolist():
         payload = np.ascontiguousarray(values[split.starts[col] : split.stops[col]]).reshape(1, -1)
         wafer.cores.from_edge(traffic, payload, col, [tensor.held[row, col] for row in range(last + 1)])
-    wafer.ledger.record(traffic.event("stream", name, costs.COLORS["stream"]))
+    wafer.record(traffic.event("stream", name, costs.COLORS["stream"]))
     return tensor
 
 

@@ -120,9 +120,9 @@ def route(
                 ids.flat[...], weights.flat[...] = topk_ids.reshape(-1), topk_weights.reshape(-1)
     wafer.sram.free(work)
     for event in events:
-        wafer.ledger.record(event)
+        wafer.record(event)
     if probe:
-        wafer.ledger.record(costs.moved("probe", "router logits", count=1, words=logits.size, hops=0, max_link=0, max_hops=0))
+        wafer.record(costs.moved("probe", "router logits", count=1, words=logits.size, hops=0, max_link=0, max_hops=0))
     return Routing(ids, weights, topk_ids, topk_weights, logits if probe else None)
 
 
@@ -297,7 +297,7 @@ def report_chosen(wafer: Wafer, routing: Routing, bands: TokenBands, n_experts: 
     finally:
         wafer.sram.free(work)
     for event in events:
-        wafer.ledger.record(event)
+        wafer.record(event)
     return chosen.astype(np.int64)
 
 

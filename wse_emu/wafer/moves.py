@@ -85,7 +85,7 @@ def chain_row(wafer: Wafer, partials: PlacedTensor, out: PlacedTensor, cols: Int
     with wafer.empty("inbox", inbox_place, partials.dtype) as inbox, wafer.sram.code(CHAIN_ADD.name, CHAIN_ADD.code_bytes):
         if wafer.cores is None:
             for event in _chain_row_events(partials.name, out.name, rows, owners, stations.tobytes(), _words(partials)):
-                wafer.ledger.record(event)
+                wafer.record(event)
             if not wafer.is_dry:
                 total = np.empty((out.placement.shape[0], n), np.float32)
                 chain_panels(partials.flat, total.size, stations, total.reshape(-1))
@@ -105,9 +105,9 @@ def chain_row(wafer: Wafer, partials: PlacedTensor, out: PlacedTensor, cols: Int
                     out.held[row, col].write(acc.read((slice(None), piece)))
                 else:
                     wafer.cores.send(handed, acc, [out.held[row, col]], where=(slice(None), piece))
-        wafer.ledger.record(chain.event("chain", partials.name, costs.COLORS["chain"]))
-        wafer.ledger.record(Event(None, "", "launch", CHAIN_ADD.name, count=runs))
-        wafer.ledger.record(handed.event("deliver", out.name, costs.COLORS["deliver"]))
+        wafer.record(chain.event("chain", partials.name, costs.COLORS["chain"]))
+        wafer.record(Event(None, "", "launch", CHAIN_ADD.name, count=runs))
+        wafer.record(handed.event("deliver", out.name, costs.COLORS["deliver"]))
 
 
 @lru_cache(maxsize=1024)
@@ -153,8 +153,8 @@ def chain_col(wafer: Wafer, partials: PlacedTensor, out: PlacedTensor, op: Chain
     n_cols = int(np.count_nonzero(sizes))
     with wafer.empty("inbox", partials.placement, partials.dtype) as inbox, wafer.sram.code(station.name, station.code_bytes):
         if wafer.cores is None:
-            wafer.ledger.record(costs.chain(partials.name, sizes, np.arange(wafer.rows)))
-            wafer.ledger.record(Event(None, "", "launch", station.name, count=n_cols * last))
+            wafer.record(costs.chain(partials.name, sizes, np.arange(wafer.rows)))
+            wafer.record(Event(None, "", "launch", station.name, count=n_cols * last))
             if not wafer.is_dry:
                 whole = np.empty(partials.placement.shape, partials.dtype)
                 _from_panels(partials.flat, partials.placement, whole)
@@ -173,8 +173,8 @@ def chain_col(wafer: Wafer, partials: PlacedTensor, out: PlacedTensor, op: Chain
                 wafer.cores.run(station, (row, col), {first: acc, second: partials.held[row, col]})
                 runs += 1
             out.held[last, col].write(acc.read())
-        wafer.ledger.record(chain.event("chain", partials.name, costs.COLORS["chain"]))
-        wafer.ledger.record(Event(None, "", "launch", station.name, count=runs))
+        wafer.record(chain.event("chain", partials.name, costs.COLORS["chain"]))
+        wafer.record(Event(None, "", "launch", station.name, count=runs))
 
 
 def _combine(op: ChainOp, total: NDArray[Any], more: NDArray[Any]) -> None:
@@ -208,7 +208,7 @@ def broadcast_row(wafer: Wafer, source: PlacedTensor, out: PlacedTensor, cols: I
     rows = source.placement.axis0[1]
     n = source.placement.shape[1]
     if wafer.cores is None:
-        wafer.ledger.record(_broadcast_row_event(source.name, rows, n * _words(source), at, targets.tobytes()))
+        wafer.record(_broadcast_row_event(source.name, rows, n * _words(source), at, targets.tobytes()))
         if not wafer.is_dry:
             out.flat[...] = source.flat
         return
@@ -217,7 +217,7 @@ def broadcast_row(wafer: Wafer, source: PlacedTensor, out: PlacedTensor, cols: I
         block = source.held[row, at]
         wafer.cores.send(traffic, block, [out.held[row, c] for c in targets.tolist() if c != at])
         out.held[row, at].write(block.read())
-    wafer.ledger.record(traffic.event("broadcast", source.name, costs.COLORS["broadcast"]))
+    wafer.record(traffic.event("broadcast", source.name, costs.COLORS["broadcast"]))
 
 
 def broadcast_col(wafer: Wafer, source: PlacedTensor, out: PlacedTensor) -> None:
@@ -238,7 +238,7 @@ def broadcast_col(wafer: Wafer, source: PlacedTensor, out: PlacedTensor) -> None
     )
     sizes = source.placement.col_factor * (source.placement.shape[0] * _words(source))
     if wafer.cores is None:
-        wafer.ledger.record(costs.multicast(source.name, sizes, at, np.arange(wafer.rows)))
+        wafer.record(costs.multicast(source.name, sizes, at, np.arange(wafer.rows)))
         if not wafer.is_dry:
             out.flat[...] = source.flat
         return
@@ -247,7 +247,7 @@ def broadcast_col(wafer: Wafer, source: PlacedTensor, out: PlacedTensor) -> None
         block = source.held[at, col]
         wafer.cores.send(traffic, block, [out.held[r, col] for r in range(wafer.rows) if r != at])
         out.held[at, col].write(block.read())
-    wafer.ledger.record(traffic.event("broadcast", source.name, costs.COLORS["broadcast"]))
+    wafer.record(traffic.event("broadcast", source.name, costs.COLORS["broadcast"]))
 
 
 def all_gather_col(wafer: Wafer, source: PlacedTensor, out: PlacedTensor) -> None:
@@ -270,7 +270,7 @@ def all_gather_col(wafer: Wafer, source: PlacedTensor, out: PlacedTensor) -> Non
     if wafer.cores is None:
         widths, counts = np.unique(factor[factor > 0], return_counts=True)
         groups = [(np.array([w * _words(source)]), split.sizes, int(k)) for w, k in zip(widths, counts, strict=True)]
-        wafer.ledger.record(costs.allgather(source.name, groups))
+        wafer.record(costs.allgather(source.name, groups))
         if not wafer.is_dry:
             out.flat[...] = source.flat
         return
@@ -280,7 +280,7 @@ def all_gather_col(wafer: Wafer, source: PlacedTensor, out: PlacedTensor) -> Non
             where = (slice(int(split.starts[row]), int(split.stops[row])), slice(None))
             wafer.cores.send(traffic, source.held[row, col], [out.held[r, col] for r in range(wafer.rows) if r != row], to=where)
             out.held[row, col].write(source.held[row, col].read(), where)
-    wafer.ledger.record(traffic.event("allgather", source.name, costs.COLORS["allgather"]))
+    wafer.record(traffic.event("allgather", source.name, costs.COLORS["allgather"]))
 
 
 def shift_rows(wafer: Wafer, source: PlacedTensor, out: PlacedTensor, n: int) -> None:
@@ -301,7 +301,7 @@ def shift_rows(wafer: Wafer, source: PlacedTensor, out: PlacedTensor, n: int) ->
         f"`{source.name}` must have equal blocks on all rows to be shifted, it has {int(split.sizes.min())}..{split.max_size}",
     )
     if wafer.cores is None:
-        wafer.ledger.record(costs.shift(source.name, split.sizes * _words(source), source.placement.col_factor, n))
+        wafer.record(costs.shift(source.name, split.sizes * _words(source), source.placement.col_factor, n))
         if not wafer.is_dry and abs(n) < wafer.rows:
             m, step = source.placement.shape[0], n * split.max_size
             whole, result = np.empty(source.placement.shape, source.dtype), np.empty(source.placement.shape, source.dtype)
@@ -317,7 +317,7 @@ def shift_rows(wafer: Wafer, source: PlacedTensor, out: PlacedTensor, n: int) ->
                 wafer.cores.send(traffic, block, [out.held[row + n, col]])
             else:
                 out.held[row, col].write(block.read())
-    wafer.ledger.record(traffic.event("shift", source.name, costs.COLORS["shift"]))
+    wafer.record(traffic.event("shift", source.name, costs.COLORS["shift"]))
 
 
 def send(wafer: Wafer, source: PlacedTensor, out: PlacedTensor, from_core: tuple[int, int], to_core: tuple[int, int]) -> None:
@@ -342,12 +342,12 @@ def send(wafer: Wafer, source: PlacedTensor, out: PlacedTensor, from_core: tuple
             out.held[to_core].write(source.held[from_core].read())
         else:
             wafer.cores.send(traffic, source.held[from_core], [out.held[to_core]])
-        wafer.ledger.record(traffic.event("send", source.name, costs.COLORS["send"]))
+        wafer.record(traffic.event("send", source.name, costs.COLORS["send"]))
         return
     away = from_core != to_core and 0 not in shape
     words = int(np.prod(shape)) * _words(source) if away else 0
     hops = abs(from_core[0] - to_core[0]) + abs(from_core[1] - to_core[1]) if away else 0
-    wafer.ledger.record(costs.moved("send", source.name, count=int(away), words=words, hops=words * hops, max_link=words, max_hops=hops))
+    wafer.record(costs.moved("send", source.name, count=int(away), words=words, hops=words * hops, max_link=words, max_hops=hops))
     if not wafer.is_dry:
         out.block(*to_core)[...] = source.block(*from_core)
 
@@ -367,7 +367,7 @@ def gather_to_core(wafer: Wafer, source: PlacedTensor, out: PlacedTensor) -> Non
     core = (_place_of(_split(out, "row", "out"), out, "out"), _place_of(_split(out, "col", "out"), out, "out"))
     _same(rows.is_partition and cols.is_partition, f"`{source.name}` must be a partition over rows and columns")
     if wafer.cores is None:
-        wafer.ledger.record(costs.gather(source.name, rows.sizes * _words(source), cols.sizes, core))
+        wafer.record(costs.gather(source.name, rows.sizes * _words(source), cols.sizes, core))
         if not wafer.is_dry:
             _from_panels(source.flat, source.placement, out.flat.reshape(out.placement.shape))
         return
@@ -380,4 +380,4 @@ def gather_to_core(wafer: Wafer, source: PlacedTensor, out: PlacedTensor) -> Non
             target.write(block.read(), where)
         else:
             wafer.cores.send(traffic, block, [target], to=where)
-    wafer.ledger.record(traffic.event("gather", source.name, costs.COLORS["gather"]))
+    wafer.record(traffic.event("gather", source.name, costs.COLORS["gather"]))

@@ -75,6 +75,8 @@ class Wafer:
         """The arenas of the isolated and interpreted executors."""
         if executor in ("isolated", "interpreted"):
             self.cores = Cores(spec, self.rows, self.cols, interpreted=executor == "interpreted")
+        self._colors: dict[str, int] = {}
+        """Colors that the routes of each kind of move take, of the moves seen so far."""
         self._plans: dict[tuple[Any, ...], _LaunchPlan] = {}
 
     def __repr__(self) -> str:
@@ -94,6 +96,25 @@ class Wafer:
         """The worst core at the high-water mark and what lay on it, as text."""
         lies = self.sram.high_water_map
         return str(lies) if lies is not None else "nothing was placed yet"
+
+    def record(self, event: Event) -> None:
+        """Write an event in the ledger; a move of a kind not seen before takes its colors.
+
+        Raises
+        ------
+        RouteError
+            If the routes of all kinds of moves together need more colors than the fabric has.
+        """
+        if event.colors > self._colors.get(event.kind, 0):
+            taken = {**self._colors, event.kind: event.colors}
+            if sum(taken.values()) > self.spec.n_colors:
+                needs = ", ".join(f"{kind} {n}" for kind, n in taken.items())
+                raise RouteError(
+                    f"{event.kind} of `{event.name}`: the routes need {sum(taken.values())} colors ({needs}), "
+                    f"{self.spec.name} has {self.spec.n_colors}"
+                )
+            self._colors = taken
+        self.ledger.record(event)
 
     # ---- tensors
 
@@ -194,7 +215,7 @@ class Wafer:
         place = tensor.placement
         if self.cores is None:
             words = place.row_factor * (tensor.dtype.itemsize // _WORD)
-            self.ledger.record(costs.edge(kind, tensor.name, words, place.col_factor))
+            self.record(costs.edge(kind, tensor.name, words, place.col_factor))
             if tensor.data is not None:
                 _to_panels(np.asarray(array, tensor.dtype).reshape(place.shape), place, tensor.data)
             return
@@ -203,7 +224,7 @@ class Wafer:
         for (row, col), block in tensor.held.items():
             i0, i1, j0, j1 = place.ranges(row, col)
             self.cores.from_edge(traffic, host[i0:i1, j0:j1], col, [block])
-        self.ledger.record(traffic.event(kind, tensor.name, costs.COLORS[kind]))
+        self.record(traffic.event(kind, tensor.name, costs.COLORS[kind]))
 
     def drain(self, tensor: PlacedTensor, *, kind: str = "drain") -> NDArray[Any]:
         """Take a tensor out at the north edge; replicas leave once.
@@ -221,7 +242,7 @@ class Wafer:
             words[rows] = place.row_factor[rows] * (tensor.dtype.itemsize // _WORD)
             factor = np.zeros(self.cols, np.int64)
             factor[cols] = place.col_factor[cols]
-            self.ledger.record(costs.edge(kind, tensor.name, words, factor))
+            self.record(costs.edge(kind, tensor.name, words, factor))
             if tensor.data is not None:
                 _from_panels(tensor.data, place, whole)
         else:
@@ -232,7 +253,7 @@ class Wafer:
                     if block is not None:
                         i0, i1, j0, j1 = place.ranges(int(row), int(col))
                         whole[i0:i1, j0:j1] = self.cores.to_edge(traffic, block).reshape(i1 - i0, j1 - j0)
-            self.ledger.record(traffic.event(kind, tensor.name, costs.COLORS[kind]))
+            self.record(traffic.event(kind, tensor.name, costs.COLORS[kind]))
         return whole.reshape(tensor.shape)
 
     @staticmethod
@@ -272,14 +293,14 @@ class Wafer:
                 for reservation in reserved:
                     self.sram.free(reservation)
         count = int(plan.used_rows.size * plan.used_cols.size)
-        self.ledger.record(Event(None, "", "launch", kernel.name, count=count, macs=macs))
+        self.record(Event(None, "", "launch", kernel.name, count=count, macs=macs))
 
     def account(self, kernel: Kernel, **args: Any) -> None:
         """Write a launch in the ledger whose work a fused driver does elsewhere; arguments as for `launch`."""
         plan = self._plan(kernel, args, self._check_args(kernel, args))
         with self.sram.code(kernel.name, kernel.code_bytes):
             count = int(plan.used_rows.size * plan.used_cols.size)
-        self.ledger.record(Event(None, "", "launch", kernel.name, count=count, macs=plan.macs))
+        self.record(Event(None, "", "launch", kernel.name, count=count, macs=plan.macs))
 
     def _check_args(self, kernel: Kernel, args: dict[str, Any]) -> dict[str, PlacedTensor]:
         if set(args) != set(kernel.params):
