@@ -255,7 +255,7 @@ def _mesh_attention(
     t0: I64, nt: I64, pos0: I64, kv_base: I64, cap: I64, k_cache: F32, v_cache: F32,
     context: F32, m_out: F32, denom_out: F32, n_workers: int,
 ) -> None:  # fmt: skip
-    """`mesh_attention` by `n_workers` threads: the number comes as an argument, for code that asks Numba for it could not be kept on disk."""
+    """`mesh_attention` by `n_workers` threads: an argument, for code that asks Numba for the number cannot be kept on disk."""
     half = head_dim // 2
     n_tokens = qkv.shape[0] // (unit_starts[-1] * (q_slots + 2) * 2)
     n_heads = unit_starts[-1] // half
