@@ -91,7 +91,9 @@ def from_pretrained(
     """
     checkpoint = open_checkpoint(path)
     dry = wafer is not None and wafer.is_dry
-    store: WeightStore = ShapeStore(checkpoint.spec) if dry else open_store(checkpoint, cache_dir=cache_dir, progress=progress, resident_bytes=resident_bytes)
+    store: WeightStore = ShapeStore(checkpoint.spec)
+    if not dry:
+        store = open_store(checkpoint, cache_dir=cache_dir, progress=progress, resident_bytes=resident_bytes)
     return WaferModel(checkpoint, store, wafer, max_tokens, prefill_chunk, _options(stream_experts, chunk, prefetch_depth))
 
 

@@ -19,7 +19,7 @@ from numba import get_num_threads, prange
 from numpy.typing import NDArray
 
 from wse_kernels._jit import helper, kernel
-from wse_kernels.exp import silu32
+from wse_kernels.ffn import swiglu_into
 from wse_kernels.fma import fma
 from wse_kernels.matmul_tile import COLS, ROWS, add_tiles, fma_step, load_tile, read_only, store_tile, zero_tile
 
@@ -82,44 +82,6 @@ def chain_add(acc: F32, p: F32) -> None:
     for i in range(p.shape[0]):
         for j in range(p.shape[1]):
             acc[i, j] = acc[i, j] + p[i, j]
-
-
-@kernel()
-def swiglu_pairs(g: F32, h: F32) -> None:
-    """Gate a block whose columns are interleaved: ``h[i, f] = silu(g[i, 2 f]) * g[i, 2 f + 1]``.
-
-    Parameters
-    ----------
-    g : ndarray, (m, 2 * f), float32
-        Gate and up projection, column by column.
-    h : ndarray, (m, f), float32
-        Written.
-    """
-    for i in range(h.shape[0]):
-        for f in range(h.shape[1]):
-            h[i, f] = silu32(g[i, 2 * f]) * g[i, 2 * f + 1]
-
-
-@kernel()
-def scatter_scaled_add(y: F32, rows: I64, scale: F32, out: F32) -> None:
-    """Add rows to the tokens they belong to: ``out[rows[i], j] = fma(scale[i], y[i, j], out[rows[i], j])``.
-
-    Parameters
-    ----------
-    y : ndarray, (m, n), float32
-        One row for each entry of `rows`.
-    rows : ndarray, (m,), int64
-        Rows of `out`.
-    scale : ndarray, (m,), float32
-        Weight of each row.
-    out : ndarray, (n_rows, n), float32
-        Read and written.
-    """
-    for i in range(y.shape[0]):
-        r = rows[i]
-        s = scale[i]
-        for j in range(y.shape[1]):
-            out[r, j] = fma(s, y[i, j], out[r, j])
 
 
 @helper
@@ -244,7 +206,7 @@ def _matmul_part(
         i0, i1 = r0 * ROWS, min(m, r1 * ROWS)
         block = t
         if mode == SWIGLU:
-            swiglu_pairs(t[: i1 - i0], h[: i1 - i0])
+            swiglu_into(t[: i1 - i0], 0, h[: i1 - i0])
             block, j0, j1 = h, j0 // 2, j1 // 2
         _write_strip(block, i0, i1, j0, j1, out, n_out_rows, out_starts, out_rows, scale, mode == COMBINE)
 

@@ -6,8 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wse_kernels._jit import kernel
-from wse_kernels.exp import exp32, silu32
-from wse_kernels.fma import fma
+from wse_kernels.exp import exp32
 
 _ZERO = np.float32(0.0)
 
@@ -158,47 +157,3 @@ def merge_bits(mask: NDArray[np.int32], other: NDArray[np.int32]) -> None:
     """``mask |= other``, both (n,) int32."""
     for i in range(mask.shape[0]):
         mask[i] |= other[i]
-
-
-@kernel()
-def swiglu_into(y: NDArray[np.float32], first: int, h: NDArray[np.float32]) -> None:
-    """``h[:, first + f] = silu(y[:, 2 f]) * y[:, 2 f + 1]`` for the gate/up pairs of a delivered chunk.
-
-    Parameters
-    ----------
-    y : ndarray, (m, 2 n), float32
-    first : int
-        Column of ``h`` of the first pair.
-    h : ndarray, (>= m, >= first + n), float32
-        Written there.
-
-    References
-    ----------
-    Shazeer, "GLU variants improve Transformer", 2020, section 2.
-    """
-    for i in range(y.shape[0]):
-        for f in range(y.shape[1] // 2):
-            gate = y[i, 2 * f]
-            h[i, first + f] = silu32(gate) * y[i, 2 * f + 1]
-
-
-@kernel()
-def combine_into(y: NDArray[np.float32], rows: NDArray[np.int64], scale: NDArray[np.float32], first: int, out: NDArray[np.float32]) -> None:
-    """``out[rows[i], first + j] = fma(scale[i], y[i, j], out[rows[i], first + j])``: add an expert's weighted output.
-
-    Parameters
-    ----------
-    y : ndarray, (m, n), float32
-        Delivered chunk of the expert's output.
-    rows : ndarray, (>= m,), int64
-        Tokens of the rows of ``y``.
-    scale : ndarray, (>= m,), float32
-        Their routing weights.
-    first : int
-        Column of ``out`` of the chunk.
-    out : ndarray, (t, >= first + n), float32
-        Read and written.
-    """
-    for i in range(y.shape[0]):
-        for j in range(y.shape[1]):
-            out[rows[i], first + j] = fma(scale[i], y[i, j], out[rows[i], first + j])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from typing import NamedTuple
 
 import numba
@@ -21,7 +22,15 @@ from wse_kernels import matmul, matmul_tile
 from wse_kernels._jit import kernel, plain
 from wse_kernels.exp import silu32
 from wse_kernels.fma import count_fma
-from wse_kernels.matmul import COMBINE, STORE, SWIGLU, WEIGHT_TILE_COLS, chain_add, mesh_matmul, partial_matmul, scatter_scaled_add, swiglu_pairs
+from wse_kernels.matmul import (
+    COMBINE,
+    STORE,
+    SWIGLU,
+    WEIGHT_TILE_COLS,
+    chain_add,
+    mesh_matmul,
+    partial_matmul,
+)
 
 F = np.float32
 F32 = NDArray[np.float32]
@@ -45,7 +54,7 @@ def round_to_odd_fma(a: F32, b: F32, c: F32) -> F32:
 def stated_sum(x: F32, w: F32, k_starts: I64) -> F32:
     """The product as the numerics define it: a partial for each wafer column, from +0.0; a chain from the first one that has any k."""
     acc: F32 | None = None
-    for k0, k1 in zip(k_starts[:-1], k_starts[1:], strict=True):
+    for k0, k1 in pairwise(k_starts):
         if k0 == k1:
             continue
         p = np.zeros((x.shape[0], w.shape[1]), F)
@@ -58,12 +67,12 @@ def stated_sum(x: F32, w: F32, k_starts: I64) -> F32:
 
 def place(x: F32, starts: I64) -> F32:
     """Column-panel-major copy of a matrix."""
-    return np.concatenate([x[:, a:b].ravel() for a, b in zip(starts[:-1], starts[1:], strict=True)])
+    return np.concatenate([x[:, a:b].ravel() for a, b in pairwise(starts)])
 
 
 def unplace(flat: F32, n_rows: int, starts: I64) -> F32:
     """Matrix held by a column-panel-major buffer."""
-    return np.hstack([flat[n_rows * a : n_rows * b].reshape(n_rows, b - a) for a, b in zip(starts[:-1], starts[1:], strict=True)])
+    return np.hstack([flat[n_rows * a : n_rows * b].reshape(n_rows, b - a) for a, b in pairwise(starts)])
 
 
 def tiled(w: F32, before: int = 0) -> F32:
@@ -138,7 +147,9 @@ def silu32_of(v: np.float32) -> np.float32:
     return out[0]
 
 
-def make_case(seed: int, m: int, k: int, n: int, n_cols: int, mode: int, *, special: float = 0.0, spare_rows: int = 2, even: bool = False) -> Case:
+def make_case(
+    seed: int, m: int, k: int, n: int, n_cols: int, mode: int, *, special: float = 0.0, spare_rows: int = 2, even: bool = False
+) -> Case:  # fmt: skip
     rng = np.random.default_rng(seed)
     n += n % 2 if mode == SWIGLU else 0
     n_out = n // 2 if mode == SWIGLU else n
@@ -270,7 +281,7 @@ def test_bodies_compose_to_the_driver(seed, m, n_cols, n, special):
     want = stated_sum(case.x[case.rows], case.w, case.k_starts)
     for partial, add in ((partial_matmul, chain_add), (plain(partial_matmul), plain(chain_add))):
         acc = np.empty((0, 0), F)
-        for k0, k1 in zip(case.k_starts[:-1], case.k_starts[1:], strict=True):
+        for k0, k1 in pairwise(case.k_starts):
             if k0 == k1:
                 continue
             p = np.full((m, n), np.nan, F)
@@ -288,29 +299,6 @@ def test_partial_does_one_multiply_add_for_each_product():
     with count_fma() as count:
         plain(partial_matmul)(case.x, case.rows, case.w, np.empty((3, 5), F))
     assert count.n == 3 * 4 * 5
-
-
-@pytest.mark.nojit
-def test_swiglu_gates_neighbouring_columns():
-    g = (np.random.default_rng(2).standard_normal((4, 14)) * 5).astype(F)
-    h, h_plain = np.empty((4, 7), F), np.empty((4, 7), F)
-    swiglu_pairs(g, h)
-    plain(swiglu_pairs)(g, h_plain)
-    assert same_bits(h, h_plain)
-    gate, up = g[:, ::2].astype(np.float64), g[:, 1::2]
-    np.testing.assert_allclose(h, gate / (1 + np.exp(-gate)) * up, rtol=6 * UNIT_ROUNDOFF)
-
-
-@pytest.mark.nojit
-def test_scaled_rows_are_added_to_their_own_tokens():
-    rng = np.random.default_rng(4)
-    y, out, scale, rows = rng.standard_normal((3, 20)).astype(F), rng.standard_normal((6, 20)).astype(F), rng.random(3).astype(F), np.array([4, 0, 5])
-    want = out.copy()
-    want[rows] = round_to_odd_fma(*np.broadcast_arrays(scale[:, None], y, want[rows]))
-    for body in (scatter_scaled_add, plain(scatter_scaled_add)):
-        got = out.copy()
-        body(y, rows, scale, got)
-        assert same_bits(got, want)
 
 
 @kernel(cache=False)

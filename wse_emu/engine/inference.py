@@ -22,7 +22,7 @@ from wse_emu.layers.heads import HeadLayout
 from wse_emu.layers.kv_cache import KVCache, Sequences
 from wse_emu.layers.linear import DEFAULT_CHUNK, Selection, all_gather_bands, matmul
 from wse_emu.layers.norm import add_residual, rms_norm
-from wse_emu.layers.router import report_chosen, route
+from wse_emu.layers.router import Routing, report_chosen, route
 from wse_emu.layers.stream import StreamedMatrix
 from wse_emu.memoryx.layout import context_to_published, qkv_to_published
 from wse_emu.memoryx.prefetch import LayerStream
@@ -54,7 +54,6 @@ class EngineOptions:
             raise SpecError(f"`chunk` must be an integer >= 2 or None, got {self.chunk!r}")
         if type(self.prefetch_depth) is not int or self.prefetch_depth < 0:
             raise SpecError(f"`prefetch_depth` must be an integer >= 0, got {self.prefetch_depth!r}")
-
 
     @property
     def piece(self) -> int:
@@ -301,43 +300,48 @@ class _Pass:
         """Route, then let the chosen (or all) experts stream past."""
         engine, wafer, spec, layer = self.engine, self.wafer, self.spec, self.layer
         assert layer is not None
-        record = self.result.taps
-        with self.scope("router"):
-            gate = engine.matrix(layer_prefix(layer) + "router", spec.hidden_size, spec.num_experts)
-            replay = self.trace.layer(layer) if self.trace is not None else None
-            routing = route(
-                wafer,
-                normal,
-                gate,
-                self.bands,
-                spec.top_k,
-                spec.renormalize,
-                chunk=self.options.piece,
-                probe=self.want_router,
-                replay=replay,
-            )
-            self.result.topk_ids.append(routing.topk_ids)
-            self.result.topk_weights.append(routing.topk_weights)
-            if routing.logits is not None:
-                self.result.router_logits.append(routing.logits)
-            chosen: Sequence[int] = range(spec.num_experts)
-            if self.options.stream_experts == "activated":
-                chosen = report_chosen(wafer, routing, self.bands, spec.num_experts).tolist()
-        taps: ExpertTaps | None = None
-        if record is not None:
-            shape = (self.bands.n_tokens, spec.top_k)
-            taps = ExpertTaps(np.zeros((*shape, spec.intermediate_size), np.float32), np.zeros((*shape, spec.hidden_size), np.float32))
-            assert routing.logits is not None
-            record.stages[layer, "router_logits"] = routing.logits
-            record.stages[layer, "topk_ids"], record.stages[layer, "topk_weights"] = routing.topk_ids, routing.topk_weights
-        with self.scope("experts"):
-            experts_ffn(
-                wafer, normal, routing, self.stream_experts(chosen, stream), spec.intermediate_size, y, self.bands,
-                n_experts=spec.num_experts, chunk=self.options.piece, taps=taps,
-            )  # fmt: skip
-        if record is not None and taps is not None:
-            record.stages[layer, "expert_hidden"], record.stages[layer, "expert_out"] = taps.hidden, taps.out
-        routing.free()
+        with ExitStack() as stack:
+            with self.scope("router"):
+                gate = engine.matrix(layer_prefix(layer) + "router", spec.hidden_size, spec.num_experts)
+                replay = self.trace.layer(layer) if self.trace is not None else None
+                routing = route(
+                    wafer, normal, gate, self.bands, spec.top_k, spec.renormalize, chunk=self.options.piece, probe=self.want_router,
+                    replay=replay,
+                )  # fmt: skip
+                stack.enter_context(routing)
+                self.note_routing(routing)
+                chosen: Sequence[int] = range(spec.num_experts)
+                if self.options.stream_experts == "activated":
+                    chosen = report_chosen(wafer, routing, self.bands, spec.num_experts).tolist()
+            taps = self.expert_taps()
+            with self.scope("experts"):
+                experts_ffn(
+                    wafer, normal, routing, self.stream_experts(chosen, stream), spec.intermediate_size, y, self.bands,
+                    n_experts=spec.num_experts, chunk=self.options.piece, taps=taps,
+                )  # fmt: skip
+        if self.result.taps is not None and taps is not None:
+            stages = self.result.taps.stages
+            stages[layer, "expert_hidden"], stages[layer, "expert_out"] = taps.hidden, taps.out
+
+    def note_routing(self, routing: Routing) -> None:
+        """Keep a layer's decision."""
+        self.result.topk_ids.append(routing.topk_ids)
+        self.result.topk_weights.append(routing.topk_weights)
+        if routing.logits is None:
+            return
+        self.result.router_logits.append(routing.logits)
+        if self.result.taps is not None:
+            stages, layer = self.result.taps.stages, self.layer
+            stages[layer, "router_logits"] = routing.logits
+            stages[layer, "topk_ids"], stages[layer, "topk_weights"] = routing.topk_ids, routing.topk_weights
+
+    def expert_taps(self) -> ExpertTaps | None:
+        """Room for what the experts give, if taps were asked for."""
+        if self.result.taps is None:
+            return None
+        shape = (self.bands.n_tokens, self.spec.top_k)
+        sizes = (self.spec.intermediate_size, self.spec.hidden_size)
+        return ExpertTaps(*(np.zeros((*shape, n), np.float32) for n in sizes))
 
     def stream_experts(self, chosen: Sequence[int], stream: LayerStream) -> Iterator[tuple[int, FfnWeights]]:
         """Experts in ascending order; those that are not resident yet are made so one at a time."""

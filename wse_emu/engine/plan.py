@@ -28,18 +28,18 @@ class Workload:
 
     capacity: tuple[int, ...]
     """Most tokens of each sequence, prompt and new ones."""
-    n_new: tuple[tuple[int, ...], ...]
-    """New tokens of each sequence, for every kind of forward pass (prompt chunks, decode)."""
+    passes: tuple[tuple[tuple[int, int], ...], ...]
+    """(sequence, new tokens), for every kind of forward pass (prompt chunks, decode)."""
     probe: bool = False
     """Whether every stage is read, as `WaferModel.verify` does; an expert's output then lies on the wafer once more."""
 
     @staticmethod
     def of(prompts: tuple[int, ...], new_tokens: int, prefill_chunk: int | None, *, probe: bool = False) -> Workload:
         """Prompts of these lengths in chunks, then `new_tokens` one by one."""
-        passes = list(dict.fromkeys(tuple(n for _, n in chunk) for chunk in prompt_chunks(prompts, prefill_chunk)))
+        passes = list(dict.fromkeys(tuple(chunk) for chunk in prompt_chunks(prompts, prefill_chunk)))
         if new_tokens > 1:
-            passes.append((1,) * len(prompts))
-        return Workload(capacity=tuple(n + new_tokens for n in prompts), n_new=tuple(passes), probe=probe)
+            passes.append(tuple((i, 1) for i in range(len(prompts))))
+        return Workload(capacity=tuple(n + new_tokens for n in prompts), passes=tuple(passes), probe=probe)
 
 
 def prompt_chunks(lengths: tuple[int, ...], chunk: int | None) -> list[list[tuple[int, int]]]:
@@ -69,11 +69,9 @@ def peak_sram(spec: ModelSpec, wafer_spec: WaferSpec, rows: int, cols: int, work
     """
     wafer = Wafer(wafer_spec, rows=rows, cols=cols, executor="dry")
     engine = shape_engine(wafer, replace(spec, num_layers=1), options)
-    for n_new in work.n_new:
-        capacity = np.array(work.capacity, np.int64)
-        cache = KVCache(wafer, engine.heads, spec.num_layers, capacity)
-        slots = list(range(len(n_new)))
-        sequences = sequences_of(slots, list(n_new), [int(c) - n for c, n in zip(capacity, n_new, strict=False)])
+    for new in work.passes:
+        cache = KVCache(wafer, engine.heads, spec.num_layers, np.array(work.capacity, np.int64))
+        sequences = sequences_of([s for s, _ in new], [n for _, n in new], [work.capacity[s] - n for s, n in new])
         trace = None
         if spec.is_moe:
             few = np.tile(np.arange(spec.top_k, dtype=np.int64), (sequences.n_tokens, 1))
@@ -193,7 +191,7 @@ def plan_model(
         lies = error.core_map
         return Plan(
             rows=rows, cols=cols, fits=False, peak_bytes=lies.used_bytes, worst_core=(lies.row, lies.col), blocks=lies.blocks,
-            stream_bytes_prefill=bytes_prefill, stream_bytes_token=streamed[batch], chunk=CHUNKS[-1] if options.chunk is None else options.chunk, max_context=0,
+            stream_bytes_prefill=bytes_prefill, stream_bytes_token=streamed[batch], chunk=options.chunk or CHUNKS[-1], max_context=0,
             message=f"does not fit {rows} x {cols} cores: {str(error).splitlines()[0]}",
         )  # fmt: skip
     longest = _max_context(spec, wafer_spec, rows, cols, prompt_tokens, batch, prefill_chunk, options)
@@ -249,15 +247,16 @@ def _stream_bytes(spec: ModelSpec, n_tokens: int, options: EngineOptions) -> int
 
 
 def _max_context(
-    spec: ModelSpec, wafer_spec: WaferSpec, rows: int, cols: int, prompt_tokens: int, batch: int, prefill_chunk: int | None, options: EngineOptions
+    spec: ModelSpec, wafer_spec: WaferSpec, rows: int, cols: int, prompt_tokens: int, batch: int, prefill_chunk: int | None,
+    options: EngineOptions,
 ) -> int:  # fmt: skip
     """Longest capacity for which the planned prompt chunk and the decode step still fit."""
     chunk = min(prefill_chunk or prompt_tokens, prompt_tokens)
 
     def fits(length: int) -> bool:
-        passes = ((min(chunk, length),) * batch, (1,) * batch)
+        passes = tuple(tuple((i, n) for i in range(batch)) for n in (min(chunk, length), 1))
         try:
-            settle(spec, wafer_spec, rows, cols, Workload(capacity=(length,) * batch, n_new=passes), options)
+            settle(spec, wafer_spec, rows, cols, Workload(capacity=(length,) * batch, passes=passes), options)
         except SramOverflowError:
             return False
         return True

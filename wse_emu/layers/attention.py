@@ -1,9 +1,9 @@
 """Causal attention over keys and values that lie over the rows of the wafer.
 
 Queries go to the keys: a tile of queries (tokens of one sequence on one row of cores) is sent along the columns to every row that holds
-keys it may see. There each core of the head's column group computes partial scores, which are chained west to east and sent back; the running
-maximum is handed from row to row and its final value returned to all; then the accumulators (denominator and output) are handed from row to
-row in ascending order of keys; the last row divides and sends the context back. Prefill and decode are the same program.
+keys it may see. There each core of the head's column group computes partial scores, which are chained west to east and sent back; the
+running maximum is handed from row to row and its final value returned to all; then the accumulators (denominator and output) are handed
+from row to row in ascending order of keys; the last row divides and sends the context back. Prefill and decode are the same program.
 """
 
 from __future__ import annotations
@@ -92,27 +92,27 @@ def attention(
     heads = cache.heads
     rows_per_core = int((-(-cache.capacity // wafer.rows)).max(initial=1))
     tile_tokens, words = _tile_size(heads, rows_per_core)
-    work = wafer.sram.allocate("attention work", np.ones(wafer.rows, np.int64), np.where(heads.units.sizes > 0, words, 0), 4)
+    work_words = np.where(heads.units.sizes > 0, words, 0)
     n_heads = heads.n_kv_heads * heads.queries_per_kv
     shape = (bands.n_tokens, n_heads) if probe else (0, 0)
     m, denominator = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    try:
-        with wafer.sram.code("attention", _CODE_BYTES):
-            if wafer.cores is not None:
-                tiles = _tiles(cache, sequences, bands, tile_tokens)
-                events = _isolated(wafer, qkv, context, cache, layer, sequences, bands, tiles, m, denominator)
-            else:
-                if cache.attention_events is None or cache.attention_events[0] is not sequences:
-                    cache.attention_events = (sequences, _events(cache, sequences, bands, _tiles(cache, sequences, bands, tile_tokens)))
-                events = cache.attention_events[1]
-                if not wafer.is_dry:
-                    k, v, base, capacity = cache.buffers(layer, sequences)
-                    mesh_attention(
-                        qkv.flat, heads.units.offsets, heads.queries_per_kv, heads.head_dim, heads.scale, sequences.first_token,
-                        sequences.n_new, sequences.start, base, capacity, k, v, context.flat, m, denominator,
-                    )  # fmt: skip
-    finally:
-        wafer.sram.free(work)
+    with (
+        wafer.sram.reserved("attention work", np.ones(wafer.rows, np.int64), work_words, 4),
+        wafer.sram.code("attention", _CODE_BYTES),
+    ):
+        if wafer.cores is not None:
+            tiles = _tiles(cache, sequences, bands, tile_tokens)
+            events = _isolated(wafer, qkv, context, cache, layer, sequences, bands, tiles, m, denominator)
+        else:
+            if cache.attention_events is None or cache.attention_events[0] is not sequences:
+                cache.attention_events = (sequences, _events(cache, sequences, bands, _tiles(cache, sequences, bands, tile_tokens)))
+            events = cache.attention_events[1]
+            if not wafer.is_dry:
+                k, v, base, capacity = cache.buffers(layer, sequences)
+                mesh_attention(
+                    qkv.flat, heads.units.offsets, heads.queries_per_kv, heads.head_dim, heads.scale, sequences.first_token,
+                    sequences.n_new, sequences.start, base, capacity, k, v, context.flat, m, denominator,
+                )  # fmt: skip
     for event in events:
         wafer.record(event)
     if not probe:
@@ -352,6 +352,8 @@ class _TileRun:
                 total = self.scores[core]
             assert total is not None
             others = [self.scores[row, part.col] for part in self.parts[:-1]]
+            for block in others:
+                block.poison()  # what was passed on makes room for the whole
             self.cores.send(self.traffic["score return"], total, others)
 
     def maximum(self) -> dict[tuple[int, int], Block]:
@@ -373,7 +375,10 @@ class _TileRun:
                 )
                 before = m
             assert before is not None
-            self.cores.send(self.traffic["maxima return"], before, [maxima[row, part.col] for row, _, _ in self.visits[:-1]])
+            others = [maxima[row, part.col] for row, _, _ in self.visits[:-1]]
+            for block in others:
+                block.poison()
+            self.cores.send(self.traffic["maxima return"], before, others)
         return maxima
 
     def accumulate(self, maxima: dict[tuple[int, int], Block]) -> dict[int, tuple[Block, Block]]:

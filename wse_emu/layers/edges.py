@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from wse_emu.foundation.weights import TILE_COLS
 from wse_emu.layers.ffn import read_compact
 from wse_emu.layers.heads import HeadLayout
-from wse_emu.layers.linear import DEFAULT_CHUNK, Selection, all_gather_bands, matmul
+from wse_emu.layers.linear import DEFAULT_CHUNK, Selection, matmul
 from wse_emu.layers.stream import StreamedMatrix
 from wse_emu.wafer import costs
 from wse_emu.wafer.kernel import Kernel
@@ -94,24 +94,29 @@ def logits(
         place = wafer.placement((bands.n_tokens, n), x.placement.axis0, ("col", Split.balanced(n, wafer.cols)))
         with wafer.empty("logits", place) as y:
             matmul(wafer, x, head.slice(first, last), y, bands, take=wanted, chunk=chunk)
-            all_gather_bands(wafer, y, bands, wanted)
-            _drain(wafer, y, wanted, bands)
-            if not wafer.is_dry:
-                out[:, first:last] = read_compact(y, bands, wanted)
+            out[:, first:last] = _drain(wafer, y, wanted, bands)
     return out
 
 
-def _drain(wafer: Wafer, y: PlacedTensor, wanted: Selection, bands: TokenBands) -> None:
-    """Send the wanted rows of every band out at the north edge."""
-    rows = bands.split.representatives
+def _drain(wafer: Wafer, y: PlacedTensor, wanted: Selection, bands: TokenBands) -> NDArray[np.float32]:
+    """Send the wanted tokens' logits out at the north edge, every feature band its own share of the columns."""
+    n_bands, split = bands.n_feature_bands, y.placement.axis1[1]
     if wafer.cores is None:
-        words = np.zeros(wafer.rows, np.int64)
-        words[rows] = wanted.counts[rows]
-        wafer.record(costs.edge("drain", "logits", words, y.placement.col_factor))
-        return
-    traffic = wafer.cores.traffic()
-    for row in rows.tolist():
-        for col in np.flatnonzero(y.placement.col_factor).tolist():
-            if wanted.counts[row]:
-                wafer.cores.to_edge(traffic, y.held[row, col], slice(0, int(wanted.counts[row])))
+        band = np.arange(wafer.rows) % n_bands
+        events = []
+        for size in np.unique(split.sizes[split.used]).tolist():
+            words = wanted.counts * (size * (band + 1) // n_bands - size * band // n_bands)
+            events.append(costs.edge("drain", "logits", words, (split.sizes == size).astype(np.int64)))
+        wafer.record(costs.merge("drain", "logits", events))
+        return read_compact(y, bands, wanted)
+    out, traffic = np.zeros((wanted.n_tokens, split.total), np.float32), wafer.cores.traffic()
+    done = np.cumsum(wanted.counts[::n_bands]) - wanted.counts[::n_bands]
+    for row in np.flatnonzero(wanted.counts).tolist():
+        at, m = int(done[row // n_bands]), int(wanted.counts[row])
+        for col in split.used.tolist():
+            width, part = int(split.sizes[col]), row % n_bands
+            low, high = width * part // n_bands, width * (part + 1) // n_bands
+            piece = wafer.cores.to_edge(traffic, y.held[row, col], (slice(0, m), slice(low, high)))
+            out[at : at + m, split.starts[col] + low : split.starts[col] + high] = piece
     wafer.record(traffic.event("drain", "logits", costs.COLORS["drain"]))
+    return out

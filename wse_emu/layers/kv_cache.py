@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from wse_emu.foundation.errors import InputError
 from wse_emu.layers.heads import HeadLayout
 from wse_emu.wafer import costs
-from wse_emu.wafer.cores import Block
+from wse_emu.wafer.cores import Block, Cores
 from wse_emu.wafer.kernel import Kernel
 from wse_emu.wafer.ledger import Event
 from wse_emu.wafer.placement import Ints, Split, TokenBands
 from wse_emu.wafer.sram import Reservation
 from wse_emu.wafer.tensor import PlacedTensor
+from wse_emu.wafer.traffic import Traffic
 from wse_emu.wafer.wafer import Wafer
 from wse_kernels.attention import store_kv
 from wse_kernels.attention_mesh import mesh_store_kv
@@ -208,53 +209,62 @@ class KVCache:
         return self._plan
 
     def _append_isolated(self, layer: int, qkv: PlacedTensor, sequences: Sequences, plan: _AppendPlan) -> None:
-        cores = self.wafer.cores
-        assert cores is not None
-        shifted, sent = cores.traffic(), cores.traffic()
-        row_starts = qkv.placement.axis0[1].starts
+        assert self.wafer.cores is not None
+        shifted, sent = self.wafer.cores.traffic(), self.wafer.cores.traffic()
         for s, slot in enumerate(sequences.slot.tolist()):
             start, n = int(sequences.start[s]), int(sequences.n_new[s])
-            before, after = self.split(start), self.split(start + n)
             for col in self.heads.units.used.tolist():
-                width = 2 * int(self.heads.units.sizes[col])
-                held: list[tuple[_Run, int, NDArray[Any]]] = []
-                for run in plan.shifts[s]:
-                    for which in (0, 1):
-                        block = self.block(layer, slot, run.source, col)[which]
-                        at = run.first - int(before.starts[run.source])
-                        payload = block.read(slice(at, at + run.n)).copy()
-                        if run.source != run.target:
-                            shifted.message((run.source, col), [(run.target, col)], payload.nbytes)
-                        held.append((run, which, payload))
-                for row in range(self.wafer.rows):
-                    for block in self.block(layer, slot, row, col):
-                        block.poison()
-                for run, which, payload in held:
-                    block = self.block(layer, slot, run.target, col)[which]
-                    at = run.first - int(after.starts[run.target])
-                    if run.source == run.target:
-                        block.write(payload, slice(at, at + run.n))
-                    else:
-                        cores.deliver(payload, [block], slice(at, at + run.n))
-                for run in plan.arrivals[s]:
-                    arena = cores.arena(run.source, col)
-                    k, v = (arena.allocate(name, (run.n, width), np.float32) for name in ("outgoing keys", "outgoing values"))
-                    row0 = int(sequences.first_token[s]) + run.first - int(row_starts[run.source])
-                    cores.run(
-                        STORE_KV, (run.source, col),
-                        {"qkv": qkv.held[run.source, col], "q_slots": self.heads.queries_per_kv, "row0": row0, "k": k, "v": v},
-                    )  # fmt: skip
-                    at = start + run.first - int(after.starts[run.target])
-                    for piece, block in zip((k, v), self.block(layer, slot, run.target, col), strict=True):
-                        where = slice(at, at + run.n)
-                        if run.source == run.target:
-                            block.write(piece.read(), where)
-                        else:
-                            cores.send(sent, piece, [block], to=where)
-                    arena.free(k)
-                    arena.free(v)
+                columns = {row: self.block(layer, slot, row, col) for row in range(self.wafer.rows)}
+                _shift(self.wafer.cores, shifted, columns, plan.shifts[s], self.split(start), self.split(start + n))
+                first = int(sequences.first_token[s])
+                self._arrive(sent, qkv, col, columns, plan.arrivals[s], first, start, self.split(start + n))
         self.wafer.record(shifted.event("shift", "keys and values", costs.COLORS["shift"]))
         self.wafer.record(sent.event("send", "keys and values", costs.COLORS["send"]))
+
+    def _arrive(
+        self, sent: Traffic, qkv: PlacedTensor, col: int, columns: dict[int, tuple[Block, Block]], runs: list[_Run], first: int, start: int,
+        after: Split,
+    ) -> None:  # fmt: skip
+        """Take keys and values of new tokens out of their rows' projections and send them to the rows that keep them."""
+        cores = self.wafer.cores
+        assert cores is not None
+        width, row_starts = 2 * int(self.heads.units.sizes[col]), qkv.placement.axis0[1].starts
+        for run in runs:
+            at = start + run.first - int(after.starts[run.target])
+            row0 = first + run.first - int(row_starts[run.source])
+            core = (run.source, col)
+            with cores.borrowing() as borrow:
+                k, v = (borrow(core, name, (run.n, width), np.float32) for name in ("outgoing keys", "outgoing values"))
+                cores.run(STORE_KV, core, {"qkv": qkv.held[core], "q_slots": self.heads.queries_per_kv, "row0": row0, "k": k, "v": v})
+                for piece, block in zip((k, v), columns[run.target], strict=True):
+                    if run.source == run.target:
+                        block.write(piece.read(), slice(at, at + run.n))
+                    else:
+                        cores.send(sent, piece, [block], to=slice(at, at + run.n))
+
+
+def _shift(
+    cores: Cores, shifted: Traffic, columns: dict[int, tuple[Block, Block]], runs: list[_Run], before: Split, after: Split
+) -> None:  # fmt: skip
+    """Bring the tokens of one column of cores from the rows of one split to those of another."""
+    held: list[tuple[_Run, int, NDArray[Any]]] = []
+    for run in runs:
+        for which, block in enumerate(columns[run.source]):
+            at = run.first - int(before.starts[run.source])
+            payload = block.read(slice(at, at + run.n)).copy()
+            if run.source != run.target:
+                shifted.message(block.core, [columns[run.target][which].core], payload.nbytes)
+            held.append((run, which, payload))
+    for pair in columns.values():
+        for block in pair:
+            block.poison()
+    for run, which, payload in held:
+        block = columns[run.target][which]
+        at = run.first - int(after.starts[run.target])
+        if run.source == run.target:
+            block.write(payload, slice(at, at + run.n))
+        else:
+            cores.deliver(payload, [block], slice(at, at + run.n))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ land on the owner. With fewer tokens than rows, the *feature bands* of a token s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,30 +15,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wse_emu.layers.row_products import PARTIAL_MATMUL, RowProducts
 from wse_emu.layers.stream import StreamedMatrix
 from wse_emu.wafer import costs
-from wse_emu.wafer.cores import Block
+from wse_emu.wafer.cores import Block, Cores
 from wse_emu.wafer.kernel import Kernel
 from wse_emu.wafer.ledger import Event
 from wse_emu.wafer.moves import CHAIN_ADD
 from wse_emu.wafer.placement import Ints, Split, TokenBands
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.wafer import Wafer
-from wse_kernels.matmul import COMBINE, STORE, SWIGLU, mesh_matmul, partial_matmul
-from wse_kernels.routing import combine_into, swiglu_into
+from wse_kernels.ffn import combine_into, swiglu_into
+from wse_kernels.matmul import COMBINE, STORE, SWIGLU, mesh_matmul
 
 __all__ = ["COMBINE", "DEFAULT_CHUNK", "STORE", "SWIGLU", "Selection", "all_gather_bands", "matmul"]
 
 DEFAULT_CHUNK = 32
 """Most output columns of one piece of a streamed matrix; smaller pieces need less SRAM and more messages."""
 
-PARTIAL_MATMUL = Kernel(
-    body=partial_matmul,
-    params=("x", "rows", "w", "p"),
-    out=("p",),
-    code_bytes=640,
-    macs=lambda s: s["rows"][0] * s["w"][0] * s["w"][1],
-)
 SWIGLU_INTO = Kernel(body=swiglu_into, params=("y", "first", "h"), inout=(), out=("h",), code_bytes=480)
 COMBINE_INTO = Kernel(
     body=combine_into,
@@ -243,15 +238,18 @@ def _isolated(
     take: Selection | None, put: Selection | None, compact: Selection | None, chunk: int,
     slab: PlacedTensor, part: PlacedTensor, inbox: PlacedTensor, landing: PlacedTensor,
 ) -> tuple[Event, ...]:  # fmt: skip
-    cores = wafer.cores
-    assert cores is not None
+    assert wafer.cores is not None
     unit = 2 if mode == SWIGLU else 1
-    k_split, out_split = x.placement.axis1[1], out.placement.axis1[1]
+    out_split = out.placement.axis1[1]
     selection = take or put or compact
     counts = selection.counts if selection is not None else bands.split.sizes
     n_bands, step = bands.n_feature_bands, max(1, chunk // unit)
-    stream, chain, handed = cores.traffic(), cores.traffic(), cores.traffic()
-    runs = added = finished = macs = finish_macs = 0
+    products = RowProducts(wafer.cores, weight.name, x, slab, part, inbox)
+    finished = macs = 0
+
+    def local_rows(row: int, m: int) -> Callable[[int], Any]:
+        return lambda col: _ramp(m) if take is None else _taken(take, bands, row, col, m)
+
     for owner in out_split.used.tolist():
         size, start = int(out_split.sizes[owner]), int(out_split.starts[owner])
         for band in range(n_bands):
@@ -259,66 +257,31 @@ def _isolated(
             stop = _share(size, band + 1, n_bands)
             for first in range(_share(size, band, n_bands), stop, step):
                 n = (min(first + step, stop) - first) * unit
-                columns = weight.columns((start + first) * unit, (start + first) * unit + n)
-                slabs: dict[tuple[int, int], Block] = {}
-                for col in k_split.used.tolist():
-                    k0, k1 = int(k_split.starts[col]), int(k_split.stops[col])
-                    for row in rows:
-                        slabs[row, col] = slab.held[row, col].prefix(k1 - k0, n)
-                    cores.from_edge(stream, columns[k0:k1], col, [slabs[row, col] for row in rows])
+                products.stream(weight.columns((start + first) * unit, (start + first) * unit + n), rows)
                 for row in rows:
                     m = int(counts[row])
                     if m == 0:
                         continue
-                    acc: Block | None = None
-                    for col in k_split.used.tolist():
-                        p = part.held[row, col].prefix(m, n)
-                        local: Any = _ramp(m)
-                        if take is not None:
-                            local = _taken(take, bands, row, col, m)
-                        macs += cores.run(
-                            PARTIAL_MATMUL,
-                            (row, col),
-                            {"x": _rows(x.held[row, col], m, compact=bool(put or compact)), "rows": local, "w": slabs[row, col], "p": p},
-                        )
-                        runs += 1
-                        if acc is None:
-                            acc = p
-                            continue
-                        come = inbox.held[row, col].prefix(m, n)
-                        cores.send(chain, acc, [come])
-                        cores.run(CHAIN_ADD, (row, col), {"acc": come, "p": p})
-                        added += 1
-                        acc = come
-                    assert acc is not None
+                    acc = products.product(row, m, local_rows(row, m), compact=bool(put or compact))
                     target = out.held[row, owner]
                     if mode == STORE:
-                        _hand(cores, handed, acc, target, (slice(0, m), slice(first, first + n)))
+                        products.hand(acc, target, (slice(0, m), slice(first, first + n)))
                         continue
                     y = landing.held[row, owner].prefix(m, n)
-                    _hand(cores, handed, acc, y, (slice(None), slice(None)))
+                    products.hand(acc, y, slice(None))
                     finished += 1
                     if mode == SWIGLU:
-                        finish_macs += _finish(
-                            cores, SWIGLU_INTO, target, (slice(0, m), slice(first, first + n // 2)), {"y": y, "first": first, "h": target}
-                        )
+                        where, kernel = (slice(0, m), slice(first, first + n // 2)), SWIGLU_INTO
+                        args: dict[str, Any] = {"y": y, "first": first, "h": target}
                     else:
                         assert put is not None
-                        places = _head(put.row_blocks, row, owner, m)
-                        finish_macs += _finish(
-                            cores, COMBINE_INTO, target, (slice(None), slice(first, first + n)),
-                            {"y": y, "rows": places, "scale": _head(put.scale_blocks, row, owner, m), "first": first, "out": target},
-                        )  # fmt: skip
-    events = [
-        stream.event("stream", weight.name, costs.COLORS["stream"]),
-        Event(None, "", "launch", PARTIAL_MATMUL.name, count=runs, macs=macs),
-        chain.event("chain", weight.name, costs.COLORS["chain"]),
-        Event(None, "", "launch", CHAIN_ADD.name, count=added),
-        handed.event("deliver", weight.name, costs.COLORS["deliver"]),
-    ]
+                        where, kernel = (slice(None), slice(first, first + n)), COMBINE_INTO
+                        places, scale = (_head(t, row, owner, m) for t in (put.row_blocks, put.scale_blocks))
+                        args = {"y": y, "rows": places, "scale": scale, "first": first, "out": target}
+                    macs += _finish(wafer.cores, kernel, target, where, args)
+    events = products.events()
     if mode != STORE:
-        kernel = SWIGLU_INTO if mode == SWIGLU else COMBINE_INTO
-        events.append(Event(None, "", "launch", kernel.name, count=finished, macs=finish_macs))
+        events.append(Event(None, "", "launch", (SWIGLU_INTO if mode == SWIGLU else COMBINE_INTO).name, count=finished, macs=macs))
     return tuple(events)
 
 
@@ -336,20 +299,7 @@ def _head(tensor: PlacedTensor | None, row: int, col: int, m: int) -> Block:
     return tensor.held[row, col].view(slice(0, m))
 
 
-def _rows(block: Block, m: int, *, compact: bool) -> Block:
-    """The rows of x that may be read: the first m after compaction, else all."""
-    return block.view(slice(0, m)) if compact else block
-
-
-def _hand(cores: Any, traffic: Any, acc: Block, target: Block, where: tuple[slice, slice]) -> None:
-    """The end of a chain hands the finished block to its owner; a core that owns it itself only stores it."""
-    if acc.core == target.core:
-        target.write(acc.read(), where)
-    else:
-        cores.send(traffic, acc, [target], to=where)
-
-
-def _finish(cores: Any, kernel: Kernel, target: Block, where: tuple[slice, slice], args: dict[str, Any]) -> int:
+def _finish(cores: Cores, kernel: Kernel, target: Block, where: tuple[slice, slice], args: dict[str, Any]) -> int:
     """Run a body that writes part of `target`: only that part becomes defined."""
     before = target.defined.copy()
     if kernel is COMBINE_INTO:
@@ -390,9 +340,12 @@ def all_gather_bands(wafer: Wafer, tensor: PlacedTensor, bands: TokenBands, sele
             continue
         for col in split.used.tolist():
             size = int(split.sizes[col])
+            rows = slice(0, m) if selection is not None else slice(None)
+            for band in range(n_bands):  # what lies outside a band's own share is not meant to be read
+                tensor.held[first + band, col].poison((rows, slice(0, _share(size, band, n_bands))))
+                tensor.held[first + band, col].poison((rows, slice(_share(size, band + 1, n_bands), None)))
             for band in range(n_bands):
                 share = slice(_share(size, band, n_bands), _share(size, band + 1, n_bands))
-                rows = slice(0, m) if selection is not None else slice(None)
                 others = [tensor.held[first + b, col] for b in range(n_bands) if b != band]
                 wafer.cores.send(traffic, tensor.held[first + band, col], others, where=(rows, share), to=(rows, share))
     wafer.record(traffic.event("allgather", tensor.name, costs.COLORS["allgather"]))

@@ -6,14 +6,16 @@ the set of chosen experts goes to MemoryX, over the control channel.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wse_emu.foundation.errors import InputError
-from wse_emu.layers.linear import DEFAULT_CHUNK, PARTIAL_MATMUL
+from wse_emu.layers.linear import DEFAULT_CHUNK
+from wse_emu.layers.row_products import PARTIAL_MATMUL, RowProducts
 from wse_emu.layers.stream import StreamedMatrix
 from wse_emu.wafer import costs
 from wse_emu.wafer.cores import Block
@@ -51,7 +53,10 @@ class Routing:
     logits: NDArray[np.float32] | None
     """(T, n_experts), if asked for."""
 
-    def free(self) -> None:
+    def __enter__(self) -> Routing:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         """Give the SRAM back."""
         self.ids.free()
         self.weights.free()
@@ -83,42 +88,43 @@ def route(
     rows = x.placement.axis0
     per_core = -(-bands.split.max_size // wafer.cols)
     # Scores, probabilities and the decision, for the tokens that meet on a core.
-    work = wafer.sram.allocate(
-        "router scores", np.ones(wafer.rows, np.int64), np.full(wafer.cols, per_core * (2 * n_experts + top_k * (_ID_WORDS + 1))), 4
-    )
+    meeting_words = np.full(wafer.cols, per_core * (2 * n_experts + top_k * (_ID_WORDS + 1)))
     place = wafer.placement((n_tokens, top_k), rows, (None, None))
-    ids, weights = wafer.empty("chosen experts", place, np.int64), wafer.empty("expert weights", place)
     slab_place = wafer.placement((gate.n_in, 2 * min(chunk, n_experts)), ("col", x.placement.axis1[1]), (None, None))
     part_place = wafer.placement(
         (n_tokens, wafer.cols * min(chunk, n_experts)), rows, ("col", Split.uniform(min(chunk, n_experts), wafer.cols))
     )
     logits = np.zeros((n_tokens, n_experts), np.float32)
     topk_ids, topk_weights = np.zeros((n_tokens, top_k), np.int64), np.zeros((n_tokens, top_k), np.float32)
-    with (
-        wafer.empty("weight slabs", slab_place) as slab,
-        wafer.empty("partial sums", part_place) as part,
-        wafer.empty("incoming sums", part_place) as inbox,
-        wafer.sram.code("router", PARTIAL_MATMUL.code_bytes + CHAIN_ADD.code_bytes + SOFTMAX_TOPK.code_bytes),
-    ):
-        if wafer.cores is not None:
-            events = _isolated(wafer, x, gate, bands, renormalize, chunk, slab, part, inbox, ids, weights, logits)
-            for row in bands.split.representatives.tolist():
-                where = slice(int(bands.split.starts[row]), int(bands.split.stops[row]))
-                topk_ids[where], topk_weights[where] = ids.block(row, 0), weights.block(row, 0)
-        else:
-            events = _events(wafer.rows, wafer.cols, x.placement.axis1[1], bands, n_experts, top_k, chunk, gate.name)
-            if wafer.is_dry:
-                topk_ids = _checked_replay(replay, n_tokens, n_experts, top_k)
+    with ExitStack() as kept:  # what outlives this call, unless it fails
+        ids = kept.enter_context(wafer.empty("chosen experts", place, np.int64))
+        weights = kept.enter_context(wafer.empty("expert weights", place))
+        with (
+            wafer.sram.reserved("router scores", np.ones(wafer.rows, np.int64), meeting_words, 4),
+            wafer.empty("weight slabs", slab_place) as slab,
+            wafer.empty("partial sums", part_place) as part,
+            wafer.empty("incoming sums", part_place) as inbox,
+            wafer.sram.code("router", PARTIAL_MATMUL.code_bytes + CHAIN_ADD.code_bytes + SOFTMAX_TOPK.code_bytes),
+        ):
+            if wafer.cores is not None:
+                events = _isolated(wafer, x, gate, bands, renormalize, chunk, slab, part, inbox, ids, weights, logits)
+                for row in bands.split.representatives.tolist():
+                    where = slice(int(bands.split.starts[row]), int(bands.split.stops[row]))
+                    topk_ids[where], topk_weights[where] = ids.block(row, 0), weights.block(row, 0)
             else:
-                all_tokens = np.arange(n_tokens, dtype=np.int64)
-                whole = np.array([0, n_experts], np.int64)
-                mesh_matmul(
-                    x.flat, n_tokens, x.placement.axis1[1].offsets, all_tokens, gate.values, 0, gate.n_in, n_experts,
-                    logits.reshape(-1), n_tokens, whole, all_tokens, np.zeros(1, np.float32), STORE,
-                )  # fmt: skip
-                softmax_topk(logits, renormalize, np.empty_like(logits), topk_ids, topk_weights)
-                ids.flat[...], weights.flat[...] = topk_ids.reshape(-1), topk_weights.reshape(-1)
-    wafer.sram.free(work)
+                events = _events(wafer.rows, wafer.cols, x.placement.axis1[1], bands, n_experts, top_k, chunk, gate.name)
+                if wafer.is_dry:
+                    topk_ids = _checked_replay(replay, n_tokens, n_experts, top_k)
+                else:
+                    all_tokens = np.arange(n_tokens, dtype=np.int64)
+                    whole = np.array([0, n_experts], np.int64)
+                    mesh_matmul(
+                        x.flat, n_tokens, x.placement.axis1[1].offsets, all_tokens, gate.values, 0, gate.n_in, n_experts,
+                        logits.reshape(-1), n_tokens, whole, all_tokens, np.zeros(1, np.float32), STORE,
+                    )  # fmt: skip
+                    softmax_topk(logits, renormalize, np.empty_like(logits), topk_ids, topk_weights)
+                    ids.flat[...], weights.flat[...] = topk_ids.reshape(-1), topk_weights.reshape(-1)
+        kept.pop_all()
     for event in events:
         wafer.record(event)
     if probe:
@@ -190,78 +196,48 @@ def _isolated(
 ) -> tuple[Event, ...]:  # fmt: skip
     cores = wafer.cores
     assert cores is not None
-    k_split, n_experts, top_k = x.placement.axis1[1], gate.n_out, ids.placement.shape[1]
-    stream, chain, handed, told = (cores.traffic() for _ in range(4))
-    runs = added = decided = macs = decide_macs = 0
+    n_experts, top_k = gate.n_out, ids.placement.shape[1]
+    products, told = RowProducts(cores, gate.name, x, slab, part, inbox), cores.traffic()
+    decided = macs = 0
     rows = range(bands.used_rows)
-    meeting: dict[tuple[int, int], tuple[Block, Ints]] = {}
-    for row in rows:
-        tokens = np.arange(bands.split.starts[row], bands.split.stops[row])
-        for col in range(wafer.cols):
-            mine = np.flatnonzero(tokens % wafer.cols == col)
-            if mine.size:
-                meeting[row, col] = (cores.arena(row, col).allocate("router scores", (mine.size, n_experts), np.float32), mine)
-    for first in range(0, n_experts, chunk):
-        n = min(chunk, n_experts - first)
-        columns = gate.columns(first, first + n)
-        slabs: dict[tuple[int, int], Block] = {}
-        for col in k_split.used.tolist():
-            k0, k1 = int(k_split.starts[col]), int(k_split.stops[col])
-            for row in rows:
-                slabs[row, col] = slab.held[row, col].prefix(k1 - k0, n)
-            cores.from_edge(stream, columns[k0:k1], col, [slabs[row, col] for row in rows])
+    with cores.borrowing() as borrow:
+        meeting: dict[tuple[int, int], tuple[Block, Ints]] = {}
         for row in rows:
-            m = int(bands.split.sizes[row])
-            acc: Block | None = None
-            for col in k_split.used.tolist():
-                p = part.held[row, col].prefix(m, n)
-                local = np.arange(m, dtype=np.int64)
-                macs += cores.run(PARTIAL_MATMUL, (row, col), {"x": x.held[row, col], "rows": local, "w": slabs[row, col], "p": p})
-                runs += 1
-                if acc is None:
-                    acc = p
-                    continue
-                come = inbox.held[row, col].prefix(m, n)
-                cores.send(chain, acc, [come])
-                cores.run(CHAIN_ADD, (row, col), {"acc": come, "p": p})
-                added += 1
-                acc = come
-            assert acc is not None
+            tokens = np.arange(bands.split.starts[row], bands.split.stops[row])
             for col in range(wafer.cols):
-                if (row, col) in meeting:
-                    scores, mine = meeting[row, col]
-                    where = (slice(None), slice(first, first + n))
-                    if acc.core == scores.core:
-                        scores.write(acc.read((mine, slice(None))), where)  # type: ignore[arg-type]
-                    else:
-                        cores.send(handed, acc, [scores], where=(mine, slice(None)), to=where)  # type: ignore[arg-type]
-    for (row, col), (scores, mine) in meeting.items():
-        arena = cores.arena(row, col)
-        probs = arena.allocate("probabilities", scores.array.shape, np.float32)
-        chosen, weight = arena.allocate("decision", (mine.size, top_k), np.int64), arena.allocate("weights", (mine.size, top_k), np.float32)
-        decide_macs += cores.run(
-            SOFTMAX_TOPK,
-            (row, col),
-            {"logits": scores, "renormalize": renormalize, "probs": probs, "topk_ids": chosen, "topk_weights": weight},
-        )
-        decided += 1
-        to = (mine, slice(None))
-        for mine_block, tensor in ((chosen, ids), (weight, weights)):
-            tensor.held[row, col].write(mine_block.read(), to)  # type: ignore[arg-type]
-            others = [tensor.held[row, c] for c in range(wafer.cols) if c != col]
-            cores.send(told, mine_block, others, to=to)  # type: ignore[arg-type]
-        logits_out[bands.split.starts[row] + mine] = scores.read()
-        for block in (scores, probs, chosen, weight):
-            arena.free(block)
+                mine = np.flatnonzero(tokens % wafer.cols == col)
+                if mine.size:
+                    meeting[row, col] = (borrow((row, col), "router scores", (mine.size, n_experts), np.float32), mine)
+        for first in range(0, n_experts, chunk):
+            n = min(chunk, n_experts - first)
+            products.stream(gate.columns(first, first + n), rows)
+            for row in rows:
+                all_rows = np.arange(bands.split.sizes[row], dtype=np.int64)
+                acc = products.product(row, all_rows.size, partial(_constant, all_rows), compact=False)
+                for col in range(wafer.cols):
+                    if (row, col) in meeting:
+                        scores, mine = meeting[row, col]
+                        products.hand(acc, scores, (slice(None), slice(first, first + n)), (mine, slice(None)))
+        for core, (scores, mine) in meeting.items():
+            probs = borrow(core, "probabilities", scores.array.shape, np.float32)
+            decision = borrow(core, "decision", (mine.size, top_k), np.int64), borrow(core, "weights", (mine.size, top_k), np.float32)
+            args = {"logits": scores, "renormalize": renormalize, "probs": probs, "topk_ids": decision[0], "topk_weights": decision[1]}
+            macs += cores.run(SOFTMAX_TOPK, core, args)
+            decided += 1
+            to = (mine, slice(None))
+            for block, tensor in zip(decision, (ids, weights), strict=True):
+                tensor.held[core].write(block.read(), to)
+                cores.send(told, block, [tensor.held[core[0], c] for c in range(wafer.cols) if c != core[1]], to=to)
+            logits_out[bands.split.starts[core[0]] + mine] = scores.read()
     return (
-        stream.event("stream", gate.name, costs.COLORS["stream"]),
-        Event(None, "", "launch", PARTIAL_MATMUL.name, count=runs, macs=macs),
-        chain.event("chain", gate.name, costs.COLORS["chain"]),
-        Event(None, "", "launch", CHAIN_ADD.name, count=added),
-        handed.event("deliver", gate.name, costs.COLORS["deliver"]),
-        Event(None, "", "launch", SOFTMAX_TOPK.name, count=decided, macs=decide_macs),
+        *products.events(),
+        Event(None, "", "launch", SOFTMAX_TOPK.name, count=decided, macs=macs),
         told.event("broadcast", "routing", costs.COLORS["broadcast"]),
     )
+
+
+def _constant(rows: Ints, _col: int) -> Ints:
+    return rows
 
 
 def report_chosen(wafer: Wafer, routing: Routing, bands: TokenBands, n_experts: int) -> Ints:
@@ -276,8 +252,7 @@ def report_chosen(wafer: Wafer, routing: Routing, bands: TokenBands, n_experts: 
     used = bands.used_rows
     ends = np.zeros(wafer.cols, np.int64)
     ends[0] = 2 * n_words
-    work = wafer.sram.allocate("chosen set", np.ones(wafer.rows, np.int64), ends, 4)
-    try:
+    with wafer.sram.reserved("chosen set", np.ones(wafer.rows, np.int64), ends, 4):
         if wafer.cores is None:
             sizes = np.array([n_words])
             events = [
@@ -294,8 +269,6 @@ def report_chosen(wafer: Wafer, routing: Routing, bands: TokenBands, n_experts: 
             events, mask = _merge_isolated(wafer, routing, used, n_words)
             bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
             chosen = np.flatnonzero(bits[:n_experts])
-    finally:
-        wafer.sram.free(work)
     for event in events:
         wafer.record(event)
     return chosen.astype(np.int64)
@@ -305,22 +278,18 @@ def _merge_isolated(wafer: Wafer, routing: Routing, used: int, n_words: int) -> 
     cores = wafer.cores
     assert cores is not None
     merging, leaving = cores.traffic(), cores.traffic()
-    masks: list[Block] = []
-    before: Block | None = None
-    for row in range(used):
-        mask = cores.arena(row, 0).allocate("chosen set", (n_words,), np.int32)
-        masks.append(mask)
-        cores.run(MARK_CHOSEN, (row, 0), {"topk_ids": routing.ids.held[row, 0], "mask": mask})
-        if before is not None:
-            come = cores.arena(row, 0).allocate("incoming set", (n_words,), np.int32)
-            masks.append(come)
-            cores.send(merging, before, [come])
-            cores.run(CHAIN_OR, (row, 0), {"mask": mask, "other": come})
-        before = mask
-    assert before is not None
-    result = cores.to_edge(leaving, before)
-    for block in masks:
-        cores.arena(*block.core).free(block)
+    with cores.borrowing() as borrow:
+        before: Block | None = None
+        for row in range(used):
+            mask = borrow((row, 0), "chosen set", (n_words,), np.int32)
+            cores.run(MARK_CHOSEN, (row, 0), {"topk_ids": routing.ids.held[row, 0], "mask": mask})
+            if before is not None:
+                come = borrow((row, 0), "incoming set", (n_words,), np.int32)
+                cores.send(merging, before, [come])
+                cores.run(CHAIN_OR, (row, 0), {"mask": mask, "other": come})
+            before = mask
+        assert before is not None
+        result = cores.to_edge(leaving, before)
     events = [
         Event(None, "", "launch", MARK_CHOSEN.name, count=used),
         merging.event("control", "chosen experts", costs.COLORS["control"]),

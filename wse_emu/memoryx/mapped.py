@@ -211,8 +211,8 @@ class MappedStore:
     def prepare(self, names: Sequence[str]) -> None:
         """Have the system read the tensors' pages ahead, unless they are mapped still.
 
-        Pages are then mapped by the threads that first use them: touching them here took the processor from the layer at work (a decode step
-        that maps every layer anew took 1.3 times as long).
+        Pages are then mapped by the threads that first use them: touching them here took the processor from the layer at work (a decode
+        step that maps every layer anew took 1.3 times as long).
         """
         self._tensors.check_names(names)
         if self._bytes is None:

@@ -6,7 +6,8 @@ every element carries a *defined* flag, so that reading what no kernel and no me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from wse_emu.foundation.wafer_spec import WaferSpec
 from wse_emu.wafer.kernel import Core, Kernel
 from wse_emu.wafer.traffic import Traffic
 
-Slices = tuple[slice, ...] | slice
+Slices = tuple[slice | NDArray[np.int64], ...] | slice
+Borrow = Callable[[tuple[int, int], str, tuple[int, ...], DTypeLike], "Block"]
 WHOLE: slice = slice(None)
 
 
@@ -34,10 +36,10 @@ class Block:
         self.defined: NDArray[np.bool_] = np.zeros(array.shape, np.bool_)
         self.poison()
 
-    def poison(self) -> None:
+    def poison(self, where: Slices = WHOLE) -> None:
         """Make the content undefined again."""
-        self.array.fill(np.nan if self.array.dtype.kind == "f" else np.iinfo(self.array.dtype).max)
-        self.defined.fill(False)
+        self.array[where] = np.nan if self.array.dtype.kind == "f" else np.iinfo(self.array.dtype).max
+        self.defined[where] = False
 
     def prefix(self, *shape: int) -> Block:
         """A poisoned block of `shape` in the first bytes of this one."""
@@ -142,6 +144,21 @@ class Cores:
         if arena is None:
             arena = self._arenas[row, col] = Arena((row, col), self._spec)
         return arena
+
+    @contextmanager
+    def borrowing(self) -> Iterator[Borrow]:
+        """Work blocks that live as long as the ``with`` block: it gives a function ``borrow(core, name, shape, dtype)``."""
+        held: list[Block] = []
+
+        def borrow(core: tuple[int, int], name: str, shape: tuple[int, ...], dtype: DTypeLike) -> Block:
+            held.append(self.arena(*core).allocate(name, shape, dtype))
+            return held[-1]
+
+        try:
+            yield borrow
+        finally:
+            for block in held:
+                self.arena(*block.core).free(block)
 
     def traffic(self) -> Traffic:
         """A fresh counter for one move."""

@@ -144,6 +144,15 @@ class SramTracker:
         self._peak = None
 
     @contextmanager
+    def reserved(self, name: str, row_factor: Ints, col_factor: Ints, itemsize: int) -> Iterator[None]:
+        """Reserve bytes as `allocate` does, for the block's duration."""
+        reservation = self.allocate(name, row_factor, col_factor, itemsize)
+        try:
+            yield
+        finally:
+            self.free(reservation)
+
+    @contextmanager
     def code(self, name: str, code_bytes: int) -> Iterator[None]:
         """Hold a kernel's code beside the base code while it runs."""
         before = self._kernel_code
