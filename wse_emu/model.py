@@ -20,7 +20,7 @@ from wse_emu.foundation.errors import InputError, SpecError, SramOverflowError
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.taps import TapRecord
 from wse_emu.foundation.wafer_spec import WSE3
-from wse_emu.layers.kv_cache import KVCache
+from wse_emu.layers.kv_cache import KVCache, Sequences
 from wse_emu.memoryx import RESIDENT_BYTES, ArrayStore, ShapeStore, WeightStore, open_store
 from wse_emu.sampling import Sampler
 from wse_emu.wafer.wafer import Wafer
@@ -148,7 +148,7 @@ class WaferModel:
         self._wafer = wafer
         self._engine: Engine | None = None
         if wafer is None and max_tokens is not None:
-            limit = min(max_tokens, self.spec.max_position_embeddings)
+            limit = min(max_tokens, self.spec.context_length)
             self._choose_grid(Workload.of((limit,), 0, prefill_chunk))
 
     def __repr__(self) -> str:
@@ -158,7 +158,7 @@ class WaferModel:
     def wafer(self) -> Wafer:
         """The wafer; if none was given and none chosen yet, the smallest square grid for 512 tokens (or the model's positions)."""
         if self._wafer is None:
-            self._choose_grid(Workload.of((min(_DEFAULT_TOKENS, self.spec.max_position_embeddings),), 0, self.prefill_chunk))
+            self._choose_grid(Workload.of((min(_DEFAULT_TOKENS, self.spec.context_length),), 0, self.prefill_chunk))
         assert self._wafer is not None
         return self._wafer
 
@@ -376,9 +376,9 @@ class _Prompts:
                 f"`input_ids`: sequence {i}, token {t}: id {int(ids[i, t])} lies outside the vocabulary 0..{spec.vocab_size - 1}"
             )
         longest = int(mask.sum(axis=1).max())
-        if longest + new_tokens > spec.max_position_embeddings:
+        if longest + new_tokens > spec.context_length:
             raise InputError(
-                f"{longest} tokens of prompt and {new_tokens} new ones are more than the model's {spec.max_position_embeddings} positions"
+                f"{longest} tokens of prompt and {new_tokens} new ones are more than the model's {spec.context_length} positions"
             )
         return _Prompts(ids, mask, batched)
 
@@ -431,7 +431,8 @@ class _Session:
             ends = np.cumsum(n_new) - 1
             final = [j for j, i in enumerate(slots) if start[j] + n_new[j] == prompts.lengths[i]]
             wanted = np.arange(tokens.size) if every else ends[final]
-            result = self._forward(tokens, slots, n_new, start, wanted, hidden_states=hidden_states, router_logits=router_logits, taps=taps)
+            sequences = sequences_of(slots, n_new, start, [prompts.lengths[i] for i in slots])
+            result = self._forward(tokens, sequences, wanted, hidden_states=hidden_states, router_logits=router_logits, taps=taps)
             if every:
                 results.append(result)
             else:
@@ -448,11 +449,11 @@ class _Session:
         """One more token for each of the sequences `slots`."""
         assert self._cache is not None
         start = self._cache.lengths[slots].tolist()
-        return self._forward(np.asarray(tokens, np.int64), slots, [1] * len(slots), start, np.arange(len(slots)))
+        return self._forward(np.asarray(tokens, np.int64), sequences_of(slots, [1] * len(slots), start), np.arange(len(slots)))
 
     def _forward(
-        self, tokens: Ints, slots: list[int], n_new: list[int], start: list[int], wanted: Ints, *, hidden_states: bool = False,
-        router_logits: bool = False, taps: bool = False,
+        self, tokens: Ints, sequences: Sequences, wanted: Ints, *, hidden_states: bool = False, router_logits: bool = False,
+        taps: bool = False,
     ) -> ForwardResult:  # fmt: skip
         assert self._cache is not None
         model, spec = self._model, self._model.spec
@@ -460,13 +461,13 @@ class _Session:
         if model.wafer.is_dry and spec.is_moe:
             n = len(model.recorded_routing)
             if self._traces is None:
-                trace = RoutingTrace.worst_case(spec.num_layers, tokens.size, spec.num_experts, spec.top_k)
+                trace = RoutingTrace.worst_case(len(spec.moe_layers), tokens.size, spec.num_experts, spec.top_k)
             elif n < len(self._traces):
                 trace = self._traces[n]
             else:
                 raise InputError(f"`routing` holds {len(self._traces)} forward passes, pass {n} was asked for")
         result = self._engine.forward(
-            tokens, sequences_of(slots, n_new, start), self._cache, np.asarray(wanted, np.int64),
+            tokens, sequences, self._cache, np.asarray(wanted, np.int64),
             hidden_states=hidden_states, router_logits=router_logits, taps=taps, trace=trace,
         )  # fmt: skip
         model.recorded_routing.append(RoutingTrace(tuple(result.topk_ids)))

@@ -12,7 +12,8 @@ accumulators visit the keys (decode), the arithmetic of a query is the same:
    (`softmax_accumulate`), both from +0;
 5. context = o / denominator (`finish`).
 
-A key is admitted if its position is not after the query's; a key that is not admitted is skipped, never added as zero. Blocks of queries
+A key is admitted if its position is not after the query's and, with a sliding window W, among the W last up to it; a key that is not
+admitted is skipped, never added as zero. Blocks of queries
 are transposed, ``(elements, Q)``: column ``s * t + i`` is query slot ``s`` of token ``i`` of the ``t`` tokens at hand, so that inner loops
 run over queries and no sum is ever reordered.
 """
@@ -27,6 +28,9 @@ from wse_kernels.exp import exp32
 from wse_kernels.fma import fma
 
 _ZERO = np.float32(0.0)
+
+NO_WINDOW = 1 << 40
+"""Window of a layer that sees every key: longer than any sequence."""
 
 
 @kernel()
@@ -108,7 +112,9 @@ def partial_scores(k: NDArray[np.float32], f0: int, q_t: NDArray[np.float32], s_
 
 
 @kernel()
-def score_max(s_t: NDArray[np.float32], scale: np.float32, key_pos0: int, q_pos: NDArray[np.int64], m: NDArray[np.float32]) -> None:
+def score_max(
+    s_t: NDArray[np.float32], scale: np.float32, key_pos0: int, q_pos: NDArray[np.int64], window: int, m: NDArray[np.float32]
+) -> None:
     """Raise the running maximum of every query by the scaled scores of a block of keys.
 
     Exact, so the order of blocks does not matter; a maximum of zero is always +0, and a NaN score stays (its query has no answer).
@@ -123,17 +129,21 @@ def score_max(s_t: NDArray[np.float32], scale: np.float32, key_pos0: int, q_pos:
         Position of the block's first key; the others follow without gap.
     q_pos : ndarray, (t,), int64
         Positions of the query tokens, ascending; ``Q = q_slots * t``.
+    window : int
+        Keys that a query sees, its own included; `NO_WINDOW` for all before it.
     m : ndarray, (Q,), float32
         Read and written; -inf before the first block.
     """
     t = q_pos.shape[0]
     slots = m.shape[0] // max(t, 1)
-    first = 0  # queries before this one do not admit the key
+    first = last = 0  # queries first to last admit the key
     for j in range(s_t.shape[0]):
         while first < t and q_pos[first] < key_pos0 + j:
             first += 1
+        while last < t and q_pos[last] < key_pos0 + j + window:
+            last += 1
         for s in range(slots):
-            for c in range(s * t + first, (s + 1) * t):
+            for c in range(s * t + first, s * t + last):
                 x = s_t[j, c] * scale
                 if x > m[c] or x != x:
                     m[c] = x + _ZERO
@@ -145,6 +155,7 @@ def softmax_accumulate(
     scale: np.float32,
     key_pos0: int,
     q_pos: NDArray[np.int64],
+    window: int,
     m: NDArray[np.float32],
     v: NDArray[np.float32],
     f0: int,
@@ -163,6 +174,8 @@ def softmax_accumulate(
         Position of the block's first key; the others follow without gap.
     q_pos : ndarray, (t,), int64
         Positions of the query tokens, ascending; ``Q = q_slots * t``.
+    window : int
+        Keys that a query sees, its own included; `NO_WINDOW` for all before it.
     m : ndarray, (Q,), float32
         Final maxima from `score_max` over *all* admitted keys.
     v : ndarray, (n_keys, w), float32
@@ -176,19 +189,21 @@ def softmax_accumulate(
     """
     t = q_pos.shape[0]
     slots = m.shape[0] // max(t, 1)
-    first = 0  # queries before this one do not admit the key
+    first = last = 0  # queries first to last admit the key
     for j in range(s_t.shape[0]):
         while first < t and q_pos[first] < key_pos0 + j:
             first += 1
+        while last < t and q_pos[last] < key_pos0 + j + window:
+            last += 1
         for s in range(slots):
-            for c in range(s * t + first, (s + 1) * t):
+            for c in range(s * t + first, s * t + last):
                 p = exp32(s_t[j, c] * scale - m[c])
                 s_t[j, c] = p
                 denom[c] = denom[c] + p
         for f in range(o_t.shape[0]):
             x = v[j, f0 + f]
             for s in range(slots):
-                for c in range(s * t + first, (s + 1) * t):
+                for c in range(s * t + first, s * t + last):
                     o_t[f, c] = fma(s_t[j, c], x, o_t[f, c])
 
 

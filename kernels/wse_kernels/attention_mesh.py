@@ -26,7 +26,7 @@ from wse_kernels.attention_tile import (
     divide_tile,
     fill_tile,
     fma_step,
-    fma_step_from,
+    fma_step_between,
     load_tile,
     scale_tile,
     store_tile,
@@ -91,23 +91,25 @@ def _first_lane(key: int, q_slots: int, shift: int, lanes: int) -> int:
 
 
 @helper
-def _raise_max(m: F32, s_t: F32, lanes: int, key0: int, key1: int, q_slots: int, shift: int) -> None:
-    """Raise the maxima by keys key0 to key1."""
+def _raise_max(m: F32, s_t: F32, lanes: int, first_key: int, key0: int, key1: int, window: int, q_slots: int, shift: int) -> None:
+    """Raise the maxima by keys key0 to key1; row 0 of the scores is `first_key`."""
     for j in range(key0, key1):
-        lo = _first_lane(j, q_slots, shift, lanes)
-        top, row = m[lo:], s_t[j * lanes + lo :]
-        for n in range(lanes - lo):
+        lo, hi = _first_lane(j, q_slots, shift, lanes), _first_lane(j + window, q_slots, shift, lanes)
+        top, row = m[lo:], s_t[(j - first_key) * lanes + lo :]
+        for n in range(hi - lo):
             x = row[n]
             top[n] = x if x > top[n] or x != x else top[n]
 
 
 @helper
-def _weigh(denom: F32, s_t: F32, m: F32, lanes: int, key0: int, key1: int, q_slots: int, shift: int) -> None:
-    """Turn the scaled scores of keys key0 to key1 into weights, and add them to the denominators."""
+def _weigh(
+    denom: F32, s_t: F32, m: F32, lanes: int, first_key: int, key0: int, key1: int, window: int, q_slots: int, shift: int
+) -> None:  # fmt: skip
+    """Turn the scaled scores of keys key0 to key1 into weights, and add them to the denominators; row 0 of the scores is `first_key`."""
     for j in range(key0, key1):
-        lo = _first_lane(j, q_slots, shift, lanes)
-        total, row, top = denom[lo:], s_t[j * lanes + lo :], m[lo:]
-        for n in range(lanes - lo):
+        lo, hi = _first_lane(j, q_slots, shift, lanes), _first_lane(j + window, q_slots, shift, lanes)
+        total, row, top = denom[lo:], s_t[(j - first_key) * lanes + lo :], m[lo:]
+        for n in range(hi - lo):
             p = exp32(row[n] - top[n])
             row[n] = p
             total[n] = total[n] + p
@@ -115,20 +117,28 @@ def _weigh(denom: F32, s_t: F32, m: F32, lanes: int, key0: int, key1: int, q_slo
 
 @helper
 def _accumulate(
-    work: F32, outputs: int, values: int, scores: int, height: int, lanes: int, key0: int, key1: int, q_slots: int, shift: int,
+    work: F32, outputs: int, values: int, scores: int, height: int, lanes: int, first_key: int, key0: int, key1: int, window: int,
+    q_slots: int, shift: int,
 ) -> None:  # fmt: skip
     """Add the weighted values of keys key0 to key1 to the outputs; a lane takes its keys in ascending order."""
     for lane in range(0, lanes, WIDTH):
-        # Keys before `all_admit` are admitted by every lane of the tile, those from `none_admits` on by none.
-        none_admits = min(key1, (lane + WIDTH - 1 + shift) // q_slots + 1)
-        all_admit = min(none_admits, (lane + shift) // q_slots + 1)
+        # Positions of the tile's first and last lane: keys from `begin` to `end` are admitted by some lane, `all_from` to `all_to` by all.
+        low, high = (lane + shift) // q_slots, (lane + WIDTH - 1 + shift) // q_slots
+        begin, end = max(key0, low - window + 1), min(key1, high + 1)
+        all_from = min(max(begin, high - window + 1), end)
+        all_to = max(all_from, min(end, low + 1))
         for f in range(0, height, ROWS):
             o = load_tile(work, outputs + f * lanes + lane, lanes)
-            for j in range(key0, all_admit):
-                o = fma_step(o, work, values + (j - key0) * height + f, 1, work, scores + j * lanes + lane)
-            for j in range(max(key0, all_admit), none_admits):
+            for j in range(begin, all_from):
                 first = j * q_slots - shift - lane
-                o = fma_step_from(first, o, work, values + (j - key0) * height + f, 1, work, scores + j * lanes + lane)
+                at, row = values + (j - key0) * height + f, scores + (j - first_key) * lanes + lane
+                o = fma_step_between(first, first + window * q_slots, o, work, at, 1, work, row)
+            for j in range(all_from, all_to):
+                o = fma_step(o, work, values + (j - key0) * height + f, 1, work, scores + (j - first_key) * lanes + lane)
+            for j in range(all_to, end):
+                first = j * q_slots - shift - lane
+                at, row = values + (j - key0) * height + f, scores + (j - first_key) * lanes + lane
+                o = fma_step_between(first, first + window * q_slots, o, work, at, 1, work, row)
             store_tile(o, work, outputs + f * lanes + lane, lanes)
 
 
@@ -160,15 +170,15 @@ def _find_pieces(unit_starts: I64, half: int, pieces: I64, first_piece: I64) -> 
 
 @kernel()
 def _attend(
-    qkv: F32, n_tokens: int, pieces: I64, q_slots: int, height: int, head: int, scale: np.float32,
+    qkv: F32, n_tokens: int, pieces: I64, q_slots: int, height: int, head: int, scale: np.float32, window: int,
     t0: int, pos0: int, kv_base: int, cap: int, k_cache: F32, v_cache: F32,
     lane0: int, n_lanes: int, work: F32, context: F32, m_out: F32, denom_out: F32,
 ) -> None:  # fmt: skip
     """One task: lanes lane0 to lane0 + n_lanes of one sequence and head."""
     lanes = (n_lanes + WIDTH - 1) // WIDTH * WIDTH
     shift = pos0 * q_slots + lane0
-    n_keys = (shift + n_lanes - 1) // q_slots + 1
-    # Scratch: queries (height, lanes), outputs (height, lanes), values (_KEYS, height), denominators, maxima, scores (n_keys, lanes).
+    first_key, n_keys = max(0, shift // q_slots - window + 1), (shift + n_lanes - 1) // q_slots + 1
+    # Scratch: queries (height, lanes), outputs (height, lanes), values (_KEYS, height), denominators, maxima, scores (keys, lanes).
     outputs = height * lanes
     values = outputs + height * lanes
     denominators = values + _KEYS * height
@@ -193,14 +203,15 @@ def _attend(
                 at += 2 * (q_slots + 2)
                 to += 2 * lanes
 
-    for key0 in range(0, n_keys, _KEYS):
+    for key0 in range(first_key, n_keys, _KEYS):
         key1 = min(key0 + _KEYS, n_keys)
         j = key0
         while j < key1:
             # The last keys, fewer than a tile has rows, one at a time in all its rows.
             step = ROWS if j + ROWS <= key1 else 1
             apart = 1 if step > 1 else 0
-            for lane in range(_first_lane(j, q_slots, shift, lanes) // WIDTH * WIDTH, lanes, WIDTH):
+            stop = _first_lane(j + step - 1 + window, q_slots, shift, lanes)
+            for lane in range(_first_lane(j, q_slots, shift, lanes) // WIDTH * WIDTH, stop, WIDTH):
                 # -0.0 + p is p, bit for bit: the chain's first partial needs no case of its own.
                 total = fill_tile(_MINUS_ZERO)
                 for c in range(pieces.shape[0]):
@@ -212,22 +223,22 @@ def _attend(
                         at += 1
                         of += lanes
                     total = add_tiles(total, p)
-                store_tile(scale_tile(total, scale), s_t, j * lanes + lane, apart * lanes)
+                store_tile(scale_tile(total, scale), s_t, (j - first_key) * lanes + lane, apart * lanes)
             j += step
-        _raise_max(m, s_t, lanes, key0, key1, q_slots, shift)
+        _raise_max(m, s_t, lanes, first_key, key0, key1, window, q_slots, shift)
     for n in range(lanes):
         m[n] = m[n] + _ZERO  # -0 would depend on which zero came first
 
-    for key0 in range(0, n_keys, _KEYS):
+    for key0 in range(first_key, n_keys, _KEYS):
         key1 = min(key0 + _KEYS, n_keys)
-        _weigh(denom, s_t, m, lanes, key0, key1, q_slots, shift)
+        _weigh(denom, s_t, m, lanes, first_key, key0, key1, window, q_slots, shift)
         for c in range(pieces.shape[0]):
             for j in range(key0, key1):
                 at = kv_base + (cap * pieces[c, 0] + j * pieces[c, 1] + pieces[c, 2]) * 2
                 to = values + (j - key0) * height + 2 * pieces[c, 3]
                 for f in range(2 * pieces[c, 4]):
                     work[to + f] = v_cache[at + f]
-        _accumulate(work, outputs, values, scores, height, lanes, key0, key1, q_slots, shift)
+        _accumulate(work, outputs, values, scores, height, lanes, first_key, key0, key1, window, q_slots, shift)
 
     for lane in range(0, lanes, WIDTH):
         for f in range(0, height, ROWS):
@@ -251,7 +262,7 @@ def _attend(
 
 @kernel(parallel=True)
 def _mesh_attention(
-    qkv: F32, unit_starts: I64, q_slots: int, head_dim: int, scale: np.float32,
+    qkv: F32, unit_starts: I64, q_slots: int, head_dim: int, scale: np.float32, window: int,
     t0: I64, nt: I64, pos0: I64, kv_base: I64, cap: I64, k_cache: F32, v_cache: F32,
     context: F32, m_out: F32, denom_out: F32, n_workers: int,
 ) -> None:  # fmt: skip
@@ -266,7 +277,8 @@ def _mesh_attention(
     size = 0
     for s in range(nt.shape[0]):
         lanes = min(_LANES, (nt[s] * q_slots + WIDTH - 1) // WIDTH * WIDTH)
-        size = max(size, (2 * height + 2 + pos0[s] + nt[s]) * lanes + _KEYS * height)
+        n_keys = min(pos0[s] + nt[s], window + (lanes - 1) // q_slots + 1)
+        size = max(size, (2 * height + 2 + n_keys) * lanes + _KEYS * height)
     for worker in prange(n_workers):
         work = np.empty(size, np.float32)
         task = 0
@@ -276,7 +288,7 @@ def _mesh_attention(
                 for head in range(n_heads):
                     if task % n_workers == worker:
                         _attend(
-                            qkv, n_tokens, pieces[first_piece[head] : first_piece[head + 1]], q_slots, height, head, scale,
+                            qkv, n_tokens, pieces[first_piece[head] : first_piece[head + 1]], q_slots, height, head, scale, window,
                             t0[s], pos0[s], kv_base[s], cap[s],
                             k_cache, v_cache, lane0, n_lanes, work, context, m_out, denom_out,
                         )  # fmt: skip
@@ -284,7 +296,7 @@ def _mesh_attention(
 
 
 def mesh_attention(
-    qkv: F32, unit_starts: I64, q_slots: int, head_dim: int, scale: np.float32,
+    qkv: F32, unit_starts: I64, q_slots: int, head_dim: int, scale: np.float32, window: int,
     t0: I64, nt: I64, pos0: I64, kv_base: I64, cap: I64, k_cache: F32, v_cache: F32,
     context: F32, m_out: F32, denom_out: F32,
 ) -> None:  # fmt: skip
@@ -302,6 +314,8 @@ def mesh_attention(
         Elements of a head, even.
     scale : float32
         Factor of the scores; must be a ``np.float32``.
+    window : int
+        Keys that a query sees, its own included; `wse_kernels.attention.NO_WINDOW` for all before it.
     t0, nt, pos0 : ndarray, (n_seqs,), int64
         First row of a sequence in `qkv`, number of its new tokens, position of the first of them. Keys 0 to ``pos0 + nt`` must be cached.
     kv_base, cap : ndarray, (n_seqs,), int64
@@ -320,6 +334,7 @@ def mesh_attention(
         q_slots,
         head_dim,
         scale,
+        window,
         t0,
         nt,
         pos0,

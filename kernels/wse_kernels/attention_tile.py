@@ -67,15 +67,15 @@ def divide_tile(p: F32, b: F32, j: int) -> F32:
 
 def fma_step(p: F32, a: F32, i: int, stride: int, b: F32, j: int) -> F32:
     """One step of every sum: ``p[r, n] = fma(a[i + r * stride], b[j + n], p[r, n])``."""
-    return fma_step_from(0, p, a, i, stride, b, j)
+    return fma_step_between(0, WIDTH, p, a, i, stride, b, j)
 
 
-def fma_step_from(first: int, p: F32, a: F32, i: int, stride: int, b: F32, j: int) -> F32:
-    """`fma_step` for lanes `first` and after; those before it skip the step and keep their sum."""
+def fma_step_between(first: int, last: int, p: F32, a: F32, i: int, stride: int, b: F32, j: int) -> F32:
+    """`fma_step` for lanes `first` to `last` (not included); the others skip the step and keep their sum."""
     out = p.copy()
     for r in range(ROWS):
         x = a[i + r * stride]
-        for n in range(max(0, first), WIDTH):
+        for n in range(max(0, first), min(last, WIDTH)):
             out[r, n] = fma(x, b[j + n], p[r, n])
     return out
 
@@ -127,8 +127,8 @@ def _type_step(context: Any) -> Callable[..., Any]:
     return lambda p, a, i, stride, b, j: _TILE
 
 
-def _type_step_from(context: Any) -> Callable[..., Any]:
-    return lambda first, p, a, i, stride, b, j: _TILE
+def _type_step_between(context: Any) -> Callable[..., Any]:
+    return lambda first, last, p, a, i, stride, b, j: _TILE
 
 
 def _splat(builder: Any, vector: Any, x: Any) -> Any:
@@ -215,10 +215,11 @@ def _lower_step(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     return _step(context, builder, signature.args, args, None)
 
 
-def _lower_step_from(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+def _lower_step_between(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     lane = ir.Constant(_INT_VECTOR, list(range(WIDTH)))
-    admitted = builder.icmp_signed(">=", lane, _splat(builder, _INT_VECTOR, args[0]))
-    return _step(context, builder, signature.args[1:], args[1:], admitted)
+    from_first = builder.icmp_signed(">=", lane, _splat(builder, _INT_VECTOR, args[0]))
+    before_last = builder.icmp_signed("<", lane, _splat(builder, _INT_VECTOR, args[1]))
+    return _step(context, builder, signature.args[2:], args[2:], builder.and_(from_first, before_last))
 
 
 _ARRAY = types.Array
@@ -230,7 +231,7 @@ type_callable(add_tiles)(_type_add)
 type_callable(scale_tile)(_type_scale)
 type_callable(divide_tile)(_type_divide)
 type_callable(fma_step)(_type_step)
-type_callable(fma_step_from)(_type_step_from)
+type_callable(fma_step_between)(_type_step_between)
 _lower_builtin(fill_tile, types.float32)(_lower_fill)
 _lower_builtin(load_tile, _ARRAY, _INT, _INT)(_lower_load)
 _lower_builtin(store_tile, _TileType, _ARRAY, _INT, _INT)(_lower_store)
@@ -238,4 +239,4 @@ _lower_builtin(add_tiles, _TileType, _TileType)(_lower_add)
 _lower_builtin(scale_tile, _TileType, types.float32)(_lower_scale)
 _lower_builtin(divide_tile, _TileType, _ARRAY, _INT)(_lower_divide)
 _lower_builtin(fma_step, _TileType, _ARRAY, _INT, _INT, _ARRAY, _INT)(_lower_step)
-_lower_builtin(fma_step_from, _INT, _TileType, _ARRAY, _INT, _INT, _ARRAY, _INT)(_lower_step_from)
+_lower_builtin(fma_step_between, _INT, _INT, _TileType, _ARRAY, _INT, _INT, _ARRAY, _INT)(_lower_step_between)

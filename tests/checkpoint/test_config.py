@@ -63,6 +63,7 @@ def test_released_and_transformers_5_styles_give_one_spec() -> None:
         max_position_embeddings=512,
         num_experts=6,
         top_k=2,
+        moe_intermediate_size=172,
         bos_token_id=1,
         eos_token_ids=(2,),
     )
@@ -133,7 +134,7 @@ def test_sizes_have_no_default(name: str) -> None:
         ({"architectures": "LlamaForCausalLM"}, "`architectures` must be a list of names"),
         ({"architectures": ["MixtralForCausalLM"]}, "`model_type` must be 'mixtral'"),
         ({"architectures": None, "model_type": None}, "neither `architectures` nor `model_type`"),
-        ({"architectures": None, "model_type": "qwen3"}, "unknown `model_type` 'qwen3'; known architectures are"),
+        ({"architectures": None, "model_type": "qwen4"}, "unknown `model_type` 'qwen4'; known architectures are"),
         ({"architectures": None, "model_type": ["llama"]}, "unknown `model_type`"),
         ({"hidden_act": "gelu"}, "`hidden_act` must be 'silu', got 'gelu'"),
         ({"attention_bias": True}, "`attention_bias` must be false"),
@@ -142,10 +143,30 @@ def test_sizes_have_no_default(name: str) -> None:
         ({"tie_word_embeddings": "yes"}, "`tie_word_embeddings` must be true or false"),
         ({"quantization_config": {"bits": 4}}, "`quantization_config` is not supported"),
         ({"layer_types": ["sliding_attention"] * 3}, "`layer_types` must name 'full_attention' only"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "`rope_scaling`: type 'linear' is not supported"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "`rope_scaling`: rope_type 'llama3' is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "`rope_parameters`: rope_type 'yarn' is not supported"),
-        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "'full_attention' is not supported"),
+        ({"layer_types": ["full_attention"] * 2}, "`layer_types` must name full_attention or sliding_attention for each of 3 layers"),
+        ({"rope_scaling": {"type": "proportional", "factor": 2.0}}, "`rope_scaling`: rope_type 'proportional' is not supported; known are"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn' and 'linear' is not supported"),
+        ({"rope_scaling": {"rope_type": 3}}, "rope_type 3 is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "`rope_scaling`: `factor` is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rotary scaling linear: `factor` must be finite and at least 1, got 0.5"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "`rope_scaling`: `low_freq_factor` is missing"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 1}},
+            "`low_freq_factor` and `high_freq_factor` must be positive and rising, got 4.0 and 1.0",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1] * 4, "long_factor": [1] * 3}},
+            "`long_factor` must be a list of 4 finite numbers",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "beta_fast": 1, "beta_slow": 2}}, "`beta_slow` and `beta_fast` must be"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "attention_factor": 0}}, "`attention_factor` must be positive"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}, "rope_theta": 1}, "`rope_theta` must be above 1"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}, "head_dim": 2}, "`head_dim` must be at least 4"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "linear", "factor": 3}},
+            "`rope_scaling` and `rope_parameters` disagree",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "'full_attention' is not known for rope_type 'default'"),
         ({"rope_parameters": [1]}, "`rope_parameters` must be an object or null"),
         (
             {"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 1e4},
@@ -177,7 +198,8 @@ def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], messag
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sliding_window": 256}, r"`sliding_window` must be null or at least `max_position_embeddings` \(512\).*got 256"),
+        ({"sliding_window": 0}, "`sliding_window` must be an integer in 1"),
+        ({"sliding_window": 9, "layer_types": ["full_attention"] * 3}, "`layer_types` must name 'sliding_attention' only"),
         ({"sliding_window": "all"}, "`sliding_window` must be an integer"),
         ({"num_local_experts": 0}, "`num_local_experts` must be an integer in 1"),
         ({"num_experts_per_tok": 7}, r"`top_k` must lie in 1\.\.6"),
@@ -192,6 +214,98 @@ def test_what_a_mixture_cannot_be_is_refused_by_name(change: dict[str, Any], mes
 @pytest.mark.parametrize("window", [None, 512, 4096])
 def test_a_window_over_the_whole_context_is_no_window(window: int | None) -> None:
     assert parse_config({**MIXTRAL, "sliding_window": window}) == parse_config(MIXTRAL)
+
+
+def test_a_short_window_is_that_of_every_layer_of_mistral_and_mixtral() -> None:
+    mistral = {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    for spec in (parse_config({**mistral, "sliding_window": 9}), parse_config({**MIXTRAL, "sliding_window": 9})):
+        assert [spec.window(i) for i in range(3)] == [9, 9, 9]
+    assert parse_config({**mistral, "max_position_embeddings": 8192}).window(0) == 4096
+    assert parse_config({**mistral, "max_position_embeddings": 8192, "sliding_window": None}).window(0) is None
+
+
+QWEN: dict[str, Any] = {**LLAMA, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16}
+QWEN_MOE: dict[str, Any] = {
+    **without(QWEN, "intermediate_size"), "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 6,
+    "num_experts_per_tok": 3, "moe_intermediate_size": 24,
+}  # fmt: skip
+
+
+def test_qwen3_has_head_norms_and_a_window_where_it_says_so() -> None:
+    spec = parse_config({**QWEN, "sliding_window": 4, "max_window_layers": 1})
+    assert spec.qk_norm
+    assert (spec.sliding_window, spec.sliding_layers) == (None, ())
+    assert parse_config(without(QWEN, "head_dim")).head_dim == 128
+    window = {**QWEN, "use_sliding_window": True, "sliding_window": 4}
+    assert parse_config({**window, "max_window_layers": 1}).sliding_layers == (1, 2)
+    assert parse_config({**window, "max_window_layers": 3}).sliding_window is None
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    assert parse_config({**window, "layer_types": types}).sliding_layers == (0, 2)
+    with pytest.raises(ConfigError, match="`layer_types` names sliding layers, but there is no window"):
+        parse_config({**QWEN, "layer_types": types})
+
+
+def test_qwen3_moe_mixes_dense_layers_and_mixtures() -> None:
+    spec = parse_config(QWEN_MOE)
+    assert (spec.num_experts, spec.top_k, spec.moe_intermediate_size, spec.renormalize, spec.dense_layers) == (6, 3, 24, False, ())
+    assert parse_config({**QWEN_MOE, "norm_topk_prob": True}).renormalize
+    mixed = {**QWEN_MOE, "intermediate_size": 40, "num_hidden_layers": 4}
+    assert parse_config({**mixed, "mlp_only_layers": [2, 0, 2]}).dense_layers == (0, 2)
+    sparse = parse_config({**mixed, "decoder_sparse_step": 2, "mlp_only_layers": [3]})
+    assert sparse.moe_layers == (1,)
+    assert [sparse.ffn_width(i) for i in range(4)] == [40, 24, 40, 40]
+    assert not parse_config({**mixed, "decoder_sparse_step": 5}).is_moe
+    assert parse_config({**without(QWEN_MOE, "num_experts"), "num_local_experts": 6}) == spec
+    assert parse_config({**QWEN_MOE, "use_sliding_window": True, "sliding_window": 7}).sliding_layers == (0, 1, 2)
+    with pytest.raises(ConfigError, match="`intermediate_size` is missing"):
+        parse_config({**QWEN_MOE, "mlp_only_layers": [0]})
+    with pytest.raises(ConfigError, match="`num_local_experts` and `num_experts` disagree"):
+        parse_config({**QWEN_MOE, "num_local_experts": 5})
+    with pytest.raises(ConfigError, match=r"`mlp_only_layers` must be a list of layers in 0\.\.2"):
+        parse_config({**QWEN_MOE, "mlp_only_layers": [3]})
+
+
+ROPES: list[dict[str, Any]] = [
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.7, "beta_fast": 16, "truncate": False},
+    {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0], "original_max_position_embeddings": 256},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+]
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=lambda r: r["rope_type"])
+def test_scaled_rotary_embeddings_are_read_in_both_styles_and_survive_the_way_back(rope: dict[str, Any]) -> None:
+    old = {("type" if key == "rope_type" else key): value for key, value in rope.items()}
+    spec = parse_config({**LLAMA, "rope_theta": 5e5, "rope_scaling": old})
+    assert spec == parse_config({**LLAMA, "rope_parameters": {**rope, "rope_theta": 5e5}})
+    assert spec.rope_scaling is not None
+    assert spec.rope_scaling.kind == rope["rope_type"]
+    assert spec.rope_scaling.factor == rope.get("factor", 512 / 256)
+    assert parse_config(json.loads(json.dumps(to_config(spec)))) == spec
+
+
+def test_a_scaling_lengthens_the_context() -> None:
+    def context_of(**rope: Any) -> int:
+        return parse_config({**LLAMA, "rope_scaling": rope}).context_length
+
+    assert context_of(rope_type="default") == 512
+    assert context_of(rope_type="linear", factor=4.0) == 2048
+    assert context_of(rope_type="yarn", factor=4.0, original_max_position_embeddings=100) == 512
+    assert context_of(rope_type="yarn", factor=8.0, original_max_position_embeddings=100) == 800
+    beside = {**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 8.0}, "original_max_position_embeddings": 90}
+    assert parse_config(beside).context_length == 720
+
+
+MIXED = {**QWEN_MOE, "intermediate_size": 9, "mlp_only_layers": [1]}
+
+
+@pytest.mark.parametrize("config", [QWEN, QWEN_MOE, MIXED], ids=["dense", "moe", "mixed"])
+def test_qwen_specs_survive_the_way_through_config(config: dict[str, Any]) -> None:
+    for window in ({}, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}):
+        spec = parse_config({**config, **window})
+        assert parse_config(json.loads(json.dumps(to_config(spec)))) == spec
 
 
 def test_eos_may_be_a_list_null_or_repeated() -> None:

@@ -25,6 +25,7 @@ MOE = ModelSpec(
     max_position_embeddings=64,
     num_experts=6,
     top_k=2,
+    moe_intermediate_size=40,
 )
 
 
@@ -61,7 +62,7 @@ def run(spec, weights, lengths, seed=0):
     pos = np.concatenate([np.arange(n) for n in lengths])
     ids = np.random.default_rng(seed).integers(0, spec.vocab_size, len(seq))
     stages = DenseReference(spec, weights.__getitem__, dtype=np.float32).forward(ids, seq, pos)
-    starts = {"hidden": 8, "ffn": 10, "heads": 8, "vocab": 13}
+    starts = {"hidden": 8, "ffn": 10, "expert": 10, "heads": 8, "vocab": 13}
     return TapRecord(
         seq, pos, ids, stages, row_of_token=np.arange(len(seq)) // 4, col_starts={axis: np.arange(4) * w for axis, w in starts.items()}
     )
@@ -73,7 +74,7 @@ def make():
 
     def build(lengths=(7, 1, 12), seed=0, scale=1.0, weights=None, **changes):
         if changes.get("family") == "llama":
-            changes |= {"num_experts": 0, "top_k": 0}
+            changes |= {"num_experts": 0, "top_k": 0, "moe_intermediate_size": 0}
         spec = replace(MOE, **changes)
         weights = random_weights(spec, seed, scale) if weights is None else weights
         return Case(spec, weights, run(spec, weights, lengths, seed))

@@ -9,7 +9,7 @@ from wse_emu.foundation.taps import TapRecord
 
 SPEC = ModelSpec(
     family="mixtral", vocab_size=50, hidden_size=32, intermediate_size=40, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=8,
-    rms_norm_eps=1e-5, rope_theta=10000.0, max_position_embeddings=64, num_experts=6, top_k=2,
+    rms_norm_eps=1e-5, rope_theta=10000.0, max_position_embeddings=64, num_experts=6, top_k=2, moe_intermediate_size=40,
 )  # fmt: skip
 
 
@@ -37,11 +37,12 @@ def test_heads_are_found_through_their_pair_units(units):
 
 
 def test_plain_axes_are_found_and_empty_columns_skipped():
-    r = record([0, 4], hidden=np.array([0, 8, 8, 8, 20, 32]), ffn=np.array([0, 20]), vocab=np.array([0, 25]))
+    r = record([0, 4], hidden=np.array([0, 8, 8, 8, 20, 32]), ffn=np.array([0, 20]), expert=np.array([0, 18]), vocab=np.array([0, 25]))
     assert core_of(r, SPEC, "attn_out", 2, (8,)) == (1, 3)
     assert core_of(r, SPEC, "expert_out", 2, (1, 31)) == (1, 4)
     assert core_of(r, SPEC, "layer_out", 2, (7,)) == (1, 0)
-    assert core_of(r, SPEC, "expert_hidden", 2, (0, 19)) == (1, 0)
+    assert core_of(r, SPEC, "expert_hidden", 2, (0, 19)) == (1, 1)
+    assert core_of(r, SPEC, "ffn_hidden", 2, (19,)) == (1, 0)
     assert core_of(r, SPEC, "logits", 2, (25,)) == (1, 1)
 
 

@@ -76,10 +76,11 @@ def test_rms_norm(n, size):
 
 def test_rotary():
     x, pos = RNG.standard_normal((3000, 2, 16)).astype(np.float32), RNG.integers(0, 100_000, 3000)
-    angles = formulas.rotary_angles(pos, 16, 10000.0)
-    exact = formulas.rotate(x.astype(np.float64), angles)
-    ratio = np.abs(formulas.rotate(x, angles) - exact) / tolerance.rotary_bound(x.astype(np.float64), angles)
-    assert 0.3 < ratio.max() <= 1
+    angles = pos[:, None] * 10000.0 ** -(np.arange(8) / 8)
+    for factor in (1.0, 1.3):
+        exact = formulas.rotate(x.astype(np.float64), angles, factor)
+        ratio = np.abs(formulas.rotate(x, angles, factor) - exact) / tolerance.rotary_bound(x.astype(np.float64), angles, factor)
+        assert 0.3 < ratio.max() <= 1
 
 
 @pytest.mark.parametrize("size", [0.1, 1.0, 6.0])

@@ -133,7 +133,7 @@ def test_a_dropped_term_of_a_sum_is_found(case, name):
 def test_a_mask_that_is_off_by_one_is_found_in_attention(make, monkeypatch, off):
     with monkeypatch.context() as patch:
 
-        def wrong(seq, pos):
+        def wrong(seq, pos, window):
             mask = (seq[:, None] == seq) & (pos <= pos[:, None] + off)
             return mask | (np.eye(len(pos), dtype=bool) & (pos == 0))  # the first token sees itself, or its softmax is undefined
 
@@ -150,7 +150,7 @@ def test_a_mask_that_is_off_by_one_is_found_in_attention(make, monkeypatch, off)
 
 def test_a_key_of_another_sequence_is_found(case, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(formulas, "visible", lambda seq, pos: pos <= pos[:, None])
+        patch.setattr(formulas, "visible", lambda seq, pos, window: pos <= pos[:, None])
         r = case.record
         joined = DenseReference(case.spec, case.weights.__getitem__, dtype=np.float32).forward(r.token_ids, 0 * r.seq, r.pos)
     r.stages[0, "attn_denominator"] = joined[0, "attn_denominator"]

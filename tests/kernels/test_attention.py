@@ -15,7 +15,7 @@ from numba import config
 
 from wse_kernels import attention_mesh, attention_tile
 from wse_kernels._jit import plain
-from wse_kernels.attention import finish, pack_queries, partial_scores, score_max, softmax_accumulate, store_kv
+from wse_kernels.attention import NO_WINDOW, finish, pack_queries, partial_scores, score_max, softmax_accumulate, store_kv
 from wse_kernels.attention_mesh import mesh_attention, mesh_store_kv
 from wse_kernels.exp import exp32
 from wse_kernels.fma import fma
@@ -51,6 +51,7 @@ class Mesh:
     qkv: np.ndarray
     k: np.ndarray
     v: np.ndarray
+    window: int = NO_WINDOW
 
     @property
     def t0(self) -> np.ndarray:
@@ -115,7 +116,7 @@ def results(m: Mesh) -> Result:
 
 def driver(m: Mesh) -> Result:
     out = results(m)
-    mesh_attention(m.qkv, m.starts, m.q, 2 * m.half, m.scale, m.t0, m.nt, m.pos0, m.base, m.cap, m.k, m.v, *out)
+    mesh_attention(m.qkv, m.starts, m.q, 2 * m.half, m.scale, m.window, m.t0, m.nt, m.pos0, m.base, m.cap, m.k, m.v, *out)
     return out
 
 
@@ -149,11 +150,11 @@ def cores(m: Mesh, seed: int, *, interpreted: bool = False) -> Result:
                     assert chain is not None
                     scores.append(chain)
                 for b in rng.permutation(len(blocks)):
-                    raise_max(scores[b], m.scale, blocks[b][0], q_pos, peak)
+                    raise_max(scores[b], m.scale, blocks[b][0], q_pos, m.window, peak)
                 for c, u0, n in m.pieces(g):
                     denom, o_t = np.zeros(m.q * t, F), np.zeros((2 * n, m.q * t), F)
                     for (j0, j1), block in zip(blocks, scores, strict=True):
-                        accumulate(block.copy(), m.scale, j0, q_pos, peak, m.cached(m.v, s, c)[j0:j1], 2 * u0, denom, o_t)
+                        accumulate(block.copy(), m.scale, j0, q_pos, m.window, peak, m.cached(m.v, s, c)[j0:j1], 2 * u0, denom, o_t)
                     divide(o_t, denom, m.q, row0, u0, m.panel(context, c, m.q * 2))
                     top[row0 : row0 + t, g * m.q : (g + 1) * m.q] = peak.reshape(m.q, t).T
                     denominators[row0 : row0 + t, g * m.q : (g + 1) * m.q] = denom.reshape(m.q, t).T
@@ -166,9 +167,10 @@ def definition(m: Mesh) -> Result:
     for s in range(m.nt.size):
         for i in range(int(m.nt[s])):
             row, n_keys = int(m.t0[s]) + i, int(m.pos0[s]) + i + 1
+            keys = range(max(0, n_keys - m.window), n_keys)
             for g, slot in np.ndindex(m.n_heads, m.q):
                 scaled = []
-                for j in range(n_keys):
+                for j in keys:
                     score = None
                     for c, u0, n in m.pieces(g):
                         p = F(0)
@@ -187,7 +189,7 @@ def definition(m: Mesh) -> Result:
                     for u in range(u0, u0 + n):
                         for e in range(2):
                             o = F(0)
-                            for j, p in enumerate(weights):
+                            for j, p in zip(keys, weights, strict=True):
                                 o = fma(p, m.cached(m.v, s, c)[j, 2 * u + e], o)
                             m.panel(context, c, m.q * 2)[row, (u * m.q + slot) * 2 + e] = o / denom
                 top[row, g * m.q + slot], denominators[row, g * m.q + slot] = peak, denom
@@ -211,8 +213,9 @@ def same(a: Result, b: Result) -> bool:
 @st.composite
 def meshes(draw: st.DrawFn, most_tokens: int = 24, most_cached: int = 40) -> Mesh:
     small = NOJIT
+    window = draw(st.one_of(st.just(NO_WINDOW), st.integers(1, 70)))
     lengths = st.tuples(st.integers(0, 2 if small else most_cached), st.integers(1, 3 if small else most_tokens))
-    return make(
+    m = make(
         n_heads=draw(st.integers(1, 3)),
         q=draw(st.integers(1, 2 if small else 5)),
         half=draw(st.integers(1, 2 if small else 12)),
@@ -221,6 +224,7 @@ def meshes(draw: st.DrawFn, most_tokens: int = 24, most_cached: int = 40) -> Mes
         seed=draw(st.integers(0, 10_000)),
         spread=draw(st.sampled_from([0.01, 1.0, 6.0])),
     )
+    return replace(m, window=window)
 
 
 @pytest.mark.nojit
@@ -232,6 +236,7 @@ def test_driver_gives_the_bits_of_the_cores_in_any_split(m: Mesh, seed: int) -> 
     assert same(got, cores(m, seed))
 
 
+@pytest.mark.parametrize("window", [NO_WINDOW, 1, 7, 40])
 @pytest.mark.parametrize(
     ("n_heads", "q", "half", "n_cols", "lengths"),
     [
@@ -243,30 +248,32 @@ def test_driver_gives_the_bits_of_the_cores_in_any_split(m: Mesh, seed: int) -> 
     ],
 )
 def test_driver_gives_the_bits_of_the_cores_at_the_edges_of_its_tiles(
-    n_heads: int, q: int, half: int, n_cols: int, lengths: list[tuple[int, int]]
+    n_heads: int, q: int, half: int, n_cols: int, lengths: list[tuple[int, int]], window: int
 ) -> None:
-    m = make(n_heads, q, half, n_cols, lengths, 5)
+    m = replace(make(n_heads, q, half, n_cols, lengths, 5), window=window)
     assert same(driver(m), cores(m, 6))
 
 
 @pytest.mark.nojit
+@pytest.mark.parametrize("window", [NO_WINDOW, 2])
 @pytest.mark.parametrize(
     ("n_heads", "q", "half", "n_cols", "lengths"),
     [(1, 2, 2, 1, [(0, 3)]), (2, 1, 3, 5, [(2, 2)]), (3, 1, 1, 2, [(0, 1), (3, 1)]), (1, 1, 4, 3, [(1, 2)])],
 )
 def test_cores_driver_and_plain_python_obey_the_definition(
-    n_heads: int, q: int, half: int, n_cols: int, lengths: list[tuple[int, int]]
+    n_heads: int, q: int, half: int, n_cols: int, lengths: list[tuple[int, int]], window: int
 ) -> None:
-    m = make(n_heads, q, half, n_cols, lengths, 7)
+    m = replace(make(n_heads, q, half, n_cols, lengths, 7), window=window)
     expected = definition(m)
     assert same(driver(m), expected)
     assert same(cores(m, 8), expected)
     assert same(cores(m, 9, interpreted=True), expected)
 
 
+@pytest.mark.parametrize("window", [NO_WINDOW, 20])
 @pytest.mark.parametrize(("half", "n_cols", "spread"), [(4, 2, 1.0), (32, 2, 1.0), (32, 16, 1.0), (32, 16, 4.0), (16, 64, 1.0)])
-def test_result_agrees_with_softmax_in_float64(half: int, n_cols: int, spread: float) -> None:
-    m = make(2, 3, half, n_cols, [(90, 60), (0, 75)], 11, spread)
+def test_result_agrees_with_softmax_in_float64(half: int, n_cols: int, spread: float, window: int) -> None:
+    m = replace(make(2, 3, half, n_cols, [(90, 60), (0, 75)], 11, spread), window=window)
     context, top, denominators = driver(m)
     d = 2 * half
     qkv, out = heads_of(m, m.qkv, (m.q + 2) * 2).astype(np.float64), heads_of(m, context, m.q * 2)
@@ -277,7 +284,8 @@ def test_result_agrees_with_softmax_in_float64(half: int, n_cols: int, spread: f
             np.concatenate([m.cached(flat, s, c) for c in range(n_cols)], axis=1)[:n_keys].astype(np.float64).reshape(n_keys, 2, d)
             for flat in (m.k, m.v)
         )
-        admitted = np.arange(n_keys) <= m.pos0[s] + np.arange(m.nt[s])[:, None]
+        ago = m.pos0[s] + np.arange(m.nt[s])[:, None] - np.arange(n_keys)
+        admitted = (ago >= 0) & (ago < window)
         for g, slot in np.ndindex(2, m.q):
             q = qkv[rows, g, slot]
             scores = np.where(admitted, q @ k[:, g].T * float(m.scale), -np.inf)
@@ -378,12 +386,34 @@ def test_nan_in_a_query_stays_with_its_head_and_token() -> None:
         assert np.isnan(other[hit]).all()
 
 
+def test_keys_before_the_window_are_never_touched() -> None:
+    m = replace(make(2, 3, 8, 4, [(20, 37)], 13), window=9)
+    clean = driver(m)
+    first = 20 + 30 - 9 + 1  # what the last seven tokens see
+    for c in range(4):
+        m.cached(m.k, 0, c)[:first] = np.nan
+        m.cached(m.v, 0, c)[:first] = np.inf
+    for before, after, other in zip(clean, driver(m), cores(m, 14), strict=True):
+        before, after, other = (x.reshape(37, -1) if x.ndim == 2 else heads_of(m, x, m.q * 2) for x in (before, after, other))
+        assert np.array_equal(before[30:], after[30:])
+        assert np.array_equal(before[30:], other[30:])
+        assert np.isnan(after[:22]).all()
+        assert np.isnan(other[:22]).all()
+
+
+@pytest.mark.nojit
+def test_window_that_holds_every_key_is_no_window() -> None:
+    m = make(2, 3, 8, 4, [(20, 17), (0, 5)], 27)
+    assert same(driver(m), driver(replace(m, window=37)))
+    assert not same(driver(m), driver(replace(m, window=36)))
+
+
 @pytest.mark.nojit
 def test_maximum_of_zeros_is_plus_zero_in_any_order() -> None:
     zeros = np.array([[-0.0], [0.0], [-0.0]], F)
     for order in ([0, 1, 2], [1, 0, 2], [0, 2]):
         m = np.full(1, -np.inf, F)
-        score_max(zeros[order], F(1), 0, np.array([9]), m)
+        score_max(zeros[order], F(1), 0, np.array([9]), NO_WINDOW, m)
         assert m.view(np.int32)[0] == 0
     # The smallest products round to -0: every score of the driver is one.
     mesh = make(1, 1, 1, 1, [(0, 2)], 17)
@@ -398,7 +428,9 @@ def test_rows_of_no_sequence_stay_as_they_are_and_statistics_may_be_left_out() -
     full, part = driver(m), results(m)
     none = np.empty((0, 0), F)
     a = slice(1, 2)
-    mesh_attention(m.qkv, m.starts, m.q, 4, m.scale, m.t0[a], m.nt[a], m.pos0[a], m.base[a], m.cap[a], m.k, m.v, part[0], none, none)
+    mesh_attention(
+        m.qkv, m.starts, m.q, 4, m.scale, NO_WINDOW, m.t0[a], m.nt[a], m.pos0[a], m.base[a], m.cap[a], m.k, m.v, part[0], none, none
+    )  # fmt: skip
     got, expected = heads_of(m, part[0], 4), heads_of(m, full[0], 4)
     assert np.isnan(got[:2]).all()
     assert np.array_equal(got[2:], expected[2:])
@@ -411,12 +443,12 @@ def test_a_core_without_tokens_or_keys_has_nothing_to_do() -> None:
     pack_queries(qkv, 2, 0, 0, q_t)
     s_t = np.empty((3, 0), F)
     partial_scores(np.ones((3, 4), F), 0, q_t, s_t)
-    score_max(s_t, F(1), 0, no_pos, m)
-    softmax_accumulate(s_t, F(1), 0, no_pos, m, np.ones((3, 4), F), 0, denom, o_t)
+    score_max(s_t, F(1), 0, no_pos, NO_WINDOW, m)
+    softmax_accumulate(s_t, F(1), 0, no_pos, NO_WINDOW, m, np.ones((3, 4), F), 0, denom, o_t)
     finish(o_t, denom, 2, 0, 0, np.empty((0, 8), F))
     top, total, o_t = np.full(2, -np.inf, F), np.zeros(2, F), np.zeros((4, 2), F)
-    score_max(np.empty((0, 2), F), F(1), 0, np.array([4]), top)
-    softmax_accumulate(np.empty((0, 2), F), F(1), 0, np.array([4]), top, np.empty((0, 4), F), 0, total, o_t)
+    score_max(np.empty((0, 2), F), F(1), 0, np.array([4]), NO_WINDOW, top)
+    softmax_accumulate(np.empty((0, 2), F), F(1), 0, np.array([4]), NO_WINDOW, top, np.empty((0, 4), F), 0, total, o_t)
     assert np.isneginf(top).all()
     assert not total.any()
     assert not o_t.any()
@@ -444,10 +476,10 @@ def test_driver_has_one_specialisation() -> None:
 
 
 @numba.njit(error_model="numpy")
-def _use_tile(array: np.ndarray, a: np.ndarray, stride: int, first: int, x: np.float32, out: np.ndarray) -> None:
+def _use_tile(array: np.ndarray, a: np.ndarray, stride: int, first: int, last: int, x: np.float32, out: np.ndarray) -> None:
     p = attention_tile.load_tile(array, 3, 17)
     p = attention_tile.fma_step(p, a, 1, stride, array, 5)
-    p = attention_tile.fma_step_from(first, p, a, 2, stride, array, 7)
+    p = attention_tile.fma_step_between(first, last, p, a, 2, stride, array, 7)
     p = attention_tile.add_tiles(p, attention_tile.fill_tile(x))
     p = attention_tile.divide_tile(attention_tile.scale_tile(p, x), array, 2)
     attention_tile.store_tile(p, out, 1, 18)
@@ -455,12 +487,12 @@ def _use_tile(array: np.ndarray, a: np.ndarray, stride: int, first: int, x: np.f
 
 @pytest.mark.skipif(NOJIT, reason="compares with compiled code")
 @pytest.mark.parametrize("stride", [0, 1, 5])
-@pytest.mark.parametrize("first", [-20, 0, 1, 15, 16, 40])
-def test_compiled_tile_is_its_definition(stride: int, first: int) -> None:
+@pytest.mark.parametrize(("first", "last"), [(-20, 16), (0, 40), (1, 5), (15, 16), (16, 90), (40, 50), (-30, -9), (-3, 2)])
+def test_compiled_tile_is_its_definition(stride: int, first: int, last: int) -> None:
     rng = np.random.default_rng(25)
     array, a = rng.standard_normal(200).astype(F), rng.standard_normal(60).astype(F)
     compiled, interpreted = np.zeros((2, 200), F)
-    _use_tile(array, a, stride, first, F(0.3), compiled)
-    _use_tile.py_func(array, a, stride, first, F(0.3), interpreted)
+    _use_tile(array, a, stride, first, last, F(0.3), compiled)
+    _use_tile.py_func(array, a, stride, first, last, F(0.3), interpreted)
     assert np.array_equal(compiled.view(np.int32), interpreted.view(np.int32))
     assert compiled.any()

@@ -16,7 +16,13 @@ LLAMA = {
     "num_key_value_heads": 3, "head_dim": 6, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "eos_token_id": None,
     "tie_word_embeddings": True,
 }  # fmt: skip
-CONFIGS = {"mixtral": MIXTRAL, "llama": LLAMA}
+QWEN3_MOE = {
+    "model_type": "qwen3_moe", "vocab_size": 131, "hidden_size": 22, "intermediate_size": 26, "moe_intermediate_size": 12,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5, "rope_theta": 1e4, "num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": False, "mlp_only_layers": [1],
+    "use_sliding_window": True, "sliding_window": 5, "eos_token_id": None,
+}  # fmt: skip
+CONFIGS = {"mixtral": MIXTRAL, "llama": LLAMA, "qwen3_moe": QWEN3_MOE}
 
 
 def make_model(family: str, rows: int, cols: int, executor: str = "batched", **options: Any) -> wse.WaferModel:

@@ -53,7 +53,7 @@ def run(lossy: Lossy, family: str, grid: tuple[int, int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("family", ["mixtral", "llama"])
+@pytest.mark.parametrize("family", ["mixtral", "llama", "qwen3_moe"])
 def test_leaving_out_any_one_move_makes_the_run_fail(family: str, grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         whole = Lossy(patch)
@@ -63,14 +63,16 @@ def test_leaving_out_any_one_move_makes_the_run_fail(family: str, grid: str, mon
         by_site.setdefault(site, []).append(i)
     stages = {stage for stage, _, _ in by_site}
     expected = {"embedding", "attention_norm", "qkv", "kv_cache", "attention", "attention_out", "ffn_norm", "final_norm", "lm_head"}
-    expected |= {"router", "experts"} if family == "mixtral" else {"ffn"}
+    expected |= {"mixtral": {"router", "experts"}, "llama": {"ffn"}, "qwen3_moe": {"router", "experts", "ffn", "head_norm"}}[family]
     if GRIDS[grid][0] == 1:
         expected -= {"kv_cache"}  # one row holds all keys: nothing moves
     assert expected <= stages
     survived = []
     for site, indices in by_site.items():
         # An expert's weights stream past all rows, also past those whose tokens did not choose it.
-        variants = [False] if site[:2] == ("experts", "stream") else [False, True]
+        # A key before every window is kept, but no query visits it any more.
+        unread = site[:2] == ("experts", "stream") or (family == "qwen3_moe" and site[:2] == ("kv_cache", "_shift"))
+        variants = [False] if unread else [False, True]
         for last_only in variants:
             with monkeypatch.context() as patch:
                 lossy = Lossy(patch, indices[len(indices) // (2 + last_only)], last_only=last_only)

@@ -22,12 +22,12 @@ from wse_emu.testing.weight_store import layout_matrix
 @st.composite
 def specs(draw: st.DrawFn) -> ModelSpec:
     kv, per_kv = draw(st.integers(1, 4)), draw(st.integers(1, 4))
-    experts = draw(st.integers(0, 3))
+    experts, width = draw(st.integers(0, 3)), draw(st.integers(1, 150))
     return ModelSpec(
         family="mixtral" if experts else "llama",
         vocab_size=draw(st.integers(1, 300)),
         hidden_size=draw(st.integers(1, 40)),
-        intermediate_size=draw(st.integers(1, 150)),
+        intermediate_size=width,
         num_layers=1,
         num_heads=kv * per_kv,
         num_kv_heads=kv,
@@ -38,6 +38,7 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         tie_word_embeddings=draw(st.booleans()),
         num_experts=experts,
         top_k=min(experts, 1),
+        moe_intermediate_size=width if experts else 0,
     )
 
 

@@ -24,8 +24,9 @@ MOE = ModelSpec(
     max_position_embeddings=64,
     num_experts=5,
     top_k=2,
+    moe_intermediate_size=10,
 )
-DENSE = replace(MOE, family="llama", num_experts=0, top_k=0)
+DENSE = replace(MOE, family="llama", num_experts=0, top_k=0, moe_intermediate_size=0)
 IDS = np.array([3, 1, 4, 1, 5, 9, 2, 6])
 SEQ = np.array([0, 0, 0, 0, 0, 1, 1, 1])
 POS = np.array([0, 1, 2, 3, 4, 0, 1, 2])

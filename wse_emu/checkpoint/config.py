@@ -1,148 +1,29 @@
-"""config.json to `ModelSpec`, for released checkpoints and for those written by transformers 5; everything else is refused by name.
-
-Defaults of absent fields are those of ``LlamaConfig`` and ``MixtralConfig`` of transformers 5, but the sizes that define a model have none.
-"""
+"""config.json to `ModelSpec`, for released checkpoints and for those written by transformers 5; everything else is refused by name."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
+from wse_emu.checkpoint.families import FAMILIES, Family, MoeRules, family_of
+from wse_emu.checkpoint.fields import ABSENT, Fields, show
 from wse_emu.checkpoint.jsonfile import parse_object, read_bytes
+from wse_emu.checkpoint.rope import read_rope, rope_config
 from wse_emu.foundation.errors import ConfigError, SpecError
 from wse_emu.foundation.model_spec import ModelSpec
-
-ARCHITECTURES: Mapping[str, str] = MappingProxyType({"LlamaForCausalLM": "llama", "MixtralForCausalLM": "mixtral"})
-"""Architecture (``architectures`` of config.json) to family (``model_type``)."""
 
 MAX_CONFIG_BYTES = 4 << 20
 MAX_PARAMETERS = 1 << 50
 """More parameters than this are taken for a damaged config.json."""
 MAX_TENSORS = 250_000
 """More published tensors than this are taken for a damaged config.json."""
-
-_MAX_DIM = 1 << 31
-_ABSENT: Any = object()
-
-_DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "llama": {"num_key_value_heads": None, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 1e4},
-        "mixtral": {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
-    }
-)
+_MAX_LAYERS = 1 << 16
+_MAX_EXPERTS = 1 << 15
 
 
-class _Fields:
-    """Typed access to one JSON object; a wrong type or value raises `ConfigError` that names the field."""
-
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self.values = values
-        self.where = where
-
-    def fail(self, name: str, rule: str) -> ConfigError:
-        return ConfigError(f"{self.where}: `{name}` {rule}, got {_show(self.values.get(name))}")
-
-    def get(self, name: str, default: Any = _ABSENT) -> Any:
-        value = self.values.get(name, default)
-        if value is _ABSENT:
-            raise ConfigError(f"{self.where}: `{name}` is missing; it has no default")
-        return value
-
-    def integer(self, name: str, default: Any = _ABSENT, *, low: int = 1, high: int = _MAX_DIM) -> int:
-        value = self.get(name, default)
-        if type(value) is not int or not low <= value <= high:
-            raise self.fail(name, f"must be an integer in {low}..{high}")
-        return int(value)
-
-    def number(self, name: str, default: Any = _ABSENT) -> float:
-        value = self.get(name, default)
-        if type(value) is int and abs(value) < 1 << 53:
-            return float(value)
-        if type(value) is not float or value != value or value in (float("inf"), float("-inf")):
-            raise self.fail(name, "must be a finite number")
-        return value
-
-    def boolean(self, name: str, default: bool) -> bool:
-        value = self.get(name, default)
-        if type(value) is not bool:
-            raise self.fail(name, "must be true or false")
-        return value
-
-    def object(self, name: str) -> _Fields | None:
-        value = self.get(name, None)
-        if value is None:
-            return None
-        if not isinstance(value, Mapping):
-            raise self.fail(name, "must be an object or null")
-        return _Fields(value, f"{self.where}: `{name}`")
-
-
-def _show(value: object) -> str:
-    """``repr`` cut to a length that fits a message; never converts a huge integer to decimal."""
-    if type(value) is int and value.bit_length() > 256:
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _family(fields: _Fields) -> str:
-    known = ", ".join(f"{a} ({f})" for a, f in ARCHITECTURES.items())
-    model_type = fields.get("model_type", None)
-    architectures = fields.get("architectures", None)
-    if architectures is not None:
-        if not isinstance(architectures, list) or not architectures or not all(isinstance(a, str) for a in architectures):
-            raise fields.fail("architectures", "must be a list of names")
-        unknown = [a for a in architectures if a not in ARCHITECTURES]
-        if unknown:
-            raise ConfigError(f"{fields.where}: unknown architecture {_show(unknown[0])}; known are {known}")
-        families = {ARCHITECTURES[a] for a in architectures}
-        if len(families) > 1:
-            raise fields.fail("architectures", "must name one family")
-        family = families.pop()
-        if model_type is not None and model_type != family:
-            raise fields.fail("model_type", f"must be {family!r} for architecture {architectures[0]}")
-        return family
-    if not isinstance(model_type, str) or model_type not in _DEFAULTS:
-        if model_type is None:
-            raise ConfigError(f"{fields.where}: neither `architectures` nor `model_type` is there; known architectures are {known}")
-        raise ConfigError(f"{fields.where}: unknown `model_type` {_show(model_type)}; known architectures are {known}")
-    return model_type
-
-
-def _rope_theta(fields: _Fields, default: float) -> float:
-    """Rotary base, from `rope_theta` or from `rope_parameters`; any rope type but the default one is refused by name."""
-    thetas: dict[str, float] = {}
-    if fields.get("rope_theta", None) is not None:
-        thetas["rope_theta"] = fields.number("rope_theta")
-    for name in ("rope_scaling", "rope_parameters"):
-        inner = fields.object(name)
-        if inner is None:
-            continue
-        for key in ("rope_type", "type"):
-            kind = inner.get(key, "default")
-            if kind != "default":
-                raise ConfigError(
-                    f"{inner.where}: {key} {_show(kind)} is not supported, only 'default' is; "
-                    "scaled rotary embeddings would give other results, so they are not ignored"
-                )
-        extra = sorted(set(inner.values) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
-        if extra:
-            raise ConfigError(f"{inner.where}: {_show(extra[0])} is not supported; known are rope_type and rope_theta")
-        if inner.get("partial_rotary_factor", None) is not None and inner.number("partial_rotary_factor") != 1.0:
-            raise inner.fail("partial_rotary_factor", "must be 1 (rotary embedding over the whole head)")
-        if inner.get("rope_theta", None) is not None:
-            thetas[f"{name}.rope_theta"] = inner.number("rope_theta")
-    if fields.get("partial_rotary_factor", None) is not None and fields.number("partial_rotary_factor") != 1.0:
-        raise fields.fail("partial_rotary_factor", "must be 1 (rotary embedding over the whole head)")
-    if len(set(thetas.values())) > 1:
-        raise ConfigError(f"{fields.where}: rotary bases disagree: {', '.join(f'{k} = {v}' for k, v in thetas.items())}")
-    return next(iter(thetas.values()), default)
-
-
-def _token_id(fields: _Fields, name: str, vocab_size: int, default: Any) -> int | None:
+def _token_id(fields: Fields, name: str, vocab_size: int, default: Any) -> int | None:
     value = fields.get(name, default)
     if value is None or (name == "pad_token_id" and type(value) is int and value == -1):
         return None
@@ -151,7 +32,7 @@ def _token_id(fields: _Fields, name: str, vocab_size: int, default: Any) -> int 
     return int(value)
 
 
-def _eos_ids(fields: _Fields, vocab_size: int, default: Any) -> tuple[int, ...]:
+def _eos_ids(fields: Fields, vocab_size: int, default: Any) -> tuple[int, ...]:
     value = fields.get("eos_token_id", default)
     if value is None:
         return ()
@@ -161,22 +42,50 @@ def _eos_ids(fields: _Fields, vocab_size: int, default: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def _refuse_unsupported(fields: _Fields, family: str, max_positions: int) -> None:
+def _refuse_unsupported(fields: Fields) -> None:
     for name in ("attention_bias", "mlp_bias"):
-        if fields.get(name, None) is not None and fields.boolean(name, False):
+        if fields.given(name) and fields.boolean(name, False):
             raise fields.fail(name, "must be false; biases are not supported")
     if fields.get("hidden_act", "silu") not in ("silu", "swish"):
         raise fields.fail("hidden_act", "must be 'silu'")
-    if family == "mixtral" and fields.get("sliding_window", None) is not None:
-        window = fields.integer("sliding_window")
-        if window < max_positions:
-            rule = f"must be null or at least `max_position_embeddings` ({max_positions}); sliding attention is not supported"
-            raise fields.fail("sliding_window", rule)
-    layer_types = fields.get("layer_types", None)
-    if layer_types is not None and (not isinstance(layer_types, list) or any(t != "full_attention" for t in layer_types)):
-        raise fields.fail("layer_types", "must name 'full_attention' only")
-    if fields.get("quantization_config", None) is not None:
+    if fields.given("quantization_config"):
         raise fields.fail("quantization_config", "is not supported; use a float32, float16 or bfloat16 checkpoint")
+
+
+def _head_dim(fields: Fields, family: Family, hidden: int, heads: int) -> int:
+    if fields.given("head_dim"):
+        return fields.integer("head_dim")
+    if family.head_dim is not None and "head_dim" not in fields.values:
+        return family.head_dim
+    if hidden % heads:
+        raise ConfigError(
+            f"{fields.where}: `hidden_size` ({hidden}) must be a multiple of `num_attention_heads` ({heads}) where `head_dim` is not given"
+        )
+    return hidden // heads
+
+
+def _moe_fields(fields: Fields, rules: MoeRules | None, layers: int) -> dict[str, Any]:
+    """What a `ModelSpec` says of experts; nothing for a dense family, or where every layer is dense."""
+    if rules is None:
+        return {}
+    names = [n for n in ("num_local_experts", "num_experts") if fields.given(n)] or ["num_local_experts"]
+    experts = {fields.integer(n, rules.default_num_experts, high=_MAX_EXPERTS) for n in names}
+    if len(experts) > 1:
+        raise ConfigError(f"{fields.where}: `num_local_experts` and `num_experts` disagree")
+    dense: tuple[int, ...] = ()
+    if rules.mixed:
+        step = fields.integer("decoder_sparse_step", 1)
+        only = set(fields.layers("mlp_only_layers", layers))
+        dense = tuple(i for i in range(layers) if i in only or (i + 1) % step)
+    if len(dense) == layers:
+        return {}
+    return {
+        "num_experts": experts.pop(),
+        "top_k": fields.integer("num_experts_per_tok", rules.default_top_k, high=_MAX_EXPERTS),
+        "moe_intermediate_size": fields.integer(rules.width),
+        "dense_layers": dense,
+        "renormalize": fields.boolean("norm_topk_prob", False) if rules.renormalize is None else rules.renormalize,
+    }
 
 
 def parse_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | None = None, where: str = "config.json") -> ModelSpec:
@@ -200,62 +109,65 @@ def parse_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | N
     ------
     ConfigError
         If a field is missing, has the wrong type or an absurd value, or asks for what is not supported: another architecture, biases,
-        scaled rotary embeddings, sliding windows shorter than the context, quantised weights. A ``pad_token_id`` of -1 means none.
+        partly rotated heads, quantised weights. A ``pad_token_id`` of -1 means none.
     """
     if not isinstance(config, Mapping):
         raise ConfigError(f"{where}: must be an object, got {type(config).__name__}")
-    fields = _Fields(config, where)
-    family = _family(fields)
-    defaults = _DEFAULTS[family]
+    fields = Fields(config, where)
+    family = family_of(fields)
+    _refuse_unsupported(fields)
     hidden = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")
-    kv_default = defaults["num_key_value_heads"]
-    kv_heads = heads if fields.get("num_key_value_heads", kv_default) is None else fields.integer("num_key_value_heads", kv_default)
-    if fields.get("head_dim", None) is not None:
-        head_dim = fields.integer("head_dim")
-    elif hidden % heads:
-        raise ConfigError(
-            f"{where}: `hidden_size` ({hidden}) must be a multiple of `num_attention_heads` ({heads}) where `head_dim` is not given"
-        )
-    else:
-        head_dim = hidden // heads
-    max_positions = fields.integer("max_position_embeddings", defaults["max_position_embeddings"])
-    _refuse_unsupported(fields, family, max_positions)
-    moe = family == "mixtral"
+    default_kv = family.num_kv_heads
+    kv_heads = heads if fields.get("num_key_value_heads", default_kv) is None else fields.integer("num_key_value_heads", default_kv)
+    head_dim = _head_dim(fields, family, hidden, heads)
+    max_positions = fields.integer("max_position_embeddings", family.max_position_embeddings)
     vocab = fields.integer("vocab_size")
-    tokens = fields if generation is None else _Fields({**config, **_generation_ids(generation)}, f"{where} with generation_config.json")
-    layers = fields.integer("num_hidden_layers", high=1 << 16)
-    experts = fields.integer("num_local_experts", 8, high=1 << 15) if moe else 0
-    if layers * (9 + 3 * experts) > MAX_TENSORS:
-        raise ConfigError(f"{where}: {layers} layers of {experts} experts make more than {MAX_TENSORS} tensors")
+    tokens = fields if generation is None else Fields({**config, **_generation_ids(generation)}, f"{where} with generation_config.json")
+    layers = fields.integer("num_hidden_layers", high=_MAX_LAYERS)
+    moe = _moe_fields(fields, family.moe, layers)
+    if layers * (11 + 3 * moe.get("num_experts", 0)) > MAX_TENSORS:
+        raise ConfigError(f"{where}: {layers} layers of {moe.get('num_experts', 0)} experts make more than {MAX_TENSORS} tensors")
+    theta, scaling = read_rope(fields, family.rope_theta, max_positions, head_dim)
+    window, window_layers = family.windows(fields, layers)
+    reach = max(max_positions, 0 if scaling is None else scaling.context_length)
+    if window is not None and window >= reach:  # it holds every key
+        window, window_layers = None, ()
+    every_layer_moe = bool(moe) and not moe["dense_layers"]
     try:
         spec = ModelSpec(
-            family=family,
+            family=family.model_type,
             vocab_size=vocab,
             hidden_size=hidden,
-            intermediate_size=fields.integer("intermediate_size"),
+            intermediate_size=fields.integer("intermediate_size", moe["moe_intermediate_size"] if every_layer_moe else ABSENT),
             num_layers=layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=fields.number("rms_norm_eps", defaults["rms_norm_eps"]),
-            rope_theta=_rope_theta(fields, defaults["rope_theta"]),
+            rms_norm_eps=fields.number("rms_norm_eps", family.rms_norm_eps),
+            rope_theta=theta,
+            rope_scaling=scaling,
             max_position_embeddings=max_positions,
             tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
-            num_experts=experts,
-            top_k=fields.integer("num_experts_per_tok", 2, high=1 << 15) if moe else 0,
-            renormalize=True,
-            bos_token_id=_token_id(tokens, "bos_token_id", vocab, 1 if vocab > 1 else None),
-            eos_token_ids=_eos_ids(tokens, vocab, 2 if vocab > 2 else None),
+            qk_norm=family.qk_norm,
+            sliding_window=window,
+            sliding_layers=window_layers,
+            bos_token_id=_token_id(tokens, "bos_token_id", vocab, _default_id(family.bos_token_id, vocab)),
+            eos_token_ids=_eos_ids(tokens, vocab, _default_id(family.eos_token_id, vocab)),
             pad_token_id=_token_id(tokens, "pad_token_id", vocab, None),
+            **moe,
         )
     except ConfigError:
         raise
     except SpecError as e:
         raise ConfigError(f"{where}: {e}") from e
     if spec.n_params > MAX_PARAMETERS:
-        raise ConfigError(f"{where}: describes {_show(spec.n_params)} parameters, at most {MAX_PARAMETERS} are allowed")
+        raise ConfigError(f"{where}: describes {show(spec.n_params)} parameters, at most {MAX_PARAMETERS} are allowed")
     return spec
+
+
+def _default_id(token_id: int | None, vocab_size: int) -> int | None:
+    return token_id if token_id is not None and token_id < vocab_size else None
 
 
 def _generation_ids(generation: Mapping[str, Any]) -> dict[str, Any]:
@@ -302,8 +214,9 @@ def to_config(spec: ModelSpec) -> dict[str, Any]:
     eos: int | list[int] | None = list(spec.eos_token_ids)
     if len(spec.eos_token_ids) <= 1:
         eos = spec.eos_token_ids[0] if spec.eos_token_ids else None
+    family = FAMILIES[spec.family]
     config: dict[str, Any] = {
-        "architectures": [next(a for a, f in ARCHITECTURES.items() if f == spec.family)],
+        "architectures": [family.architecture],
         "model_type": spec.family,
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.hidden_size,
@@ -316,12 +229,26 @@ def to_config(spec: ModelSpec) -> dict[str, Any]:
         "max_position_embeddings": spec.max_position_embeddings,
         "rms_norm_eps": spec.rms_norm_eps,
         "rope_theta": spec.rope_theta,
+        "rope_scaling": rope_config(spec.rope_scaling),
         "tie_word_embeddings": spec.tie_word_embeddings,
         "bos_token_id": spec.bos_token_id,
         "eos_token_id": eos,
         "pad_token_id": spec.pad_token_id,
         "torch_dtype": "float32",
+        **family.window_config(spec),
     }
-    if spec.is_moe:
-        config |= {"num_local_experts": spec.num_experts, "num_experts_per_tok": spec.top_k, "sliding_window": None}
+    if family.moe is not None:
+        config |= _moe_config(spec, family.moe)
     return config
+
+
+def _moe_config(spec: ModelSpec, rules: MoeRules) -> dict[str, Any]:
+    if not spec.is_moe:  # every layer is dense
+        return {"mlp_only_layers": list(range(spec.num_layers))}
+    out: dict[str, Any] = {"num_local_experts": spec.num_experts, "num_experts_per_tok": spec.top_k}
+    out[rules.width] = spec.moe_intermediate_size
+    if rules.renormalize is None:
+        out["norm_topk_prob"] = spec.renormalize
+    if rules.mixed:
+        out |= {"mlp_only_layers": list(spec.dense_layers), "decoder_sparse_step": 1}
+    return out

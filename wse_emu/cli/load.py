@@ -76,7 +76,7 @@ def load(request: Request, placing: Placing, *, new_tokens: int, verify: bool, q
     import wse_emu as wse
     from wse_emu.engine.plan import plan_model
 
-    n_prompt, limit = len(request.ids), request.spec.max_position_embeddings
+    n_prompt, limit = len(request.ids), request.spec.context_length
     if n_prompt + new_tokens > limit:
         raise InputError(f"{n_prompt} tokens of prompt and {new_tokens} new ones are more than the model's {limit} positions")
     rows, cols = grid(placing.rows, placing.cols)

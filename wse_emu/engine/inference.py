@@ -16,12 +16,14 @@ from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.taps import TapRecord
 from wse_emu.foundation.weights import layer_prefix
 from wse_emu.layers.attention import attention
-from wse_emu.layers.edges import ROTATE_QK, logits, place_rotary
+from wse_emu.layers.edges import logits
 from wse_emu.layers.ffn import ExpertTaps, FfnWeights, dense_ffn, experts_ffn
+from wse_emu.layers.head_norm import head_norm
 from wse_emu.layers.heads import HeadLayout
 from wse_emu.layers.kv_cache import KVCache, Sequences
 from wse_emu.layers.linear import DEFAULT_CHUNK, Selection, all_gather_bands, matmul
 from wse_emu.layers.norm import add_residual, rms_norm
+from wse_emu.layers.rotary import ROTATE_QK, place_rotary
 from wse_emu.layers.router import Routing, report_chosen, route
 from wse_emu.layers.stream import StreamedMatrix
 from wse_emu.memoryx.layout import context_to_published, qkv_to_published
@@ -143,8 +145,11 @@ class Engine:
                 self._stream = None
 
     def _new_record(self, token_ids: Ints, sequences: Sequences, bands: TokenBands) -> TapRecord:
-        widths = {"hidden": self.spec.hidden_size, "ffn": self.spec.intermediate_size, "vocab": self.spec.vocab_size}
-        starts = {name: Split.balanced(n, self.wafer.cols).starts for name, n in widths.items()}
+        widths = {
+            "hidden": self.spec.hidden_size, "ffn": self.spec.intermediate_size, "expert": self.spec.moe_intermediate_size,
+            "vocab": self.spec.vocab_size,
+        }  # fmt: skip
+        starts = {name: Split.balanced(n, self.wafer.cols).starts for name, n in widths.items() if n}
         starts["heads"] = self.heads.context.starts
         return TapRecord(
             seq=np.repeat(sequences.slot, sequences.n_new), pos=sequences.positions, token_ids=np.asarray(token_ids, np.int64),
@@ -153,11 +158,12 @@ class Engine:
 
     def layer_names(self, layer: int) -> list[str]:
         """Tensors of a layer that are needed whatever is chosen."""
-        names = ["attn_norm", "w_qkv", "w_o", "ffn_norm"]
-        names += ["router"] if self.spec.is_moe else ["w_gate_up", "w_down"]
+        moe = self.spec.is_moe_layer(layer)
+        names = ["attn_norm", "w_qkv", *(("q_norm", "k_norm") if self.spec.qk_norm else ()), "w_o", "ffn_norm"]
+        names += ["router"] if moe else ["w_gate_up", "w_down"]
         prefix = layer_prefix(layer)
         out = [prefix + name for name in names]
-        if self.spec.is_moe and self.options.stream_experts == "all":
+        if moe and self.options.stream_experts == "all":
             for expert in range(self.spec.num_experts):
                 out += expert_names(layer, expert)
         return out
@@ -170,9 +176,9 @@ class Engine:
         """A vector of the store; None with the ``dry`` executor."""
         return None if self.wafer.is_dry else self.store.vector(name)
 
-    def ffn(self, prefix: str) -> FfnWeights:
-        """Gate/up and down matrices of the network whose names begin with `prefix`."""
-        h, f = self.spec.hidden_size, self.spec.intermediate_size
+    def ffn(self, prefix: str, width: int) -> FfnWeights:
+        """Gate/up and down matrices of the network of `width` features whose names begin with `prefix`."""
+        h, f = self.spec.hidden_size, width
         return FfnWeights(self.matrix(prefix + "w_gate_up", h, 2 * f), self.matrix(prefix + "w_down", f, h))
 
 
@@ -202,7 +208,7 @@ class _Pass:
         x = stack.enter_context(self.wafer.empty("residual stream", self.place))
         with ledger.scope("embedding"):
             self.wafer.inject(x, None if self.wafer.is_dry else self.engine.store.embed(token_ids))
-            cos, sin = place_rotary(self.wafer, self.sequences.positions, self.engine.heads, self.spec.rope_theta, self.bands)
+            cos, sin = place_rotary(self.wafer, self.spec, self.sequences, self.engine.heads, self.bands)
             stack.enter_context(cos)
             stack.enter_context(sin)
             self.tap("embedding", x)
@@ -246,6 +252,12 @@ class _Pass:
                     matmul(wafer, normal, w_qkv, qkv, self.bands, chunk=self.options.piece)
                     all_gather_bands(wafer, qkv, self.bands)
                     self.tap_qkv(qkv, "")
+            if spec.qk_norm:
+                with self.scope("head_norm"):
+                    names = (prefix + "q_norm", prefix + "k_norm")
+                    weights = None if wafer.is_dry else (engine.store.vector(names[0]), engine.store.vector(names[1]))
+                    head_norm(wafer, qkv, heads, names, weights, spec.rms_norm_eps, self.bands)
+                    self.tap_qkv(qkv, "_norm")
             with self.scope("rotary"):
                 wafer.launch(ROTATE_QK, qkv=qkv, cos=cos, sin=sin, q_slots=spec.queries_per_kv)
                 self.tap_qkv(qkv, "_rope")
@@ -256,7 +268,9 @@ class _Pass:
             )
             with self.scope("attention"):
                 record = self.result.taps
-                statistics = attention(wafer, qkv, context, self.cache, layer, self.sequences, self.bands, probe=record is not None)
+                statistics = attention(
+                    wafer, qkv, context, self.cache, layer, self.sequences, self.bands, window=spec.window(layer), probe=record is not None
+                )
                 if record is not None and statistics is not None:
                     record.stages[layer, "attn_max"], record.stages[layer, "attn_denominator"] = statistics
                     record.stages[layer, "attn_context"] = context_to_published(wafer.drain(context, kind="probe"), spec)
@@ -283,15 +297,16 @@ class _Pass:
             with self.scope("ffn_norm"):
                 rms_norm(wafer, x, prefix + "ffn_norm", engine.vector(prefix + "ffn_norm"), spec.rms_norm_eps, normal, self.bands)
                 self.tap("ffn_norm", normal)
-            if spec.is_moe:
+            moe = spec.is_moe_layer(layer)
+            if moe:
                 self.experts(normal, y, stream)
             else:
                 with self.scope("ffn"):
                     dense_ffn(
-                        wafer, normal, engine.ffn(prefix), y, self.bands, chunk=self.options.piece,
+                        wafer, normal, engine.ffn(prefix, spec.ffn_width(layer)), y, self.bands, chunk=self.options.piece,
                         probe=self.tap if self.result.taps is not None else None,
                     )  # fmt: skip
-            with self.scope("experts" if spec.is_moe else "ffn"):
+            with self.scope("experts" if moe else "ffn"):
                 self.tap("ffn_out", y)
                 add_residual(wafer, x, y)
                 self.tap("layer_out", x)
@@ -303,7 +318,7 @@ class _Pass:
         with ExitStack() as stack:
             with self.scope("router"):
                 gate = engine.matrix(layer_prefix(layer) + "router", spec.hidden_size, spec.num_experts)
-                replay = self.trace.layer(layer) if self.trace is not None else None
+                replay = self.trace.layer(len(self.result.topk_ids)) if self.trace is not None else None
                 routing = route(
                     wafer, normal, gate, self.bands, spec.top_k, spec.renormalize, chunk=self.options.piece, probe=self.want_router,
                     replay=replay,
@@ -316,7 +331,7 @@ class _Pass:
             taps = self.expert_taps()
             with self.scope("experts"):
                 experts_ffn(
-                    wafer, normal, routing, self.stream_experts(chosen, stream), spec.intermediate_size, y, self.bands,
+                    wafer, normal, routing, self.stream_experts(chosen, stream), spec.moe_intermediate_size, y, self.bands,
                     n_experts=spec.num_experts, chunk=self.options.piece, taps=taps,
                 )  # fmt: skip
         if self.result.taps is not None and taps is not None:
@@ -340,7 +355,7 @@ class _Pass:
         if self.result.taps is None:
             return None
         shape = (self.bands.n_tokens, self.spec.top_k)
-        sizes = (self.spec.intermediate_size, self.spec.hidden_size)
+        sizes = (self.spec.moe_intermediate_size, self.spec.hidden_size)
         return ExpertTaps(*(np.zeros((*shape, n), np.float32) for n in sizes))
 
     def stream_experts(self, chosen: Sequence[int], stream: LayerStream) -> Iterator[tuple[int, FfnWeights]]:
@@ -352,7 +367,7 @@ class _Pass:
             with ExitStack() as stack:
                 if not resident:
                     stack.enter_context(stream.layer(expert_names(layer, expert)))
-                yield expert, self.engine.ffn(f"{layer_prefix(layer)}experts.{expert}.")
+                yield expert, self.engine.ffn(f"{layer_prefix(layer)}experts.{expert}.", self.spec.moe_intermediate_size)
 
     # ---- probes
 

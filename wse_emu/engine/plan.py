@@ -1,11 +1,12 @@
 """Does a model fit, where, and what would be streamed: answered by the program itself, run without values.
 
-The ``dry`` executor runs one layer with the keys and values of all layers reserved; every layer is alike, so that is the peak of the whole
-run. No weights are needed.
+The ``dry`` executor runs one layer of each kind (mixture or dense, with or without a window) with the keys and values of all layers
+reserved, and that is the peak of the whole run. No weights are needed.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -51,11 +52,21 @@ def prompt_chunks(lengths: tuple[int, ...], chunk: int | None) -> list[list[tupl
     ]  # fmt: skip
 
 
-def sequences_of(slots: list[int], n_new: list[int], start: list[int]) -> Sequences:
-    """`Sequences` of new tokens, flattened in the given order."""
-    n = np.array(n_new, np.int64)
+def sequences_of(slots: list[int], n_new: list[int], start: list[int], length: list[int] | None = None) -> Sequences:
+    """`Sequences` of new tokens, flattened in the given order; as long as they are with these tokens unless `length` says more."""
+    n, at = np.array(n_new, np.int64), np.array(start, np.int64)
     first = np.concatenate([[0], np.cumsum(n)[:-1]]).astype(np.int64)
-    return Sequences(first, n, np.array(start, np.int64), np.array(slots, np.int64))
+    return Sequences(first, n, at, np.array(slots, np.int64), at + n if length is None else np.array(length, np.int64))
+
+
+def kinds_of_layers(spec: ModelSpec) -> tuple[ModelSpec, list[int]]:
+    """The model with one layer of each kind, and how many of each kind it has; kinds differ in their network or in their window."""
+    kinds = Counter((spec.is_moe_layer(i), spec.window(i)) for i in range(spec.num_layers))
+    moe, windows = zip(*kinds, strict=True)
+    few: dict[str, Any] = {"num_layers": len(kinds), "sliding_window": spec.sliding_window}
+    few["sliding_layers"] = tuple(i for i, window in enumerate(windows) if window is not None)
+    few["dense_layers"] = tuple(i for i, is_moe in enumerate(moe) if spec.is_moe and not is_moe)
+    return replace(spec, **few), list(kinds.values())
 
 
 @lru_cache(maxsize=512)
@@ -68,14 +79,15 @@ def peak_sram(spec: ModelSpec, wafer_spec: WaferSpec, rows: int, cols: int, work
         If it does not fit, with a map of the worst core at that moment.
     """
     wafer = Wafer(wafer_spec, rows=rows, cols=cols, executor="dry")
-    engine = shape_engine(wafer, replace(spec, num_layers=1), options)
+    engine = shape_engine(wafer, kinds_of_layers(spec)[0], options)
+    n_moe = len(engine.spec.moe_layers)
     for new in work.passes:
         cache = KVCache(wafer, engine.heads, spec.num_layers, np.array(work.capacity, np.int64))
         sequences = sequences_of([s for s, _ in new], [n for _, n in new], [work.capacity[s] - n for s, n in new])
         trace = None
         if spec.is_moe:
             few = np.tile(np.arange(spec.top_k, dtype=np.int64), (sequences.n_tokens, 1))
-            trace = RoutingTrace((few,))
+            trace = RoutingTrace((few,) * n_moe)
         wanted = np.arange(sequences.n_tokens, dtype=np.int64)
         engine.forward(np.zeros(sequences.n_tokens, np.int64), sequences, cache, wanted, taps=work.probe, trace=trace)
         cache.free()
@@ -170,9 +182,9 @@ def plan_model(
             raise SpecError(f"`{name}` must be an integer >= {least}, got {value!r}")
     if prefill_chunk is not None and (type(prefill_chunk) is not int or prefill_chunk < 1):
         raise SpecError(f"`prefill_chunk` must be an integer >= 1 or None, got {prefill_chunk!r}")
-    if prompt_tokens + new_tokens > spec.max_position_embeddings:
+    if prompt_tokens + new_tokens > spec.context_length:
         raise InputError(
-            f"{prompt_tokens} tokens of prompt and {new_tokens} new ones are more than the model's {spec.max_position_embeddings} positions"
+            f"{prompt_tokens} tokens of prompt and {new_tokens} new ones are more than the model's {spec.context_length} positions"
         )
     options = options or EngineOptions()
     work = Workload.of((prompt_tokens,) * batch, new_tokens, prefill_chunk, probe=verify)
@@ -233,17 +245,18 @@ def smallest_square(spec: ModelSpec, wafer_spec: WaferSpec, work: Workload, opti
 
 
 def _stream_bytes(spec: ModelSpec, n_tokens: int, options: EngineOptions) -> int:
-    """Weight bytes of one forward pass over `n_tokens`, from the ledger of a dry run of one layer on one core without limits."""
+    """Weight bytes of one forward pass over `n_tokens`, from the ledger of a dry run of one layer of each kind on one boundless core."""
     roomy = replace(WSE3, sram_bytes_per_core=1 << 48)
     wafer = Wafer(roomy, rows=1, cols=1, executor="dry")
-    engine = shape_engine(wafer, replace(spec, num_layers=1), options)
-    cache = KVCache(wafer, engine.heads, 1, np.array([n_tokens]))
-    trace = RoutingTrace.worst_case(1, n_tokens, spec.num_experts, spec.top_k) if spec.is_moe else None
+    few, n_alike = kinds_of_layers(spec)
+    engine = shape_engine(wafer, few, options)
+    cache = KVCache(wafer, engine.heads, few.num_layers, np.array([n_tokens]))
+    trace = RoutingTrace.worst_case(len(few.moe_layers), n_tokens, spec.num_experts, spec.top_k) if spec.is_moe else None
     engine.forward(np.zeros(n_tokens, np.int64), sequences_of([0], [n_tokens], [0]), cache, np.array([n_tokens - 1]), trace=trace)
     rows = [row for row in wafer.ledger.totals(by=("layer", "kind")) if row["kind"] == "stream"]
-    inside = sum(row["bytes"] for row in rows if row["layer"] is not None)
+    inside = sum(row["bytes"] * n_alike[row["layer"]] for row in rows if row["layer"] is not None)
     outside = sum(row["bytes"] for row in rows if row["layer"] is None)
-    return int(inside * spec.num_layers + outside)
+    return int(inside + outside)
 
 
 def _max_context(
@@ -261,7 +274,7 @@ def _max_context(
             return False
         return True
 
-    low, high = 0, spec.max_position_embeddings
+    low, high = 0, spec.context_length
     if fits(high):
         return high
     while high - low > 1:

@@ -16,23 +16,23 @@ class RoutingTrace:
     """Chosen experts of every MoE layer, for the new tokens of one forward pass."""
 
     topk_ids: tuple[NDArray[np.int64], ...]
-    """One (T, top_k) array for each layer."""
+    """One (T, top_k) array for each MoE layer."""
 
-    def layer(self, layer: int) -> NDArray[np.int64]:
-        """The decision of one layer.
+    def layer(self, number: int) -> NDArray[np.int64]:
+        """The decision of one MoE layer, counted from 0.
 
         Raises
         ------
         TraceError
             If the trace has no such layer.
         """
-        if not 0 <= layer < len(self.topk_ids):
-            raise TraceError(f"the routing trace holds {len(self.topk_ids)} layers, layer {layer} was asked for")
-        return self.topk_ids[layer]
+        if not 0 <= number < len(self.topk_ids):
+            raise TraceError(f"the routing trace holds {len(self.topk_ids)} MoE layers, number {number} was asked for")
+        return self.topk_ids[number]
 
     @staticmethod
     def recorded(topk_ids: Sequence[ArrayLike]) -> RoutingTrace:
-        """From decisions that a run gave back, one (T, top_k) or (batch, tokens, top_k) array for each layer; padding must be left out."""
+        """From decisions that a run gave back: one (T, top_k) or (batch, tokens, top_k) array for each MoE layer, padding left out."""
         layers = []
         for i, ids in enumerate(topk_ids):
             array = np.asarray(ids)

@@ -12,7 +12,7 @@ from wse_emu.equivalence import tolerance
 from wse_emu.equivalence.stages import inputs_of
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.taps import TapRecord
-from wse_emu.reference import formulas, tensors
+from wse_emu.reference import formulas, rotary, tensors
 
 F64 = NDArray[np.float64]
 Bounded = tuple[F64, F64]
@@ -34,7 +34,7 @@ class StageLocal:
         self._record = record
         self._spec = spec
         self._read = read
-        self._angles = formulas.rotary_angles(record.pos, spec.head_dim, spec.rope_theta)
+        self._angles, self._rotary_factor = rotary.rotary_angles(spec, record.seq, record.pos)
         self._attention: tuple[int, dict[str, Bounded]] | None = None
 
     def check(self, layer: int | None, name: str) -> Bounded:
@@ -70,7 +70,12 @@ class StageLocal:
             shape = (len(x), -1, spec.head_dim) if name in ("q", "k", "v") else value.shape
             return value.reshape(shape), bound.reshape(shape)
         if name in ("q_rope", "k_rope"):
-            return formulas.rotate(x, self._angles).astype(np.float64), tolerance.rotary_bound(x, self._angles)
+            rotated = formulas.rotate(x, self._angles, self._rotary_factor).astype(np.float64)
+            return rotated, tolerance.rotary_bound(x, self._angles, self._rotary_factor)
+        if name in ("q_norm", "k_norm"):
+            weight = self._read(tensors.layer_tensor(spec, layer, name).name).astype(np.float64)
+            norm = formulas.rms_norm(x, weight, spec.rms_norm_eps).astype(np.float64)
+            return norm, tolerance.rms_norm_bound(norm)
         if name in ("attn_residual", "layer_out"):
             total = x + inputs[1]
             return total, tolerance.add_bound(total)
@@ -78,7 +83,7 @@ class StageLocal:
             ids = self._record.stages[layer, "topk_ids"]
             weights = formulas.expert_weights(x, ids, spec.renormalize).astype(np.float64)
             return weights, tolerance.expert_weights_bound(x, ids, weights, spec.renormalize)
-        if name == "ffn_out" and spec.is_moe:
+        if name == "ffn_out" and spec.is_moe_layer(layer):
             _, weights, outs = inputs
             return np.einsum("tk,tkh->th", weights, outs), tolerance.combine_bound(weights, outs)
         if name == "ffn_hidden":
@@ -91,7 +96,7 @@ class StageLocal:
         """Check "expert_hidden" or "expert_out", for the (token, slot) pairs that chose each expert."""
         spec = self._spec
         ids = self._record.stages[layer, "topk_ids"]
-        width = spec.intermediate_size if name == "expert_hidden" else spec.hidden_size
+        width = spec.moe_intermediate_size if name == "expert_hidden" else spec.hidden_size
         value, bound = np.empty((*ids.shape, width)), np.empty((*ids.shape, width))
         for expert in np.unique(ids):
             at = np.nonzero(ids == expert)
@@ -111,7 +116,7 @@ class StageLocal:
         out: dict[str, Bounded] = {name: (np.full(shape, np.nan), np.full(shape, np.nan)) for name, shape in shapes.items()}
         for s in np.unique(seq):
             t = np.flatnonzero(seq == s)
-            mask = formulas.visible(seq[t], pos[t])
+            mask = formulas.visible(seq[t], pos[t], spec.window(layer))
             n = mask.sum(axis=1)
             for head in range(spec.num_heads):
                 qh, kh = q[t, head], k[t, head // group]

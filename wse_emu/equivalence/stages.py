@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.taps import Stage, TapRecord
 
+PROJECTED = ("attn_norm", "q", "k", "v")
+HEAD_NORMS = ("q_norm", "k_norm")
 ATTENTION = (
-    "attn_norm", "q", "k", "v", "q_rope", "k_rope", "attn_max", "attn_denominator", "attn_context", "attn_out", "attn_residual", "ffn_norm",
+    "q_rope", "k_rope", "attn_max", "attn_denominator", "attn_context", "attn_out", "attn_residual", "ffn_norm",
 )  # fmt: skip
 MOE = ("router_logits", "topk_ids", "topk_weights", "expert_hidden", "expert_out", "ffn_out", "layer_out")
 DENSE = ("ffn_hidden", "ffn_out", "layer_out")
@@ -23,8 +25,8 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
     "q": ("attn_norm",),
     "k": ("attn_norm",),
     "v": ("attn_norm",),
-    "q_rope": ("q",),
-    "k_rope": ("k",),
+    "q_norm": ("q",),
+    "k_norm": ("k",),
     "attn_max": ("q_rope", "k_rope"),
     "attn_denominator": ("q_rope", "k_rope", "attn_max"),
     "attn_context": ("q_rope", "k_rope", "v", "attn_max", "attn_denominator"),
@@ -41,7 +43,8 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
     "final_norm": ("input",),
     "logits": ("final_norm",),
 }
-"""Stage to the stages it is computed from; "input" is what enters the layer. "ffn_out" depends on the kind of network: `inputs_of`."""
+"""Stage to the stages it is computed from; "input" is what enters the layer. Those of "q_rope", "k_rope" and "ffn_out" depend on the model:
+`inputs_of`."""
 
 HIDDEN = frozenset(("embedding", "attn_norm", "attn_out", "attn_residual", "ffn_norm", "expert_out", "ffn_out", "layer_out", "final_norm"))
 """Stages whose last axis is the hidden one."""
@@ -49,9 +52,9 @@ HIDDEN = frozenset(("embedding", "attn_norm", "attn_out", "attn_residual", "ffn_
 
 def expected_stages(spec: ModelSpec) -> list[Stage]:
     """Every stage of a forward pass, in the order in which they run."""
-    names = ATTENTION + (MOE if spec.is_moe else DENSE)
     out: list[Stage] = [(None, "embedding")]
     for layer in range(spec.num_layers):
+        names = PROJECTED + (HEAD_NORMS if spec.qk_norm else ()) + ATTENTION + (MOE if spec.is_moe_layer(layer) else DENSE)
         out.extend((layer, name) for name in names)
     return [*out, (None, "final_norm"), (None, "logits")]
 
@@ -66,6 +69,8 @@ def stage_shape(spec: ModelSpec, name: str, n_tokens: int) -> tuple[int, ...]:
             "q": (spec.num_heads, spec.head_dim),
             "k": (spec.num_kv_heads, spec.head_dim),
             "v": (spec.num_kv_heads, spec.head_dim),
+            "q_norm": (spec.num_heads, spec.head_dim),
+            "k_norm": (spec.num_kv_heads, spec.head_dim),
             "q_rope": (spec.num_heads, spec.head_dim),
             "k_rope": (spec.num_kv_heads, spec.head_dim),
             "attn_max": (spec.num_heads,),
@@ -74,7 +79,7 @@ def stage_shape(spec: ModelSpec, name: str, n_tokens: int) -> tuple[int, ...]:
             "router_logits": (spec.num_experts,),
             "topk_ids": (spec.top_k,),
             "topk_weights": (spec.top_k,),
-            "expert_hidden": (spec.top_k, spec.intermediate_size),
+            "expert_hidden": (spec.top_k, spec.moe_intermediate_size),
             "expert_out": (spec.top_k, spec.hidden_size),
             "ffn_hidden": (spec.intermediate_size,),
             "logits": (spec.vocab_size,),
@@ -91,7 +96,10 @@ def inputs_of(spec: ModelSpec, stage: Stage) -> tuple[Stage, ...]:
     """Stages that `stage` is computed from."""
     layer, name = stage
     if name == "ffn_out":
-        names: tuple[str, ...] = ("topk_ids", "topk_weights", "expert_out") if spec.is_moe else ("ffn_hidden",)
+        assert layer is not None
+        names: tuple[str, ...] = ("topk_ids", "topk_weights", "expert_out") if spec.is_moe_layer(layer) else ("ffn_hidden",)
+    elif name in ("q_rope", "k_rope"):
+        names = (name[0] + "_norm" if spec.qk_norm else name[0],)
     else:
         names = INPUTS[name]
     entering = spec.num_layers if layer is None else layer
@@ -128,12 +136,12 @@ def _axis_index(spec: ModelSpec, name: str, element: tuple[int, ...]) -> tuple[s
     if name in HIDDEN:
         return "hidden", element[-1]
     if name in ("expert_hidden", "ffn_hidden"):
-        return "ffn", element[-1]
+        return "expert" if name == "expert_hidden" else "ffn", element[-1]
     if name == "logits":
         return "vocab", element[0]
-    if name in ("k", "k_rope", "v"):
+    if name in ("k", "k_norm", "k_rope", "v"):
         return "heads", (element[0] * half + element[1] % half) * group * 2
-    if name in ("q", "q_rope", "attn_context", "attn_max", "attn_denominator"):
+    if name in ("q", "q_norm", "q_rope", "attn_context", "attn_max", "attn_denominator"):
         head, i = element if len(element) == 2 else divmod(element[0], d) if name == "attn_context" else (element[0], 0)
         return "heads", ((head // group * half + i % half) * group + head % group) * 2 + i // half
     return None

@@ -76,16 +76,17 @@ def rms_norm_bound(y: F64) -> F64:
     return bound
 
 
-def rotary_bound(x: F64, angles: F64) -> F64:
+def rotary_bound(x: F64, angles: F64, factor: float = 1.0) -> F64:
     """Bound of `rotate`; x (T, heads, d), angles (T, d/2) -> (T, heads, d).
 
-    Each of the two terms meets three roundings: of the cosine or sine, of the product, of the sum. An angle is a float64 product of a
-    power, known to about eight units of ``2**-53``; that shifts cosine and sine by as much as it shifts the angle.
+    Each of the two terms meets three roundings: of the cosine or sine (times `factor`, which only scales), of the product, of the sum. An
+    angle is a float64 product of a power, known to about eight units of ``2**-53``; a stretched frequency takes as many again. That shifts
+    cosine and sine by as much as it shifts the angle.
     """
     a, b = np.split(np.abs(x), 2, axis=-1)
     cos, sin = np.abs(np.cos(angles))[:, None, :], np.abs(np.sin(angles))[:, None, :]
-    shift = 8 * 2.0**-53 * (1 + np.abs(angles))[:, None, :] * (a + b)
-    return np.concatenate([3 * U * (a * cos + b * sin) + shift, 3 * U * (b * cos + a * sin) + shift], axis=-1) + SUBNORMAL
+    shift = 16 * 2.0**-53 * (1 + np.abs(angles))[:, None, :] * (a + b)
+    return factor * np.concatenate([3 * U * (a * cos + b * sin) + shift, 3 * U * (b * cos + a * sin) + shift], axis=-1) + SUBNORMAL
 
 
 def score_bound(q: F64, k: F64) -> F64:

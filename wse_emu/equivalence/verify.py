@@ -134,11 +134,11 @@ class _Verification:
             return None
         routing = None
         if self._spec.is_moe:
-            wanted = [(layer, "topk_ids") for layer in range(self._spec.num_layers)]
+            wanted = [(layer, "topk_ids") for layer in self._spec.moe_layers]
             if any(stage not in self._usable for stage in wanted):
                 self._notes.append("end to end: the routing of the run cannot be replayed")
                 return None
-            routing = {layer: self._usable[layer, "topk_ids"] for layer in range(self._spec.num_layers)}
+            routing = {layer: self._usable[layer, "topk_ids"] for layer in self._spec.moe_layers}
         r, copies = self._record, self._copies
         n_tokens = len(r.seq)
         nudge = 1 + np.random.default_rng(0).uniform(-2 * tolerance.U, 2 * tolerance.U, (copies * n_tokens, self._spec.hidden_size))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import pairwise
 
 from wse_emu.foundation.errors import SpecError
+from wse_emu.foundation.rope_scaling import RopeScaling
 
-FAMILIES = ("llama", "mixtral")
+FAMILIES = ("llama", "mistral", "mixtral", "qwen3", "qwen3_moe")
 """Model families (Hugging Face ``model_type``) that this version runs."""
 
 
@@ -22,7 +25,7 @@ class ModelSpec:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    """Width of the (expert) feed-forward network."""
+    """Width of a dense feed-forward network."""
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -31,10 +34,22 @@ class ModelSpec:
     rope_theta: float
     max_position_embeddings: int
     tie_word_embeddings: bool = False
+    rope_scaling: RopeScaling | None = None
+    """How rotary frequencies are stretched; None is not at all."""
+    qk_norm: bool = False
+    """Whether every head's queries and keys pass an RMSNorm of their own before they are rotated."""
+    sliding_window: int | None = None
+    """Keys that a query of a sliding layer sees, itself included."""
+    sliding_layers: tuple[int, ...] = ()
+    """Layers with that window, ascending; the others see all keys before."""
     num_experts: int = 0
-    """Experts per layer; 0 is a dense feed-forward network."""
+    """Experts of a layer with a mixture; 0 exactly in a dense model."""
     top_k: int = 0
     """Experts chosen per token; 0 exactly when `num_experts` is 0."""
+    moe_intermediate_size: int = 0
+    """Width of one expert; 0 exactly when `num_experts` is 0."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers of a model with experts that have a dense feed-forward network instead, ascending."""
     renormalize: bool = True
     """Whether the chosen experts' weights are divided by their sum."""
     bos_token_id: int | None = None
@@ -64,13 +79,58 @@ class ModelSpec:
             raise SpecError(f"`num_experts` must be >= 0, got {self.num_experts}")
         if self.num_experts and not 1 <= self.top_k <= self.num_experts:
             raise SpecError(f"`top_k` must lie in 1..{self.num_experts} (`num_experts`), got {self.top_k}")
-        if not self.num_experts and self.top_k:
-            raise SpecError(f"`top_k` must be 0 for a dense model, got {self.top_k}")
+        if self.num_experts and (type(self.moe_intermediate_size) is not int or self.moe_intermediate_size <= 0):
+            raise SpecError(f"`moe_intermediate_size` must be a positive integer, got {self.moe_intermediate_size!r}")
+        for name in ("top_k", "moe_intermediate_size", "dense_layers"):
+            if not self.num_experts and getattr(self, name):
+                raise SpecError(f"`{name}` must be {'empty' if name == 'dense_layers' else 0} for a dense model, got {getattr(self, name)}")
+        for name in ("sliding_layers", "dense_layers"):
+            layers = getattr(self, name)
+            if any(type(i) is not int or not 0 <= i < self.num_layers for i in layers) or any(a >= b for a, b in pairwise(layers)):
+                raise SpecError(f"`{name}` must be ascending layers in 0..{self.num_layers - 1}, got {layers}")
+        if self.num_experts and len(self.dense_layers) == self.num_layers:
+            raise SpecError("`dense_layers` names every layer: a model without a mixture has `num_experts` 0")
+        if self.sliding_window is not None and (type(self.sliding_window) is not int or self.sliding_window < 1):
+            raise SpecError(f"`sliding_window` must be an integer >= 1 or None, got {self.sliding_window!r}")
+        if (self.sliding_window is None) != (not self.sliding_layers):
+            raise SpecError(f"`sliding_window` and `sliding_layers` belong together, got {self.sliding_window} and {self.sliding_layers}")
+        kind = None if self.rope_scaling is None else self.rope_scaling.kind
+        if kind == "yarn" and not self.rope_theta > 1:
+            raise SpecError(f"rotary scaling yarn: `rope_theta` must be above 1, got {self.rope_theta!r}")
+        if kind == "dynamic" and self.head_dim < 4:
+            raise SpecError(f"rotary scaling dynamic: `head_dim` must be at least 4, got {self.head_dim}")
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(self.rope_scaling, name, ())
+            if factors and len(factors) != self.head_dim // 2:
+                raise SpecError(f"rotary scaling: `{name}` must hold {self.head_dim // 2} numbers (`head_dim` / 2), holds {len(factors)}")
 
     @property
     def is_moe(self) -> bool:
-        """Whether the feed-forward networks are mixtures of experts."""
+        """Whether there are layers with a mixture of experts."""
         return self.num_experts > 0
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether the feed-forward network of a layer is a mixture of experts."""
+        return self.is_moe and not _holds(self.dense_layers, layer)
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Layers with a mixture of experts, ascending."""
+        return tuple(layer for layer in range(self.num_layers) if self.is_moe_layer(layer))
+
+    def ffn_width(self, layer: int) -> int:
+        """Width of a layer's feed-forward network, or of one of its experts."""
+        return self.moe_intermediate_size if self.is_moe_layer(layer) else self.intermediate_size
+
+    def window(self, layer: int) -> int | None:
+        """Keys that a query of a layer sees, itself included; None is all before it."""
+        return self.sliding_window if _holds(self.sliding_layers, layer) else None
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence the model is meant for: its positions, or what a rotary scaling makes of the original ones."""
+        stretched = 0 if self.rope_scaling is None else self.rope_scaling.context_length
+        return max(self.max_position_embeddings, stretched)
 
     @property
     def queries_per_kv(self) -> int:
@@ -81,7 +141,14 @@ class ModelSpec:
     def n_params(self) -> int:
         """Number of parameters; a tied embedding counts once."""
         h = self.hidden_size
-        attention = h * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-        ffn = 3 * h * self.intermediate_size
-        block = attention + 2 * h + (self.num_experts * (ffn + h) if self.is_moe else ffn)
-        return self.num_layers * block + h + self.vocab_size * h * (1 if self.tie_word_embeddings else 2)
+        attention = h * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads) + (2 * self.head_dim if self.qk_norm else 0)
+        n_moe = len(self.moe_layers)
+        dense = (self.num_layers - n_moe) * 3 * h * self.intermediate_size
+        experts = n_moe * self.num_experts * h * (3 * self.moe_intermediate_size + 1)
+        return self.num_layers * (attention + 2 * h) + dense + experts + h + self.vocab_size * h * (1 if self.tie_word_embeddings else 2)
+
+
+def _holds(layers: tuple[int, ...], layer: int) -> bool:
+    """Whether an ascending tuple holds a layer."""
+    at = bisect_left(layers, layer)
+    return at < len(layers) and layers[at] == layer

@@ -27,4 +27,4 @@ class TapRecord:
     row_of_token: NDArray[np.int64] | None = None
     """(T,) row of cores that holds each token, if a wafer ran it."""
     col_starts: dict[str, NDArray[np.int64]] = field(default_factory=dict)
-    """Axis name ("hidden", "ffn", "heads", "vocab") to the first element of every column's block, in the wafer layout's order."""
+    """Axis name ("hidden", "ffn", "expert", "heads", "vocab") to the first element of every column's block, in the wafer layout's order."""

@@ -6,6 +6,8 @@ A matrix is ``[in, out]`` so that ``x @ w``; its columns are ordered so that eve
     Column ``((g * d/2 + u) * (q + 2) + s) * 2 + e`` is element ``u + e * d/2`` of: query head ``g * q + s`` for ``s < q``, key head ``g``
     for ``s = q``, value head ``g`` for ``s = q + 1``. So the two halves ``(u, u + d/2)`` of a rotary pair (a *pair unit*) are neighbours,
     and a pair unit of a key/value head keeps its queries beside it.
+``q_norm``, ``k_norm`` ``(head_dim,)``, where a head's queries and keys are normalised
+    Element ``2 u + e`` is published element ``u + e * d/2``, as in a pair unit.
 ``w_o`` ``(num_kv_heads * head_dim/2 * q * 2, hidden)``
     Row ``((g * d/2 + u) * q + s) * 2 + e`` is row ``(g * q + s) * d + u + e * d/2`` of the published matrix (transposed).
 ``w_gate_up`` ``(hidden, 2 * intermediate)``
@@ -47,14 +49,16 @@ def layer_prefix(layer: int) -> str:
 def layer_weights(spec: ModelSpec, layer: int) -> list[WeightShape]:
     """Tensors of one layer, in the order in which they are streamed."""
     p = layer_prefix(layer)
-    h, f, d = spec.hidden_size, spec.intermediate_size, spec.head_dim
+    h, f, d = spec.hidden_size, spec.ffn_width(layer), spec.head_dim
+    norms = [WeightShape(p + "q_norm", (d,)), WeightShape(p + "k_norm", (d,))] if spec.qk_norm else []
     out = [
         WeightShape(p + "attn_norm", (h,)),
         WeightShape(p + "w_qkv", (h, (spec.num_heads + 2 * spec.num_kv_heads) * d)),
+        *norms,
         WeightShape(p + "w_o", (spec.num_heads * d, h)),
         WeightShape(p + "ffn_norm", (h,)),
     ]
-    if not spec.is_moe:
+    if not spec.is_moe_layer(layer):
         return [*out, WeightShape(p + "w_gate_up", (h, 2 * f)), WeightShape(p + "w_down", (f, h))]
     out.append(WeightShape(p + "router", (h, spec.num_experts)))
     for e in range(spec.num_experts):

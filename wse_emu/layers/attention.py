@@ -24,7 +24,7 @@ from wse_emu.wafer.moves import CHAIN_ADD
 from wse_emu.wafer.placement import Ints, Split, TokenBands
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.wafer import Wafer
-from wse_kernels.attention import finish, pack_queries, partial_scores, score_max, softmax_accumulate
+from wse_kernels.attention import NO_WINDOW, finish, pack_queries, partial_scores, score_max, softmax_accumulate
 from wse_kernels.attention_mesh import mesh_attention
 
 PACK_QUERIES = Kernel(body=pack_queries, params=("qkv", "q_slots", "row0", "u0", "q_t"), out=("q_t",), code_bytes=224)
@@ -35,10 +35,10 @@ PARTIAL_SCORES = Kernel(
     code_bytes=416,
     macs=lambda s: s["s_t"][0] * s["s_t"][1] * s["q_t"][0],
 )
-SCORE_MAX = Kernel(body=score_max, params=("s_t", "scale", "key_pos0", "q_pos", "m"), inout=("m",), code_bytes=256)
+SCORE_MAX = Kernel(body=score_max, params=("s_t", "scale", "key_pos0", "q_pos", "window", "m"), inout=("m",), code_bytes=256)
 ACCUMULATE = Kernel(
     body=softmax_accumulate,
-    params=("s_t", "scale", "key_pos0", "q_pos", "m", "v", "f0", "denom", "o_t"),
+    params=("s_t", "scale", "key_pos0", "q_pos", "window", "m", "v", "f0", "denom", "o_t"),
     inout=("s_t", "denom", "o_t"),
     code_bytes=704,
 )
@@ -61,8 +61,9 @@ class _Tiles:
     """Tokens."""
     row: Ints
     """Row of cores that holds them."""
+    first_pos: Ints
     last_pos: Ints
-    """Position of the last token; the tile sees keys 0 .. last_pos."""
+    """Keys that some token of the tile sees: from `first_pos` (0 without a window) to the position of its last token."""
     first_key_row: Ints
     last_key_row: Ints
     n_key_rows: Ints
@@ -70,9 +71,11 @@ class _Tiles:
 
 def attention(
     wafer: Wafer, qkv: PlacedTensor, context: PlacedTensor, cache: KVCache, layer: int, sequences: Sequences, bands: TokenBands,
-    *, probe: bool = False,
+    *, window: int | None = None, probe: bool = False,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:  # fmt: skip
     """Context of every new token: softmax of its scaled scores over the keys up to its own position, times the values.
+
+    Rows of cores whose keys lie outside the window of every token of a tile are not visited; the cache holds all keys nevertheless.
 
     Parameters
     ----------
@@ -86,10 +89,12 @@ def attention(
     layer : int
     sequences : Sequences
     bands : TokenBands
+    window : int, optional
+        Keys that a token sees, its own included; all by default.
     probe : bool
         Also return the maximum and the denominator of every token and query head, (T, num_heads), through the probe channel.
     """
-    heads = cache.heads
+    heads, reach = cache.heads, NO_WINDOW if window is None else window
     rows_per_core = int((-(-cache.capacity // wafer.rows)).max(initial=1))
     tile_tokens, words = _tile_size(heads, rows_per_core)
     work_words = np.where(heads.units.sizes > 0, words, 0)
@@ -101,16 +106,16 @@ def attention(
         wafer.sram.code("attention", _CODE_BYTES),
     ):
         if wafer.cores is not None:
-            tiles = _tiles(cache, sequences, bands, tile_tokens)
-            events = _isolated(wafer, qkv, context, cache, layer, sequences, bands, tiles, m, denominator)
+            tiles = _tiles(cache, sequences, bands, tile_tokens, reach)
+            events = _isolated(wafer, qkv, context, cache, layer, sequences, bands, tiles, reach, m, denominator)
         else:
-            if cache.attention_events is None or cache.attention_events[0] is not sequences:
-                cache.attention_events = (sequences, _events(cache, sequences, bands, _tiles(cache, sequences, bands, tile_tokens)))
-            events = cache.attention_events[1]
+            events = cache.attention_events(
+                sequences, reach, lambda: _events(cache, sequences, bands, _tiles(cache, sequences, bands, tile_tokens, reach), reach)
+            )
             if not wafer.is_dry:
                 k, v, base, capacity = cache.buffers(layer, sequences)
                 mesh_attention(
-                    qkv.flat, heads.units.offsets, heads.queries_per_kv, heads.head_dim, heads.scale, sequences.first_token,
+                    qkv.flat, heads.units.offsets, heads.queries_per_kv, heads.head_dim, heads.scale, reach, sequences.first_token,
                     sequences.n_new, sequences.start, base, capacity, k, v, context.flat, m, denominator,
                 )  # fmt: skip
     for event in events:
@@ -130,21 +135,22 @@ def _tile_size(heads: HeadLayout, rows_per_core: int) -> tuple[int, int]:
     return n, n * per_token
 
 
-def _tiles(cache: KVCache, sequences: Sequences, bands: TokenBands, tile_tokens: int) -> _Tiles:
+def _tiles(cache: KVCache, sequences: Sequences, bands: TokenBands, tile_tokens: int, window: int) -> _Tiles:
     split = bands.split
-    columns: list[list[int]] = [[] for _ in range(8)]
+    columns: list[list[int]] = [[] for _ in range(9)]
     for s in range(sequences.n_new.size):
         first, n, start = (int(a[s]) for a in (sequences.first_token, sequences.n_new, sequences.start))
         keys = cache.split(start + n)
-        owner, first_row = keys.owner, int(keys.used[0])
+        owner = keys.owner
         ordinal = np.cumsum(keys.sizes > 0)
         at = first
         while at < first + n:
             row = int(split.owner[at])
             stop = min(int(split.stops[row]), first + n, at + tile_tokens)
-            last_pos = start + stop - 1 - first
-            last_row = int(owner[last_pos])
-            for column, value in zip(columns, (s, at, stop - at, row, last_pos, first_row, last_row, int(ordinal[last_row])), strict=True):
+            first_pos, last_pos = max(0, start + at - first - window + 1), start + stop - 1 - first
+            first_row, last_row = int(owner[first_pos]), int(owner[last_pos])
+            n_rows = int(ordinal[last_row] - ordinal[first_row]) + 1
+            for column, value in zip(columns, (s, at, stop - at, row, first_pos, last_pos, first_row, last_row, n_rows), strict=True):
                 column.append(value)
             at = stop
     return _Tiles(*(np.array(column, np.int64) for column in columns))
@@ -153,18 +159,18 @@ def _tiles(cache: KVCache, sequences: Sequences, bands: TokenBands, tile_tokens:
 # ---- what it costs
 
 
-def _events(cache: KVCache, sequences: Sequences, bands: TokenBands, tiles: _Tiles) -> list[Event]:
+def _events(cache: KVCache, sequences: Sequences, bands: TokenBands, tiles: _Tiles, window: int) -> list[Event]:
     heads, n_rows = cache.heads, cache.wafer.rows
     parts, q = heads.n_parts, tiles.n * heads.queries_per_kv
     low, high, rows = tiles.first_key_row, tiles.last_key_row, tiles.n_key_rows
-    n_keys = tiles.last_pos + 1
+    n_keys = tiles.last_pos + 1 - tiles.first_pos
     width = 2 * heads.units.max_size
     total_width = 2 * heads.units.total
     spans = np.array([p[-1].col - p[0].col for p in heads.heads])
     cut = [p for p in heads.heads if len(p) > 1]
     gap = max((int(np.diff([part.col for part in p]).max()) for p in cut), default=0)
     scored = int((q * n_keys).sum())
-    pairs = int(sum(int(n) * int(s) + int(n) * (int(n) + 1) // 2 for n, s in zip(sequences.n_new, sequences.start, strict=True)))
+    pairs = int(np.minimum(sequences.positions + 1, window).sum())
 
     def column(
         kind: str, name: str, count: int, words: Ints, source: Ints, ends: list[Ints], *, total: int, widest: int, hops: int
@@ -253,10 +259,12 @@ def _score_load(cache: KVCache, sequences: Sequences, tiles: _Tiles, q: Ints) ->
     for s in range(sequences.n_new.size):
         mine = tiles.sequence == s
         keys = cache.split(int(sequences.start[s] + sequences.n_new[s]))
-        whole = np.zeros(cache.wafer.rows + 1, np.int64)
-        np.add.at(whole, tiles.last_key_row[mine], q[mine])
-        load += keys.sizes * (whole[::-1].cumsum()[::-1][1:])
-        np.add.at(load, tiles.last_key_row[mine], q[mine] * (tiles.last_pos[mine] + 1 - keys.starts[tiles.last_key_row[mine]]))
+        begun, ended = np.zeros(cache.wafer.rows, np.int64), np.zeros(cache.wafer.rows + 1, np.int64)
+        np.add.at(begun, tiles.first_key_row[mine], q[mine])
+        np.add.at(ended, tiles.last_key_row[mine] + 1, q[mine])
+        load += keys.sizes * np.cumsum(begun - ended[:-1])  # whole rows, less what the first and the last row hold beyond the tile's keys
+        np.subtract.at(load, tiles.first_key_row[mine], q[mine] * (tiles.first_pos[mine] - keys.starts[tiles.first_key_row[mine]]))
+        np.subtract.at(load, tiles.last_key_row[mine], q[mine] * (keys.stops[tiles.last_key_row[mine]] - 1 - tiles.last_pos[mine]))
     return int(load.max(initial=0))
 
 
@@ -265,8 +273,11 @@ def _row_gap(cache: KVCache, sequences: Sequences, tiles: _Tiles) -> int:
     gap = 0
     for s in range(sequences.n_new.size):
         used = cache.split(int(sequences.start[s] + sequences.n_new[s])).used
-        last = int(tiles.last_key_row[tiles.sequence == s].max())
-        gap = max(gap, int(np.diff(used[used <= last]).max(initial=0)))
+        steps = np.diff(used)
+        mine = tiles.sequence == s
+        firsts, lasts = (np.searchsorted(used, rows[mine]) for rows in (tiles.first_key_row, tiles.last_key_row))
+        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
+            gap = max(gap, int(steps[first:last].max(initial=0)))
     return gap
 
 
@@ -285,15 +296,19 @@ class _TileRun:
     """One query tile and one head on its way over the rows of keys."""
 
     def __init__(
-        self, wafer: Wafer, cache: KVCache, layer: int, slot: int, parts: tuple[Part, ...], keys: Split, last_pos: int, q_pos: Ints,
-        tally: dict[str, _Counts], traffic: dict[str, Any],
+        self, wafer: Wafer, cache: KVCache, layer: int, slot: int, parts: tuple[Part, ...], keys: Split, span: tuple[int, int], q_pos: Ints,
+        window: int, tally: dict[str, _Counts], traffic: dict[str, Any],
     ) -> None:  # fmt: skip
         assert wafer.cores is not None
         self.cores, self.cache, self.layer, self.slot, self.parts = wafer.cores, cache, layer, slot, parts
-        self.q_pos, self.tally, self.traffic = q_pos, tally, traffic
+        self.q_pos, self.window, self.tally, self.traffic = q_pos, window, tally, traffic
         self.n_columns = q_pos.size * cache.heads.queries_per_kv
+        self.starts = keys.starts
+        first, last = span
         self.visits = [
-            (r, int(keys.starts[r]), min(int(keys.stops[r]), last_pos + 1)) for r in keys.used.tolist() if keys.starts[r] <= last_pos
+            (r, max(int(keys.starts[r]), first), min(int(keys.stops[r]), last + 1))
+            for r in keys.used.tolist()
+            if keys.starts[r] <= last and keys.stops[r] > first
         ]
         self.borrowed: list[Block] = []
         self.queries: dict[tuple[int, int], Block] = {}
@@ -316,6 +331,11 @@ class _TileRun:
         count.runs += 1
         done = self.cores.run(kernel, core, args)
         count.macs += done if self.cores.interpreted else done + macs
+
+    def kept(self, which: int, core: tuple[int, int], start: int, stop: int) -> Block:
+        """Keys (0) or values (1) of positions start to stop on a core that holds them."""
+        first = int(self.starts[core[0]])
+        return self.cache.block(self.layer, self.slot, *core)[which].view(slice(start - first, stop - first))
 
     def send_queries(self, qkv: PlacedTensor, row: int, row0: int) -> None:
         """Pack the tile's queries on their row and send them to every row of keys."""
@@ -341,7 +361,7 @@ class _TileRun:
             for part in self.parts:
                 core = (row, part.col)
                 own = self.borrow(core, "scores", stop - start, self.n_columns)
-                keys = self.cache.block(self.layer, self.slot, row, part.col)[0].view(slice(0, stop - start))
+                keys = self.kept(0, core, start, stop)
                 self.run(PARTIAL_SCORES, core, {"k": keys, "f0": 2 * part.first_unit, "q_t": self.queries[core], "s_t": own})
                 self.scores[core] = own
                 if total is not None:
@@ -371,7 +391,14 @@ class _TileRun:
                 self.run(
                     SCORE_MAX,
                     core,
-                    {"s_t": self.scores[core], "scale": self.cache.heads.scale, "key_pos0": start, "q_pos": self.q_pos, "m": m},
+                    {
+                        "s_t": self.scores[core],
+                        "scale": self.cache.heads.scale,
+                        "key_pos0": start,
+                        "q_pos": self.q_pos,
+                        "window": self.window,
+                        "m": m,
+                    },
                 )
                 before = m
             assert before is not None
@@ -394,14 +421,14 @@ class _TileRun:
                         block.write(0.0)
                     else:
                         self.cores.send(self.traffic["accumulators"], state[i], [block])
-                values = self.cache.block(self.layer, self.slot, row, part.col)[1].view(slice(0, stop - start))
-                admitted = int(np.clip(self.q_pos + 1 - start, 0, stop - start).sum())
+                lowest = np.maximum(start, self.q_pos + 1 - self.window)
+                admitted = int(np.maximum(np.minimum(stop, self.q_pos + 1) - lowest, 0).sum())
                 self.run(
                     ACCUMULATE, core,
                     {
                         "s_t": self.scores[core], "scale": self.cache.heads.scale, "key_pos0": start, "q_pos": self.q_pos,
-                        "m": maxima[core],
-                        "v": values, "f0": 2 * part.first_unit, "denom": here[0], "o_t": here[1],
+                        "window": self.window, "m": maxima[core], "v": self.kept(1, core, start, stop), "f0": 2 * part.first_unit,
+                        "denom": here[0], "o_t": here[1],
                     },
                     macs=admitted * self.cache.heads.queries_per_kv * 2 * part.n_units,
                 )  # fmt: skip
@@ -437,19 +464,20 @@ _MOVES = (
 
 def _isolated(
     wafer: Wafer, qkv: PlacedTensor, context: PlacedTensor, cache: KVCache, layer: int, sequences: Sequences, bands: TokenBands,
-    tiles: _Tiles, m_out: NDArray[np.float32], denom_out: NDArray[np.float32],
+    tiles: _Tiles, window: int, m_out: NDArray[np.float32], denom_out: NDArray[np.float32],
 ) -> list[Event]:  # fmt: skip
     assert wafer.cores is not None
     heads = cache.heads
     traffic = {key: wafer.cores.traffic() for _, _, key in _MOVES}
     tally: dict[str, _Counts] = {}
     for i in range(tiles.n.size):
-        s, first, n, row, last_pos = (int(a[i]) for a in (tiles.sequence, tiles.first, tiles.n, tiles.row, tiles.last_pos))
+        s, first, n, row = (int(a[i]) for a in (tiles.sequence, tiles.first, tiles.n, tiles.row))
+        first_pos, last_pos = int(tiles.first_pos[i]), int(tiles.last_pos[i])
         keys = cache.split(int(sequences.start[s] + sequences.n_new[s]))
         q_pos = np.arange(last_pos + 1 - n, last_pos + 1, dtype=np.int64)
         row0 = first - int(bands.split.starts[row])
         for head, parts in enumerate(heads.heads):
-            run = _TileRun(wafer, cache, layer, int(sequences.slot[s]), parts, keys, last_pos, q_pos, tally, traffic)
+            run = _TileRun(wafer, cache, layer, int(sequences.slot[s]), parts, keys, (first_pos, last_pos), q_pos, window, tally, traffic)
             try:
                 run.send_queries(qkv, row, row0)
                 run.score()

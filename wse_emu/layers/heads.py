@@ -65,6 +65,22 @@ class HeadLayout:
         return sum(len(parts) for parts in self.heads)
 
     @cached_property
+    def parts(self) -> Split:
+        """Parts of all heads over columns of cores."""
+        ends = np.cumsum(self.heads_per_col)
+        return Split(self.n_parts, ends - self.heads_per_col, ends)
+
+    @cached_property
+    def unit_elements(self) -> Split:
+        """Elements of one head, in the order of its pair units, that each column works on; columns with several whole heads have all."""
+        starts, stops = np.zeros(self.n_cols, np.int64), np.zeros(self.n_cols, np.int64)
+        for parts, first in zip(self.heads, range(0, self.units.total, self.head_dim // 2), strict=True):
+            for part in parts:
+                begin = int(self.units.starts[part.col]) + part.first_unit - first
+                starts[part.col], stops[part.col] = 2 * begin, 2 * (begin + part.n_units)
+        return Split(self.head_dim, starts, stops)
+
+    @cached_property
     def max_part_units(self) -> int:
         """Pair units of the largest part."""
         return max(part.n_units for parts in self.heads for part in parts)

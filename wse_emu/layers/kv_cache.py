@@ -10,6 +10,7 @@ He et al., "WaferLLM", OSDI 2025, section 5: shift-based growth of the cache aga
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,8 @@ class Sequences:
     """(n,) position of the first new token: the tokens that are in the cache already."""
     slot: Ints
     """(n,) the cache's sequence that each belongs to."""
+    length: Ints
+    """(n,) tokens of each sequence that are known: its whole prompt, also where that comes in chunks, and what was generated so far."""
 
     @property
     def n_tokens(self) -> int:
@@ -88,8 +91,7 @@ class KVCache:
         self._v: list[NDArray[np.float32]] = []
         self._blocks: list[dict[tuple[int, int, int], tuple[Block, Block]]] = []
         self._plan: _AppendPlan | None = None
-        self.attention_events: tuple[Sequences, list[Event]] | None = None
-        """What attention over the newest sequences costs: the same in all layers."""
+        self._attention: tuple[Sequences | None, dict[int, list[Event]]] = (None, {})
         try:
             for layer in range(n_layers):
                 self._reserve(layer)
@@ -133,6 +135,15 @@ class KVCache:
     def n_bytes(self) -> int:
         """Bytes of the keys and values held now, in all layers."""
         return int(self.lengths.sum()) * 4 * self.heads.units.total * 4 * len(self._reserved)
+
+    def attention_events(self, sequences: Sequences, window: int, make: Callable[[], list[Event]]) -> list[Event]:
+        """What attention over the newest sequences costs: the same in all layers with one window, so made once."""
+        if self._attention[0] is not sequences:
+            self._attention = (sequences, {})
+        known = self._attention[1]
+        if window not in known:
+            known[window] = make()
+        return known[window]
 
     def split(self, length: int) -> Split:
         """How `length` tokens of one sequence lie over rows."""

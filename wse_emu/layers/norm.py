@@ -54,13 +54,13 @@ def rms_norm(
 
 
 def stream_vector(wafer: Wafer, name: str, values: NDArray[np.float32] | None, split: Split, bands: TokenBands) -> PlacedTensor:
-    """Broadcast each column's part of a vector down to the rows that hold tokens; free the result after use."""
+    """Broadcast each column's part of a vector (columns may ask for the same part) down to the rows that hold tokens; free it after use."""
     tensor = wafer.empty(name, wafer.placement((1, split.total), (None, None), ("col", split)))
     last = bands.used_rows - 1
     if wafer.cores is None:
         wafer.record(
             costs.moved(
-                "stream", name, count=int(split.used.size), words=split.total, hops=split.total * last,
+                "stream", name, count=int(split.used.size), words=int(split.sizes.sum()), hops=int(split.sizes.sum()) * last,
                 max_link=split.max_size if last else 0, max_hops=last,
             )
         )  # fmt: skip

@@ -133,7 +133,8 @@ class Layout:
         role, _, kind = weight.name.rpartition(".")
         prefix = role + "." if role else ""
         if len(weight.shape) == 1:
-            yield self._rows(self._published[weight.name], 0, weight.shape[0])
+            values = self._rows(self._published[weight.name], 0, weight.shape[0])
+            yield np.ascontiguousarray(values.reshape(2, -1).T).reshape(-1) if kind in ("q_norm", "k_norm") else values
             used = [weight.name]
         elif kind == "embed":
             yield from self._embed()

@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 from wse_emu.foundation.errors import CheckpointError, InputError
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.taps import Stage
-from wse_emu.reference import formulas, tensors
+from wse_emu.reference import formulas, rotary, tensors
 from wse_emu.reference.formulas import Floats, Ints
 
 Reader = Callable[[str], NDArray[Any]]
@@ -77,11 +77,11 @@ class DenseReference:
         ------
         stage : (layer or None, name)
         value : ndarray
-            In published order: "embedding" (T, h); per layer "attn_norm" (T, h), "q" (T, heads, d), "k", "v" (T, kv_heads, d), "q_rope",
-            "k_rope", "attn_max", "attn_denominator" (T, heads), "attn_context" (T, heads * d), "attn_out", "attn_residual", "ffn_norm"
-            (T, h), then "router_logits" (T, E), "topk_ids" (T, k) int64, "topk_weights" (T, k), "expert_hidden" (T, k, f), "expert_out"
-            (T, k, h) in a MoE model, "ffn_hidden" (T, f) in a dense one, "ffn_out", "layer_out" (T, h); last "final_norm" (T, h),
-            "logits" (T, vocab).
+            In published order: "embedding" (T, h); per layer "attn_norm" (T, h), "q" (T, heads, d), "k", "v" (T, kv_heads, d), "q_norm",
+            "k_norm" where heads are normalised, "q_rope", "k_rope", "attn_max", "attn_denominator" (T, heads), "attn_context"
+            (T, heads * d), "attn_out", "attn_residual", "ffn_norm" (T, h), then "router_logits" (T, E), "topk_ids" (T, k) int64,
+            "topk_weights" (T, k), "expert_hidden" (T, k, f), "expert_out" (T, k, h) in a layer with a mixture, "ffn_hidden" (T, f) in a
+            dense one, "ffn_out", "layer_out" (T, h); last "final_norm" (T, h), "logits" (T, vocab).
 
         Raises
         ------
@@ -113,7 +113,8 @@ class DenseReference:
             residual = x
             norm = formulas.rms_norm(residual, self._layer(layer, "ffn_norm"), spec.rms_norm_eps)
             yield (layer, "ffn_norm"), norm
-            ffn = self._experts(layer, norm, None if replay is None else replay[layer]) if spec.is_moe else self._mlp(layer, norm)
+            moe = spec.is_moe_layer(layer)
+            ffn = self._experts(layer, norm, None if replay is None else replay[layer]) if moe else self._mlp(layer, norm)
             for name, value in ffn:
                 yield (layer, name), value
                 x = value  # the last one is "ffn_out"
@@ -133,14 +134,20 @@ class DenseReference:
         yield "k", k
         v = formulas.linear(norm, self._layer(layer, "w_v")).reshape(-1, spec.num_kv_heads, d)
         yield "v", v
-        angles = formulas.rotary_angles(pos, d, spec.rope_theta)
-        q, k = formulas.rotate(q, angles), formulas.rotate(k, angles)
+        if spec.qk_norm:
+            q = formulas.rms_norm(q, self._layer(layer, "q_norm"), spec.rms_norm_eps)
+            yield "q_norm", q
+            k = formulas.rms_norm(k, self._layer(layer, "k_norm"), spec.rms_norm_eps)
+            yield "k_norm", k
+        angles, factor = rotary.rotary_angles(spec, seq, pos)
+        q, k = formulas.rotate(q, angles, factor), formulas.rotate(k, angles, factor)
         yield "q_rope", q
         yield "k_rope", k
         maximum, denominator, context = np.empty(q.shape[:2], self.dtype), np.empty(q.shape[:2], self.dtype), np.empty_like(q)
         for s in np.unique(seq):  # tokens of different sequences never meet, so each has a matrix of its own
             t = np.flatnonzero(seq == s)
-            maximum[t], denominator[t], context[t] = formulas.attention(q[t], k[t], v[t], formulas.visible(seq[t], pos[t]))
+            mask = formulas.visible(seq[t], pos[t], spec.window(layer))
+            maximum[t], denominator[t], context[t] = formulas.attention(q[t], k[t], v[t], mask)
         yield "attn_max", maximum
         yield "attn_denominator", denominator
         flat = context.reshape(len(x), -1)
@@ -163,7 +170,7 @@ class DenseReference:
         yield "topk_ids", ids
         weights = formulas.expert_weights(logits, ids, spec.renormalize)
         yield "topk_weights", weights
-        hidden = np.empty((n_tokens, spec.top_k, spec.intermediate_size), self.dtype)
+        hidden = np.empty((n_tokens, spec.top_k, spec.moe_intermediate_size), self.dtype)
         outs = np.empty((n_tokens, spec.top_k, spec.hidden_size), self.dtype)
         combined = np.zeros_like(x)
         for expert in range(spec.num_experts):
@@ -212,7 +219,7 @@ class DenseReference:
         if not spec.is_moe:
             raise InputError("`routing` was given, but the model is dense: it has no experts")
         shape = (n_tokens, spec.top_k)
-        for layer in range(spec.num_layers):
+        for layer in spec.moe_layers:
             if layer not in routing:
                 raise InputError(f"`routing` has no entry for layer {layer}")
             ids = routing[layer]
@@ -222,4 +229,4 @@ class DenseReference:
                 raise InputError(f"`routing[{layer}]` must name experts 0..{spec.num_experts - 1}, got {ids.min()}..{ids.max()}")
             if (np.diff(np.sort(ids, axis=1), axis=1) == 0).any():
                 raise InputError(f"`routing[{layer}]` names an expert twice for one token")
-        return {layer: routing[layer].astype(np.int64) for layer in range(spec.num_layers)}
+        return {layer: routing[layer].astype(np.int64) for layer in spec.moe_layers}

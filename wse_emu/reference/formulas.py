@@ -28,32 +28,28 @@ def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     return out
 
 
-def rotary_angles(pos: Ints, head_dim: int, theta: float) -> NDArray[np.float64]:
-    """Angle of every rotary pair, ``pos * theta**(-2u/d)``, (T, d/2) in radians, always float64."""
-    u = np.arange(head_dim // 2, dtype=np.float64)
-    angles: NDArray[np.float64] = pos[:, None].astype(np.float64) * theta ** (-2.0 * u / head_dim)
-    return angles
-
-
-def rotate(x: Floats, angles: NDArray[np.float64]) -> Floats:
+def rotate(x: Floats, angles: NDArray[np.float64], factor: float = 1.0) -> Floats:
     """Rotary embedding, pairs ``(u, u + d/2)``: x (T, heads, d), angles (T, d/2) -> (T, heads, d).
 
-    Cosine and sine are taken in float64 and rounded to the dtype of `x`.
+    Cosine and sine, times `factor`, are taken in float64 and rounded to the dtype of `x`.
 
     References
     ----------
     Su et al., "RoFormer", 2021, section 3.2, in the half-split pairing of the released Llama weights.
     """
-    cos = np.cos(angles).astype(x.dtype)[:, None, :]
-    sin = np.sin(angles).astype(x.dtype)[:, None, :]
+    cos = (factor * np.cos(angles)).astype(x.dtype)[:, None, :]
+    sin = (factor * np.sin(angles)).astype(x.dtype)[:, None, :]
     a, b = np.split(x, 2, axis=-1)
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def visible(seq: Ints, pos: Ints) -> NDArray[np.bool_]:
-    """Causal mask, (T, T) bool: entry (i, j) says whether token i sees token j (same sequence, no later position)."""
-    same: NDArray[np.bool_] = seq[:, None] == seq[None, :]
-    return same & (pos[None, :] <= pos[:, None])
+def visible(seq: Ints, pos: Ints, window: int | None = None) -> NDArray[np.bool_]:
+    """Causal mask, (T, T) bool: entry (i, j) says whether token i sees token j (same sequence, no later position).
+
+    With a `window` W, only the W last of those positions, token i's own included.
+    """
+    seen: NDArray[np.bool_] = (seq[:, None] == seq[None, :]) & (pos[None, :] <= pos[:, None])
+    return seen if window is None else seen & (pos[:, None] - pos[None, :] < window)
 
 
 def attention(q: Floats, k: Floats, v: Floats, mask: NDArray[np.bool_]) -> tuple[Floats, Floats, Floats]:

@@ -36,25 +36,37 @@ def layer_tensor(spec: ModelSpec, layer: int, role: str, expert: int | None = No
     Parameters
     ----------
     role : str
-        "attn_norm", "w_q", "w_k", "w_v", "w_o", "ffn_norm", "router", or "w_gate", "w_up", "w_down" (with `expert` in MoE models).
+        "attn_norm", "w_q", "w_k", "w_v", "q_norm", "k_norm", "w_o", "ffn_norm", "router", or "w_gate", "w_up", "w_down" (with `expert` in a
+        layer with a mixture).
     """
-    h, f = spec.hidden_size, spec.intermediate_size
-    n_q, n_kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    h, f, d = spec.hidden_size, spec.ffn_width(layer), spec.head_dim
+    n_q, n_kv = spec.num_heads * d, spec.num_kv_heads * d
     prefix = f"model.layers.{layer}."
     if role in ("w_gate", "w_up", "w_down"):
         of_ffn = (h, f) if role == "w_down" else (f, h)
         if expert is None:
             return Published(f"{prefix}mlp.{role[2:]}_proj.weight", of_ffn)
-        number = {"w_gate": "w1", "w_up": "w3", "w_down": "w2"}[role]
-        return Published(f"{prefix}block_sparse_moe.experts.{expert}.{number}.weight", of_ffn)
+        return Published(f"{prefix}{_moe_block(spec)}experts.{expert}.{_expert_matrix(spec, role)}.weight", of_ffn)
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
         "attn_norm": ("input_layernorm.weight", (h,)),
         "w_q": ("self_attn.q_proj.weight", (n_q, h)),
         "w_k": ("self_attn.k_proj.weight", (n_kv, h)),
         "w_v": ("self_attn.v_proj.weight", (n_kv, h)),
+        "q_norm": ("self_attn.q_norm.weight", (d,)),
+        "k_norm": ("self_attn.k_norm.weight", (d,)),
         "w_o": ("self_attn.o_proj.weight", (h, n_q)),
         "ffn_norm": ("post_attention_layernorm.weight", (h,)),
-        "router": ("block_sparse_moe.gate.weight", (spec.num_experts, h)),
+        "router": (f"{_moe_block(spec)}gate.weight", (spec.num_experts, h)),
     }
     name, shape = shapes[role]
     return Published(prefix + name, shape)
+
+
+def _moe_block(spec: ModelSpec) -> str:
+    return "block_sparse_moe." if spec.family == "mixtral" else "mlp."
+
+
+def _expert_matrix(spec: ModelSpec, role: str) -> str:
+    if spec.family == "mixtral":
+        return {"w_gate": "w1", "w_up": "w3", "w_down": "w2"}[role]
+    return f"{role[2:]}_proj"

@@ -39,7 +39,7 @@ def contract_specs() -> dict[str, ModelSpec]:
     """Models that the contract uses: a mixture of experts, and a dense one with a tied head and one query head per key head."""
     dense = {**_SIZES, "num_heads": 4, "tie_word_embeddings": True}
     return {
-        "mixtral": ModelSpec(family="mixtral", num_experts=3, top_k=2, **_SIZES),  # type: ignore[arg-type]
+        "mixtral": ModelSpec(family="mixtral", num_experts=3, top_k=2, moe_intermediate_size=_SIZES["intermediate_size"], **_SIZES),  # type: ignore[arg-type]
         "llama-tied": ModelSpec(family="llama", **dense),  # type: ignore[arg-type]
     }
 

@@ -1,0 +1,87 @@
+"""How rotary frequencies are stretched for contexts longer than those a model was trained on: constants only, as config.json gives them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+from wse_emu.foundation.errors import SpecError
+
+RopeKind = Literal["linear", "dynamic", "yarn", "longrope", "llama3"]
+ROPE_KINDS: Final[tuple[str, ...]] = get_args(RopeKind)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScaling:
+    """Parameters of one kind of scaled rotary embedding; names are those of ``rope_parameters`` in config.json.
+
+    References
+    ----------
+    linear: Chen et al., "Extending context window of large language models via position interpolation", 2023. yarn: Peng et al., "YaRN",
+    2023, sections 3.2 to 3.4. longrope: Ding et al., "LongRoPE", 2024. dynamic and llama3: the formulas of transformers 5,
+    ``modeling_rope_utils``.
+    """
+
+    kind: RopeKind
+    factor: float
+    """How many times longer the context is."""
+    original_max_position_embeddings: int
+    """Context before it was stretched."""
+    attention_factor: float | None = None
+    """yarn, longrope: factor of cosine and sine; None follows from the other values."""
+    beta_fast: float = 32.0
+    """yarn: pairs that turn more often than this in the original context are left alone."""
+    beta_slow: float = 1.0
+    """yarn: pairs that turn less often are interpolated in full."""
+    truncate: bool = True
+    """yarn: whether the range between the two is widened to whole pairs."""
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    """yarn: numerator and denominator of the default attention factor."""
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    """llama3: turns in the original context below which a pair is interpolated, and above which it is left alone."""
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    """longrope: divisor of every pair's frequency, for sequences within the original context and beyond it."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROPE_KINDS:
+            raise SpecError(f"`kind` of a rotary scaling must be one of {', '.join(ROPE_KINDS)}, got {self.kind!r}")
+        if not 1 <= self.factor < math.inf:
+            raise SpecError(f"rotary scaling {self.kind}: `factor` must be finite and at least 1, got {self.factor!r}")
+        if type(self.original_max_position_embeddings) is not int or self.original_max_position_embeddings < 1:
+            raise SpecError(
+                f"rotary scaling {self.kind}: `original_max_position_embeddings` must be a positive integer, "
+                f"got {self.original_max_position_embeddings!r}"
+            )
+        if self.attention_factor is not None and not 0 < self.attention_factor < math.inf:
+            raise SpecError(f"rotary scaling {self.kind}: `attention_factor` must be positive and finite, got {self.attention_factor!r}")
+        if not 0 < self.beta_slow <= self.beta_fast < math.inf:
+            raise SpecError(
+                f"rotary scaling {self.kind}: `beta_slow` and `beta_fast` must be positive, the first not larger, "
+                f"got {self.beta_slow!r} and {self.beta_fast!r}"
+            )
+        if self.kind == "llama3":
+            low, high = self.low_freq_factor, self.high_freq_factor
+            if low is None or high is None or not 0 < low < high < math.inf:
+                raise SpecError(
+                    f"rotary scaling llama3: `low_freq_factor` and `high_freq_factor` must be positive and rising, got {low!r} and {high!r}"
+                )
+        if self.kind == "longrope" and self.attention_factor is None and self.original_max_position_embeddings < 2:
+            raise SpecError("rotary scaling longrope: `original_max_position_embeddings` must be at least 2 to give an attention factor")
+        for name in ("short_factor", "long_factor"):
+            values = getattr(self, name)
+            if bool(values) != (self.kind == "longrope") or not all(0 < v < math.inf for v in values):
+                raise SpecError(f"rotary scaling {self.kind}: `{name}` must hold positive numbers with longrope, and none otherwise")
+
+    @property
+    def follows_length(self) -> bool:
+        """Whether frequencies depend on how long the sequence is (and keys in the cache keep those they were rotated with)."""
+        return self.kind in ("dynamic", "longrope")
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence that the scaling is meant for."""
+        return math.ceil(self.factor * self.original_max_position_embeddings)
