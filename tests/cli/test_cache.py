@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from wse_emu.cli.app import invoke
+from wse_emu.cli.load import tell_of_a_cold_start
 from wse_kernels import _cache
 
 
@@ -43,3 +45,16 @@ def test_entries_are_listed_then_cleared(base: Path, capsys: pytest.CaptureFixtu
     assert not path.exists()
     assert invoke(["cache", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["entries"] == []
+
+
+def test_a_cold_start_is_told_where_somebody_looks(base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(**options: bool) -> str:
+        tell_of_a_cold_start(**options)
+        return capsys.readouterr().err
+
+    assert told(quiet=False) == ""  # stderr is no terminal here
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert told(quiet=True) == ""
+    assert told(quiet=False) == f"first run: the kernels are compiled now and kept in {base / 'kernels'}\n"
+    fill()
+    assert told(quiet=False) == ""

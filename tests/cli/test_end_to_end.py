@@ -126,9 +126,16 @@ def test_ledger_file_has_the_public_schema(checkpoint: Path, tmp_path: Path, cap
 
 
 def test_verify_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, document, err = run(capsys, "verify", str(checkpoint), "--ids", ids_file(tmp_path, 12))
+    words = ["verify", str(checkpoint), "--ids", ids_file(tmp_path, 12), "--rows", "2", "--cols", "3"]
+    code, document, err = run(capsys, *words)
     assert (code, err) == (0, "")
     assert document["verification"]["passed"] is True
+    assert (document["model"]["path"], document["wafer"]["rows"], document["wafer"]["cols"]) == (str(checkpoint), 2, 3)
+    assert len(document["prompt"]["ids"]) == 12
+    assert invoke(words) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"model     {checkpoint.name}: mixtral, ")
+    assert "wafer     2 x 3 = 6 cores of WSE-3, executor batched" in out
 
 
 def test_text_for_a_model_without_tokenizer_is_refused(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,6 +167,28 @@ def test_plan_of_a_config_alone(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (code, err) == (0, "")
     assert document["plan"]["fits"] is True
     assert document["plan"]["peak_bytes"] <= 49_152
+
+
+def test_plan_of_a_small_model_takes_as_long_a_prompt_as_it_has_positions_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIG))
+    code, document, err = run(capsys, "plan", str(config))
+    assert (code, err) == (0, "")
+    assert (document["prompt_tokens"], document["new_tokens"]) == (32, 32)
+    assert document["model"]["n_params"] > 0
+
+
+def test_plan_says_what_a_grid_holds_that_is_too_small(capsys: pytest.CaptureFixture[str]) -> None:
+    def plan(rows: int, prompt_tokens: int) -> Any:
+        words = ["--rows", str(rows), "--prompt-tokens", str(prompt_tokens), "--new-tokens", "1"]
+        return run(capsys, "plan", str(shipped_model()), *words)[1]["plan"]
+
+    refused = plan(2, 300)
+    assert refused["fits"] is False
+    assert 1 < refused["max_context"] < 301
+    assert plan(2, refused["max_context"] - 1)["fits"] is True
+    side = int(refused["message"].rpartition("the smallest square that holds it is ")[2].split(" x ")[0])
+    assert (plan(side, 300)["fits"], plan(side - 1, 300)["fits"]) == (True, False)
 
 
 def test_plan_of_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:

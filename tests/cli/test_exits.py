@@ -79,7 +79,8 @@ def test_traceback_only_when_asked_for(capsys: pytest.CaptureFixture[str], monke
         (["run", "--executor", "gpu"], "'gpu' is not one of 'batched', 'isolated', 'interpreted'"),
         (["run", "--max-new-tokens", "many"], "'--max-new-tokens'"),
         (["plan"], "MODEL_OR_CONFIG"),
-        (["paln"], "paln"),
+        (["paln"], "No such command 'paln'"),
+        (["cache", "list"], "extra argument(s) (list); see wse-emu cache --help\n"),
         (["run", "--top-p", "2"], "`top_p` must lie in (0, 1], got 2.0"),
         (["run", "--temperature", "-1"], "`temperature` must be positive and finite, got -1.0"),
         (["run", "--prompt", "a", "--ids", "b"], "`--prompt` and `--ids` both say where to start"),
@@ -92,6 +93,7 @@ def test_bad_usage_is_one_line_and_two(arguments: list[str], line: str, capsys: 
     assert line in err
     assert err.startswith("wse-emu: ")
     assert err.count("\n") == 1
+    assert not any(clumsy in err for clumsy in ("..", ".;", "?;", "Value error"))
 
 
 def test_missing_checkpoint_is_four(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,18 +115,40 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"wse-emu {wse_emu.__version__}\n"
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
+def left_by_its_reader(code: str) -> tuple[int, bytes]:
+    """Exit code and stderr of a Python process whose stdout nobody reads."""
     root = Path(__file__).resolve().parents[2]
-    code = (
-        f"import os, sys; sys.path[:0] = [{str(root)!r}, {str(root / 'kernels')!r}]\n"
-        "from wse_emu.cli import run\nfrom wse_emu.cli.app import main\n"
-        "def read_request(*_):\n    print('x' * 100000, flush=True)\n"
-        "run.read_request = read_request\nsys.argv = ['wse-emu', 'run']\nmain()"
-    )
+    code = f"import sys; sys.path[:0] = [{str(root)!r}, {str(root / 'kernels')!r}]\n{code}"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()
     error = process.stderr.read()
     process.stderr.close()
-    assert (process.wait(timeout=60), error) == (Exit.BROKEN_PIPE, b"")
+    return process.wait(timeout=60), error
+
+
+@pytest.mark.parametrize("what", ["print('x' * 100000, flush=True)", "tables.console().print('x' * 100000)"])
+def test_a_reader_that_leaves_is_no_error(what: str) -> None:
+    code = (
+        "from wse_emu.cli import run, tables\nfrom wse_emu.cli.app import main\n"
+        f"def read_request(*_):\n    {what}\n"
+        "run.read_request = read_request\nsys.argv = ['wse-emu', 'run']\nmain()"
+    )
+    assert left_by_its_reader(code) == (Exit.BROKEN_PIPE, b"")
+
+
+@pytest.mark.parametrize("word", ["--help", "--version"])
+def test_a_reader_that_leaves_before_a_command_is_no_error(word: str) -> None:
+    code = f"from wse_emu.cli.app import main\nsys.argv = ['wse-emu', {word!r}]\nmain()"
+    assert left_by_its_reader(code) == (Exit.BROKEN_PIPE, b"")
+
+
+def test_interruption_before_a_command_is_told_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Interrupting:
+        def __format__(self, spec: str) -> str:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("wse_emu.cli.app.__version__", Interrupting())
+    assert invoke(["--version"]) == Exit.INTERRUPTED
+    assert capsys.readouterr().err.strip() == "wse-emu: interrupted"

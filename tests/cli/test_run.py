@@ -6,21 +6,24 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from wse_emu.cli.app import invoke
+from wse_emu.cli.describe import sampling_text
 from wse_emu.cli.exits import Exit
 from wse_emu.cli.load import Request
 from wse_emu.cli.options import Executor, Placing, StreamExperts, WaferName, grid
 from wse_emu.cli.run import make_sampler
-from wse_emu.cli.tables import bytes_text, channel_bytes, ledger_table, stage_totals
+from wse_emu.cli.tables import bytes_text, channel_bytes, console, ledger_table, sram_table, stage_totals
 from wse_emu.foundation.errors import SramOverflowError
 from wse_emu.foundation.wafer_spec import WSE2, WSE3
 from wse_emu.sampling import Sampler
 from wse_emu.wafer.ledger import KINDS, Event, Ledger
+from wse_emu.wafer.sram import SramMap
 
 CONTINUATION = " the list."
 
@@ -43,6 +46,7 @@ class StandInWafer:
     cols: int = 6
     executor: str = "batched"
     ledger: Ledger = field(default_factory=Ledger)
+    sram: Any = field(default_factory=lambda: SimpleNamespace(high_water_map=SramMap(2, 3, 5000, 49_152, (("base code", 5000),))))
 
     def sram_report(self) -> str:
         return "SRAM: core (0, 0) 5000 of 49152 bytes"
@@ -101,6 +105,8 @@ def test_text_is_streamed_and_everything_is_told(stand_in: list[StandInModel], c
     out, err = capsys.readouterr()
     assert "\nSort the list.\n" in out
     assert "4 x 6 = 24 cores of WSE-3" in out
+    assert f"prompt    {len(stand_in[0].asked['request'].ids)} token" in out
+    assert ", then up to 32 new, greedy\n" in out
     assert "verification passed" in out
     assert "SRAM: core (0, 0)" in out
     assert err == ""
@@ -136,6 +142,12 @@ def test_json_is_one_document_and_nothing_else(stand_in: list[StandInModel], cap
     assert CONTINUATION.startswith(document["generated"]["text"])
     assert document["prompt"] == {"text": "Sort", "ids": model.asked["request"].ids}
     assert document["wafer"]["rows"] == 4
+    assert document["wafer"]["sram"] == {
+        "worst_core": [2, 3],
+        "peak_bytes": 5000,
+        "capacity_bytes": 49_152,
+        "blocks": [["base code", 5000]],
+    }
     assert set(document["host_seconds"]) == {"load", "first_token", "generate", "verify"}
     assert [row["stage"] for row in document["ledger"]["totals"]] == ["attention"] * 5
     assert model.asked["quiet"] is True
@@ -205,7 +217,21 @@ def test_a_ledger_that_cannot_be_written_is_exit_four(
     assert invoke(["run", "--json", "--ledger", str(tmp_path / "no" / "ledger.json")]) == Exit.CHECKPOINT
     out, err = capsys.readouterr()
     assert out == ""
-    assert "ledger.json: cannot be written (No such file or directory)" in err
+    assert f"ledger.json: cannot be written (there is no directory {tmp_path / 'no'})" in err
+    assert invoke(["run", "--json", "--ledger", str(tmp_path)]) == Exit.CHECKPOINT
+    assert "cannot be written (Is a directory)" in capsys.readouterr().err
+    assert stand_in == []  # refused before anything ran
+
+
+def test_a_ledger_that_fails_in_the_end_is_exit_four(
+    stand_in: list[StandInModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def to_json(self: Ledger, path: Path) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Ledger, "to_json", to_json)
+    assert invoke(["run", "--json", "--ledger", str(tmp_path / "ledger.json")]) == Exit.CHECKPOINT
+    assert "ledger.json: cannot be written (No space left on device)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -247,6 +273,47 @@ def test_stages_sum_what_belongs_together() -> None:
     assert channel_bytes(rows, "control") == 8
     table = ledger_table(rows, "title")
     assert [column.footer for column in table.columns] == ["all", "10", "8", "116", str(2 * n_fabric), "25"]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "text"),
+    [
+        (Sampler(greedy=True), "greedy"),
+        (Sampler(temperature=0.5, seed=3), "sampled, temperature 0.5, seed 3"),
+        (Sampler(top_k=9, top_p=0.25), "sampled, temperature 1, top-k 9, top-p 0.25, seed 0"),
+    ],
+)
+def test_sampling_for_people(sampler: Sampler, text: str) -> None:
+    assert sampling_text(sampler) == text
+
+
+@pytest.mark.parametrize(("scale", "width"), [(1, 80), (10**6, 200)])
+def test_tables_fit_eighty_columns_and_cut_no_number(
+    scale: int, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")  # what a terminal says of itself
+    ledger = Ledger()
+    for stage in ("attention_norm", "attention_out"):
+        with ledger.scope(stage, 0):
+            ledger.record(Event(None, "", "launch", "w", macs=10_000_000 * scale))
+            ledger.record(Event(None, "", "stream", "w", bytes=40_000_000 * scale, max_link_wavelets=100_000 * scale))
+            ledger.record(Event(None, "", "chain", "w", wavelets=1_000_000 * scale))
+            ledger.record(Event(None, "", "drain", "w", bytes=1_000_000 * scale))
+    console().print(ledger_table(ledger.totals(by=("stage", "kind")), "title"))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    numbers = [f"{n * scale:,}" for n in (10_000_000, 40_000_000, 1_000_000, 1_000_000, 100_000)]
+    assert [line.split() for line in lines if "attention" in line] == [["attention_norm", *numbers], ["attention_out", *numbers]]
+    assert lines[-1].split() == ["all", *(f"{n * scale:,}" for n in (20_000_000, 80_000_000, 2_000_000, 2_000_000, 100_000))]
+
+
+def test_layers_alike_share_a_line_of_the_sram_table(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = [("base code", 8), *((f"keys and values of layer {i}", 3072) for i in range(12)), ("logits", 4)]
+    console().print(sram_table("title", blocks, 36_876, 49_152))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[3:6]] == ["base code", "keys and values of layer 0..11 (12 x 3072)", "logits"]
+    assert lines[4].endswith("36,864")
+    assert lines[-1].endswith("36,876 of 49,152")
 
 
 @pytest.mark.parametrize(

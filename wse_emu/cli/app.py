@@ -50,7 +50,7 @@ for _command in (run, verify, plan, cache):
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"wse-emu {__version__}")
+        print(f"wse-emu {__version__}", flush=True)
         raise typer.Exit
 
 
@@ -69,7 +69,8 @@ def _usage(error: Exception) -> int:
         return int(report(error))
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "wse-emu"
-    print(f"wse-emu: {' '.join(format_message().split())} (see {command} --help)", file=sys.stderr)
+    said = " ".join(format_message().split()).replace("Value error, ", "").rstrip(".")
+    print(f"wse-emu: {said}{'' if said.endswith('?') else ';'} see {command} --help", file=sys.stderr)
     return int(Exit.USAGE)
 
 
@@ -79,9 +80,15 @@ def invoke(arguments: Sequence[str] | None = None) -> int:
     try:
         result = app(args=words or ["--help"], prog_name="wse-emu", standalone_mode=False)
     except typer.Abort:
-        return int(Exit.INTERRUPTED)
+        return int(report(KeyboardInterrupt()))
+    except SystemExit as e:  # typer's answer to a reader that left while help was written
+        if not isinstance(e.__context__, BrokenPipeError):
+            raise
+        return int(report(e.__context__))
     except Exception as e:
         return _usage(e)
+    if result == Exit.INTERRUPTED and not isinstance(result, Exit):  # typer's own code: interrupted before a command began
+        return int(report(KeyboardInterrupt()))
     return int(result) if isinstance(result, int) else int(Exit.OK)
 
 

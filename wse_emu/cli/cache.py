@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from wse_emu.cli import options
+from wse_emu.cli.describe import JSON_SCHEMA
 from wse_emu.cli.exits import Exit
-from wse_emu.cli.run import JSON_SCHEMA
 
 
 def cache(clear: options.Clear = False, as_json: options.Json = False) -> int:

@@ -92,6 +92,7 @@ def load(request: Request, placing: Placing, *, new_tokens: int, verify: bool, q
     )
     if not plan.fits:
         raise SramOverflowError(plan.message)
+    tell_of_a_cold_start(quiet=quiet)
     with progress_bar("weights to wafer layout", quiet=quiet) as progress:
         return wse.from_pretrained(
             request.path,
@@ -101,6 +102,16 @@ def load(request: Request, placing: Placing, *, new_tokens: int, verify: bool, q
             prefill_chunk=placing.prefill_chunk,
             progress=progress,
         )
+
+
+def tell_of_a_cold_start(*, quiet: bool) -> None:
+    """Say on stderr, if that is a terminal, why the first token of a fresh installation takes its time."""
+    if quiet or not sys.stderr.isatty():
+        return
+    from wse_kernels import _cache as kernels
+
+    if not any(entry.is_current for entry in kernels.cache_entries()):
+        print(f"first run: the kernels are compiled now and kept in {kernels.kernels_root()}", file=sys.stderr)
 
 
 @contextmanager

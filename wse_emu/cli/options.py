@@ -56,34 +56,44 @@ class Placing(NamedTuple):
 _SHIPPED = "without it, the small model that ships with the package"
 _EXECUTORS = "batched: all cores in one compiled loop; isolated: one core at a time in its own 48 KiB; interpreted: plain Python."
 
-Model = Annotated[Path | None, typer.Argument(help=f"Checkpoint directory (Hugging Face); {_SHIPPED}.")]
+Model = Annotated[Path | None, typer.Argument(metavar="MODEL", help=f"Checkpoint directory (Hugging Face); {_SHIPPED}.")]
 ModelOrConfig = Annotated[Path, typer.Argument(metavar="MODEL_OR_CONFIG", help="Checkpoint directory or config.json; no weights are read.")]
-Prompt = Annotated[str | None, typer.Option("--prompt", help="Text to continue; needs the checkpoint's tokenizer.json.")]
+Prompt = Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="Text to continue; needs the checkpoint's tokenizer.json.")]
 Ids = Annotated[
     Path | None,
     typer.Option("--ids", metavar="FILE", help="Continue token ids instead: a JSON list, or numbers between blanks; '-' reads stdin."),
 ]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate at most; end of sequence stops earlier.")]
-Rows = Annotated[int | None, typer.Option("--rows", min=1, help="Rows of cores; alone: a square. Default: the smallest square that fits.")]
-Cols = Annotated[int | None, typer.Option("--cols", min=1, help="Columns of cores; alone: a square.")]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Tokens to generate at most; end of sequence stops earlier.")
+]
+Rows = Annotated[
+    int | None, typer.Option("--rows", metavar="N", min=1, help="Rows of cores; alone: a square. Default: the smallest square that fits.")
+]
+Cols = Annotated[int | None, typer.Option("--cols", metavar="N", min=1, help="Columns of cores; alone: a square.")]
 Wafer = Annotated[WaferName, typer.Option("--wafer", help="Which wafer's limits apply.")]
 Execution = Annotated[Executor, typer.Option("--executor", help=_EXECUTORS)]
 Temperature = Annotated[
-    float | None, typer.Option("--temperature", help="Sample at this temperature; 0, or no sampling option at all: take the most probable.")
+    float | None,
+    typer.Option("--temperature", metavar="T", help="Sample at this temperature; 0, or no sampling option at all: take the most probable."),
 ]
-TopK = Annotated[int | None, typer.Option("--top-k", help="Sample among the k most probable tokens.")]
-TopP = Annotated[float | None, typer.Option("--top-p", help="Sample among the most probable tokens that sum to this probability.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling.")]
+TopK = Annotated[int | None, typer.Option("--top-k", metavar="K", help="Sample among the k most probable tokens.")]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", metavar="P", help="Sample among the most probable tokens that sum to this probability.")
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the sampling.")]
 Streamed = Annotated[StreamExperts, typer.Option("--stream-experts", help="Stream the experts that some token chose, or all.")]
 PrefillChunk = Annotated[
-    int | None, typer.Option("--prefill-chunk", min=1, help="Take the prompt in chunks of so many tokens; needs less SRAM.")
+    int | None, typer.Option("--prefill-chunk", metavar="N", min=1, help="Take the prompt in chunks of so many tokens; needs less SRAM.")
 ]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Hold every layer against the dense float64 reference.")]
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout and nothing else.")]
 LedgerFile = Annotated[Path | None, typer.Option("--ledger", metavar="FILE", help="Also write the whole ledger of the generation as JSON.")]
-PromptTokens = Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of each prompt.")]
-NewTokens = Annotated[int, typer.Option("--new-tokens", min=0, help="Tokens to generate after it.")]
-Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences at once.")]
+PromptTokens = Annotated[
+    int | None,
+    typer.Option("--prompt-tokens", metavar="N", min=1, help="Tokens of each prompt. Default: 512, or as many as the model takes."),
+]
+NewTokens = Annotated[int, typer.Option("--new-tokens", metavar="N", min=0, help="Tokens to generate after it.")]
+Batch = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Sequences at once.")]
 Clear = Annotated[bool, typer.Option("--clear", help="Remove everything listed; it is made again when needed.")]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wse_emu.cli import options
+from wse_emu.cli.describe import JSON_SCHEMA, counted, header, sampling_text, what_and_where
 from wse_emu.cli.exits import Exit
 from wse_emu.cli.load import Request, load, read_request
 from wse_emu.cli.options import Executor, Placing, StreamExperts, WaferName
@@ -19,9 +20,6 @@ from wse_emu.sampling import Sampler
 
 if TYPE_CHECKING:
     from wse_emu.model import WaferModel
-
-JSON_SCHEMA = 1
-"""Version of the document that ``--json`` writes."""
 
 
 @dataclass(slots=True)
@@ -48,20 +46,11 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """The document of ``--json``."""
-        spec, wafer = self.request.spec, self.model.wafer
         return {
             "schema": JSON_SCHEMA,
             "command": "run",
-            "model": {"path": str(self.request.path), "family": spec.family, "n_params": spec.n_params, "spec": asdict(spec)},
-            "wafer": {
-                "name": wafer.spec.name,
-                "rows": wafer.rows,
-                "cols": wafer.cols,
-                "executor": wafer.executor,
-                "sram": wafer.sram_report(),
-            },
+            **what_and_where(self.request, self.model.wafer),
             "sampling": asdict(self.sampler),
-            "prompt": {"text": self.request.text, "ids": self.request.ids},
             "generated": {"text": self.text, "ids": self.ids},
             "ledger": {"by": ["stage", "kind"], "totals": self.totals},
             "verification": None if self.report is None else self.report.to_dict(),
@@ -93,13 +82,17 @@ def run(
     Weights pass through the wafer layer by layer; every layer is held against a dense float64 reference; a table says what moved where.
     """
     sampler = make_sampler(temperature, top_k, top_p, seed)
+    if ledger is not None:
+        check_ledger_file(ledger)
     request = read_request(model, prompt, ids)
     placing = Placing(rows, cols, wafer, executor, stream_experts, prefill_chunk)
     started = time.perf_counter()
     loaded = load(request, placing, new_tokens=max_new_tokens, verify=verify, quiet=as_json)
     outcome = Outcome(request, loaded, sampler, host_seconds={"load": time.perf_counter() - started})
     if not as_json:
-        print_header(outcome)
+        print(header(request, loaded.wafer))
+        print(f"prompt    {counted(len(request.ids), 'token')}, then up to {max_new_tokens} new, {sampling_text(sampler)}\n")
+        print(request.text if request.text is not None else " ".join(map(str, request.ids)), end="", flush=True)
     generate(outcome, max_new_tokens, echo=not as_json)
     if ledger is not None:
         write_ledger(loaded, ledger)
@@ -156,6 +149,20 @@ def generate(outcome: Outcome, max_new_tokens: int, *, echo: bool) -> None:
     outcome.totals = model.wafer.ledger.totals(by=("stage", "kind"), start=before)
 
 
+def check_ledger_file(file: Path) -> None:
+    """Refuse, before anything runs, a file whose folder is not there or that is a folder itself.
+
+    Raises
+    ------
+    StoreError
+        Saying which.
+    """
+    if file.is_dir():
+        raise StoreError(f"--ledger {file}: cannot be written (Is a directory)")
+    if not file.absolute().parent.is_dir():
+        raise StoreError(f"--ledger {file}: cannot be written (there is no directory {file.absolute().parent})")
+
+
 def write_ledger(model: WaferModel, file: Path) -> None:
     """Write the wafer's ledger as JSON.
 
@@ -170,27 +177,16 @@ def write_ledger(model: WaferModel, file: Path) -> None:
         raise StoreError(f"--ledger {file}: cannot be written ({e.strerror or e})") from e
 
 
-def print_header(outcome: Outcome) -> None:
-    """Say what runs where, then the prompt."""
-    spec, wafer = outcome.request.spec, outcome.model.wafer
-    shape = f"{spec.num_layers} layers, hidden {spec.hidden_size}"
-    if spec.is_moe:
-        shape += f", {spec.num_experts} experts, top {spec.top_k}"
-    print(f"model     {outcome.request.path.resolve().name}: {spec.family}, {shape}, {spec.n_params:,} parameters")
-    print(f"wafer     {wafer.rows} x {wafer.cols} = {wafer.rows * wafer.cols:,} cores of {wafer.spec.name}, executor {wafer.executor}")
-    print()
-    prompt = outcome.request.text if outcome.request.text is not None else " ".join(map(str, outcome.request.ids))
-    print(prompt, end="", flush=True)
-
-
 def print_ledger(outcome: Outcome) -> None:
     """Tell what the wafer did: emulated quantities only."""
     from wse_emu.cli.tables import channel_bytes, console, ledger_table
 
-    n = len(outcome.request.ids)
+    prompt = counted(len(outcome.request.ids), "prompt token")
     print()
-    console().print(ledger_table(outcome.totals, f"Emulated work and traffic: {n} prompt tokens, {len(outcome.ids)} generated"))
-    print(f"control channel (chosen experts to MemoryX): {channel_bytes(outcome.totals, 'control'):,} bytes")
+    console().print(ledger_table(outcome.totals, f"Emulated work and traffic: {prompt}, {len(outcome.ids)} generated"))
+    print()
+    if outcome.request.spec.is_moe:
+        print(f"control channel (chosen experts to MemoryX): {channel_bytes(outcome.totals, 'control'):,} bytes")
     print(outcome.model.wafer.sram_report())
     print()
     sys.stdout.flush()

@@ -6,8 +6,11 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+
+from wse_emu.wafer.sram import numbered_runs
 
 EDGE = frozenset({"inject", "drain"})
 """Kinds of events that cross the wafer's edge with tokens and logits."""
@@ -31,9 +34,17 @@ class StageTotals(NamedTuple):
     """Most wavelets over one link in one move, streaming included."""
 
 
+class _Console(Console):
+    """A console on which a reader that left is an error like any other, not an exit of its own."""
+
+    def on_broken_pipe(self) -> None:
+        """Let the error through that is being handled."""
+        raise
+
+
 def console() -> Console:
-    """Console for stdout: as wide as the terminal, 110 columns where there is none."""
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110, highlight=False, soft_wrap=False)
+    """Console for stdout, so wide that no number is ever cut; the tables are made for 80 columns."""
+    return _Console(file=sys.stdout, width=200, highlight=False)
 
 
 def stage_totals(rows: Iterable[Mapping[str, Any]]) -> list[StageTotals]:
@@ -62,7 +73,7 @@ def channel_bytes(rows: Iterable[Mapping[str, Any]], kind: str) -> int:
 
 def ledger_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """Table of emulated quantities by stage, with their totals."""
-    table = Table(title=title, title_justify="left", show_footer=True)
+    table = _table(title)
     stages = stage_totals(rows)
     total = StageTotals(
         "all",
@@ -73,12 +84,32 @@ def ledger_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
         max((s.busiest_link_wavelets for s in stages), default=0),
     )
     table.add_column("stage", footer=total.stage)
-    heads = ("MACs", "weights streamed\nbytes", "tokens in, logits out\nbytes", "between cores\nwavelets", "busiest link\nwavelets")
+    heads = (
+        "MACs",
+        "weights\nstreamed\nbytes",
+        "tokens in,\nlogits out\nbytes",
+        "between\ncores\nwavelets",
+        "busiest\nlink\nwavelets",
+    )
     for head, value in zip(heads, total[1:], strict=True):
         table.add_column(head, footer=f"{value:,}", justify="right")
     for stage in stages:
         table.add_row(stage.stage, *(f"{value:,}" for value in stage[1:]))
     return table
+
+
+def sram_table(title: str, blocks: Sequence[tuple[str, int]], used_bytes: int, capacity_bytes: int) -> Table:
+    """Table of what lies on one core."""
+    table = _table(title)
+    table.add_column("block", footer="together")
+    table.add_column("bytes", footer=f"{used_bytes:,} of {capacity_bytes:,}", justify="right")
+    for name, size in numbered_runs(blocks):
+        table.add_row(name, f"{size:,}")
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", show_footer=True, box=SIMPLE, show_edge=False, pad_edge=False)
 
 
 def bytes_text(n: int) -> str:

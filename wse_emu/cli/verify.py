@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 from wse_emu.cli import options
+from wse_emu.cli.describe import JSON_SCHEMA, header, what_and_where
 from wse_emu.cli.exits import Exit
 from wse_emu.cli.load import load, read_request
 from wse_emu.cli.options import Executor, Placing, WaferName
-from wse_emu.cli.run import JSON_SCHEMA
 
 
 def verify(
@@ -29,9 +29,12 @@ def verify(
     request = read_request(model, prompt, ids)
     placing = Placing(rows, cols, wafer, executor, prefill_chunk=prefill_chunk)
     loaded = load(request, placing, new_tokens=0, verify=True, quiet=as_json)
+    if not as_json:
+        print(header(request, loaded.wafer), flush=True)
     report = loaded.verify([request.ids])
     if as_json:
-        print(json.dumps({"schema": JSON_SCHEMA, "command": "verify", "model": str(request.path), "verification": report.to_dict()}))
+        where = what_and_where(request, loaded.wafer)
+        print(json.dumps({"schema": JSON_SCHEMA, "command": "verify", **where, "verification": report.to_dict()}))
     else:
-        print(report)
+        print(f"\n{report}")
     return Exit.OK if report.passed else Exit.VERIFICATION_FAILED

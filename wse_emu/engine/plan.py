@@ -137,7 +137,7 @@ class Plan:
     chunk: int
     """Most columns of one streamed piece of a matrix."""
     max_context: int
-    """Longest sequence that this grid holds, with prompt chunks as planned; 0 if it does not fit."""
+    """Longest sequence that this grid holds, with prompt chunks as planned (a prompt shorter than they are at once); 0 if it holds none."""
     message: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -188,7 +188,8 @@ def plan_model(
         )
     options = options or EngineOptions()
     work = Workload.of((prompt_tokens,) * batch, new_tokens, prefill_chunk, probe=verify)
-    if rows is None and cols is None:
+    chosen = rows is None and cols is None
+    if chosen:
         side = smallest_square(spec, wafer_spec, work, options)
         rows = cols = side or min(wafer_spec.usable_rows, wafer_spec.usable_cols)
     rows, cols = rows or cols, cols or rows
@@ -197,16 +198,18 @@ def plan_model(
     streamed = {n: _stream_bytes(spec, n, options) for n in (batch * min(prompt_tokens, prefill_chunk or prompt_tokens), batch)}
     passes = -(-prompt_tokens // (prefill_chunk or prompt_tokens))
     bytes_prefill = streamed[batch * min(prompt_tokens, prefill_chunk or prompt_tokens)] * passes
+    longest = _max_context(spec, wafer_spec, rows, cols, prompt_tokens, batch, prefill_chunk, options)
     try:
         settled, lies = settle(spec, wafer_spec, rows, cols, work, options)
     except SramOverflowError as error:
         lies = error.core_map
+        side = None if chosen else smallest_square(spec, wafer_spec, work, options)
+        way_out = f"the smallest square that holds it is {side} x {side}" if side else f"no square grid of {wafer_spec.name} holds it"
         return Plan(
             rows=rows, cols=cols, fits=False, peak_bytes=lies.used_bytes, worst_core=(lies.row, lies.col), blocks=lies.blocks,
-            stream_bytes_prefill=bytes_prefill, stream_bytes_token=streamed[batch], chunk=options.chunk or CHUNKS[-1], max_context=0,
-            message=f"does not fit {rows} x {cols} cores: {str(error).splitlines()[0]}",
+            stream_bytes_prefill=bytes_prefill, stream_bytes_token=streamed[batch], chunk=options.chunk or CHUNKS[-1], max_context=longest,
+            message=f"does not fit {rows} x {cols} cores: {str(error).splitlines()[0]}; {way_out}",
         )  # fmt: skip
-    longest = _max_context(spec, wafer_spec, rows, cols, prompt_tokens, batch, prefill_chunk, options)
     return Plan(
         rows=rows, cols=cols, fits=True, peak_bytes=lies.used_bytes, worst_core=(lies.row, lies.col), blocks=lies.blocks,
         stream_bytes_prefill=bytes_prefill, stream_bytes_token=streamed[batch], chunk=settled.piece, max_context=longest,

@@ -6,10 +6,10 @@ columns that never differed in any block: a handful of numbers, also for the ful
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, groupby
 from typing import NoReturn
 
 import numpy as np
@@ -42,9 +42,32 @@ class SramMap:
 
     def __str__(self) -> str:
         lines = [f"core ({self.row}, {self.col}): {self.used_bytes} of {self.capacity_bytes} bytes"]
-        width = max((len(name) for name, _ in self.blocks), default=0)
-        lines += [f"  {name:<{width}}  {size:>8}" for name, size in self.blocks]
+        blocks = numbered_runs(self.blocks)
+        width = max((len(name) for name, _ in blocks), default=0)
+        lines += [f"  {name:<{width}}  {size:>8}" for name, size in blocks]
         return "\n".join(lines)
+
+
+def numbered_runs(blocks: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+    """For people: neighbouring blocks of one size whose names only count on, together in one line.
+
+    >>> numbered_runs([("keys of layer 0", 8), ("keys of layer 1", 8), ("logits", 4)])
+    [('keys of layer 0..1 (2 x 8)', 16), ('logits', 4)]
+    """
+    lines: list[tuple[str, int]] = []
+    for (stem, size, _), group in groupby(zip(count(), blocks, strict=False), _counts_on):
+        names = [name for _, (name, _) in group]
+        one = names[0] if len(names) == 1 else f"{names[0]}..{names[-1][len(stem) :]} ({len(names)} x {size})"
+        lines.append((one, len(names) * size))
+    return lines
+
+
+def _counts_on(entry: tuple[int, tuple[str, int]]) -> tuple[str, int, int]:
+    """Equal for neighbours of `numbered_runs` that belong together: their numbers and their indices rise alike."""
+    index, (name, size) = entry
+    stem = name.rstrip("0123456789")
+    number = name[len(stem) :]
+    return (stem, size, int(number) - index) if number else (name, size, -index - 1)
 
 
 class _Classes:

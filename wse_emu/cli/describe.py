@@ -1,0 +1,72 @@
+"""Which model ran on which prompt, and where: as lines for people and as entries of a ``--json`` document."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from wse_emu.cli.load import Request
+    from wse_emu.foundation.model_spec import ModelSpec
+    from wse_emu.sampling import Sampler
+    from wse_emu.wafer.wafer import Wafer
+
+JSON_SCHEMA = 1
+"""Version of the document that ``--json`` writes."""
+
+
+def counted(n: int, noun: str) -> str:
+    """`n` with its noun.
+
+    >>> counted(1, "core"), counted(1024, "core")
+    ('1 core', '1,024 cores')
+    """
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def header(request: Request, wafer: Wafer) -> str:
+    """What runs where, a line each."""
+    spec = request.spec
+    shape = f"{counted(spec.num_layers, 'layer')}, hidden {spec.hidden_size}, {counted(spec.num_heads, 'head')} / {spec.num_kv_heads} kv"
+    if spec.is_moe:
+        shape += f", {counted(spec.num_experts, 'expert')}, top {spec.top_k}"
+    cores = f"{wafer.rows} x {wafer.cols} = {counted(wafer.rows * wafer.cols, 'core')} of {wafer.spec.name}"
+    return (
+        f"model     {request.path.resolve().name}: {spec.family}, {spec.n_params:,} parameters\n"
+        f"          {shape}\n"
+        f"wafer     {cores}, executor {wafer.executor}"
+    )
+
+
+def sampling_text(sampler: Sampler) -> str:
+    """How tokens are chosen, for people."""
+    if sampler.greedy:
+        return "greedy"
+    top = [f"top-k {sampler.top_k}"] if sampler.top_k is not None else []
+    top += [f"top-p {sampler.top_p:g}"] if sampler.top_p < 1 else []
+    return ", ".join(["sampled", f"temperature {sampler.temperature:g}", *top, f"seed {sampler.seed}"])
+
+
+def model_entry(path: Path, spec: ModelSpec) -> dict[str, Any]:
+    """Entry ``model`` of a ``--json`` document."""
+    return {"path": str(path), "family": spec.family, "n_params": spec.n_params, "spec": asdict(spec)}
+
+
+def what_and_where(request: Request, wafer: Wafer) -> dict[str, Any]:
+    """Entries of a ``--json`` document that say which model ran on which prompt, where, and what lay on the fullest core at its fullest."""
+    spec, lies = request.spec, wafer.sram.high_water_map
+    sram = None
+    if lies is not None:
+        sram = {
+            "worst_core": [lies.row, lies.col],
+            "peak_bytes": lies.used_bytes,
+            "capacity_bytes": lies.capacity_bytes,
+            "blocks": lies.blocks,
+        }
+    return {
+        "model": model_entry(request.path, spec),
+        "wafer": {"name": wafer.spec.name, "rows": wafer.rows, "cols": wafer.cols, "executor": wafer.executor, "sram": sram},
+        "prompt": {"text": request.text, "ids": request.ids},
+    }
