@@ -152,7 +152,8 @@ class WaferModel:
             self._choose_grid(Workload.of((limit,), 0, prefill_chunk))
 
     def __repr__(self) -> str:
-        return f"WaferModel({self.spec.family}, {self.spec.n_params:,} parameters, {self._wafer!r})"
+        where = "no wafer chosen yet" if self._wafer is None else repr(self._wafer)
+        return f"WaferModel({self.spec.family}, {self.spec.n_params:,} parameters, {where})"
 
     @property
     def wafer(self) -> Wafer:

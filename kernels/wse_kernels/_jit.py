@@ -19,6 +19,7 @@ import numpy as np
 from numba import types
 from numba.core import compiler, config, serialize, sigutils
 from numba.core.caching import NullCache
+from numba.core.errors import NumbaError, UnsupportedBytecodeError
 from numba.extending import is_jitted, register_jitable
 
 from wse_kernels import _cache
@@ -39,6 +40,9 @@ _FIXED = (*_COVERED, "numba", "numpy", "builtins", "math")
 
 # What else changes the code that Numba emits. CPU name and features are asked of the code generator.
 _CODEGEN_OPTIONS = ("BOUNDSCHECK", "OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "ENABLE_AVX", "DISABLE_INTEL_SVML", "DEBUGINFO_DEFAULT")
+
+COMPILE_ERRORS: tuple[type[Exception], ...] = (NumbaError, UnsupportedBytecodeError)
+"""What the compiler raises where a body asks for what it cannot have."""
 
 
 class CompileRecord(NamedTuple):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from linecache import getline
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,6 +88,22 @@ class Kernel:
         """The same body as plain Python."""
         return getattr(self.body, "py_func", self.body)
 
+    def does_not_compile(self, error: Exception) -> KernelError:
+        """What the compiler's many lines come to: the reason, and the line of the body if they name one."""
+        text = str(error)
+        code = self.python.__code__
+        numbers = {number for *_, number in code.co_lines() if number is not None}
+        named = [int(n) for n in re.findall(rf"{re.escape(Path(code.co_filename).name)}(?:\", line | \()(\d+)", text)]
+        at = [n for n in named if n in numbers and n != code.co_firstlineno]
+        where = f" ({Path(code.co_filename).name}, line {at[-1]}: `{getline(code.co_filename, at[-1]).strip()}`)" if at else ""
+        if "NRT required" in text or "Only accept returning of array passed" in text:
+            reason = "it allocates memory; a body has its blocks, its scratch and scalars, and stores element by element"
+        else:
+            lines = (line.strip() for line in text.splitlines())
+            reason = next((line for line in lines if line and not line.startswith("Failed in nopython mode")), type(error).__name__)
+            reason = reason.removesuffix(". Raised from None").rstrip(".:")
+        return KernelError(f"kernel `{self.name}` does not compile{where}: {reason}")
+
     def run(self, values: Sequence[Any], shapes: Mapping[str, Any], *, interpreted: bool) -> int:
         """Run the body once; returns its multiply-adds, counted in the interpreter or taken from `macs`."""
         if not interpreted:
@@ -118,7 +137,8 @@ def kernel(
     -------
     callable
         Decorator that gives a `Kernel` for `Wafer.launch`. The first parameter may be ``core``: a NamedTuple
-        ``(row, col, n_rows, n_cols)``. The body is compiled when first launched; it may not allocate.
+        ``(row, col, n_rows, n_cols)``. The body is compiled when first launched; it may neither allocate nor raise. Compiled code does not
+        check indices; the ``interpreted`` executor does.
 
     Raises
     ------

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from wse_emu.foundation.errors import InputError
+
 SCHEMA_VERSION: Final = 1
 """Version of the fields of `Event`; grows when a field is added or changes its meaning."""
 
@@ -91,6 +93,9 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._events)
 
+    def __repr__(self) -> str:
+        return f"Ledger({len(self):,} event{'' if len(self) == 1 else 's'})"
+
     def events(self, start: int = 0) -> list[Event]:
         """Events from index `start` on, oldest first."""
         return [event._replace(layer=layer, stage=stage) for layer, stage, event in self._events[start:]]
@@ -112,12 +117,12 @@ class Ledger:
 
         Raises
         ------
-        ValueError
+        InputError
             If `by` names anything else.
         """
         unknown = set(by) - {"layer", "stage", "kind", "name"}
-        if unknown:
-            raise ValueError(f"`by` may hold layer, stage, kind and name, got {sorted(unknown)}")
+        if unknown or isinstance(by, str):
+            raise InputError(f"`by` must be a sequence of layer, stage, kind and name, for instance ('kind',); got {by!r}")
         rows: dict[tuple[Any, ...], dict[str, Any]] = {}
         for event in self.events(start):
             key = tuple(getattr(event, name) for name in by)

@@ -17,6 +17,7 @@ from wse_emu.wafer.ledger import Event, Ledger
 from wse_emu.wafer.placement import GridAxis, Ints, Placement, Split, placed
 from wse_emu.wafer.sram import Reservation, SramTracker
 from wse_emu.wafer.tensor import PlacedTensor
+from wse_kernels._jit import COMPILE_ERRORS
 from wse_kernels.launch import make_driver
 
 Executor = Literal["batched", "isolated", "interpreted", "dry"]
@@ -174,7 +175,7 @@ class Wafer:
         Raises
         ------
         PlacementError
-            If the array has not one or two axes, or an element size that is no whole number of wavelets.
+            If the array has not one or two axes, or an element size that is no whole number of wavelets, or `axes` does not fit it.
         SramOverflowError
             If it does not fit.
         """
@@ -187,6 +188,9 @@ class Wafer:
         if len(names) != host.ndim:
             raise PlacementError(f"`{name}` has {host.ndim} axes, `axes` names {len(names)}")
         length = {"row": self.rows, "col": self.cols, None: 1}
+        for axis in names:
+            if axis not in length:
+                raise PlacementError(f"`{name}`: `axes` may hold 'row', 'col' and None, got {axis!r}")
         pairs = [(grid, Split.balanced(n, length[grid])) for grid, n in zip(names, host.shape, strict=True)]
         if host.ndim == 1:
             pairs.insert(0, (None, Split.balanced(1, 1)))
@@ -275,7 +279,8 @@ class Wafer:
         Raises
         ------
         KernelError
-            If an argument is missing, unknown or of the wrong kind, or replicas of one tensor meet another row split.
+            If an argument is missing, unknown or of the wrong kind, replicas of one tensor meet another row split, or the body does not
+            compile.
         UninitializedReadError
             If a core would read what nothing wrote (isolated and interpreted executors).
         """
@@ -289,6 +294,8 @@ class Wafer:
                     macs = self._launch_isolated(kernel, args, plan)
                 elif not self.is_dry:
                     self._launch_batched(kernel, args, plan)
+            except COMPILE_ERRORS as error:
+                raise kernel.does_not_compile(error) from error
             finally:
                 for reservation in reserved:
                     self.sram.free(reservation)
@@ -303,9 +310,12 @@ class Wafer:
         self.record(Event(None, "", "launch", kernel.name, count=count, macs=plan.macs))
 
     def _check_args(self, kernel: Kernel, args: dict[str, Any]) -> dict[str, PlacedTensor]:
+        if not isinstance(kernel, Kernel):
+            raise KernelError(f"`launch` takes a kernel, got {kernel!r}; declare the function with @wse.kernel(out=(...))")
         if set(args) != set(kernel.params):
-            missing, unknown = set(kernel.params) - set(args), set(args) - set(kernel.params)
-            raise KernelError(f"kernel `{kernel.name}` takes {list(kernel.params)}; missing {sorted(missing)}, unknown {sorted(unknown)}")
+            wrong = [("missing", set(kernel.params) - set(args)), ("unknown", set(args) - set(kernel.params))]
+            said = "; ".join(f"{word} {', '.join(f'`{name}`' for name in sorted(names))}" for word, names in wrong if names)
+            raise KernelError(f"kernel `{kernel.name}` takes {', '.join(f'`{name}`' for name in kernel.params)}: {said}")
         tensors: dict[str, PlacedTensor] = {}
         for name, arg in args.items():
             if isinstance(arg, PlacedTensor):
