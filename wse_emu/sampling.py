@@ -48,7 +48,8 @@ class Sampler:
 
     def __post_init__(self) -> None:
         if not (isfinite(self.temperature) and self.temperature > 0):
-            raise InputError(f"`temperature` must be positive and finite, got {self.temperature!r}; use greedy=True for no randomness")
+            way_out = "use greedy=True (on the command line, 0) for no randomness"
+            raise InputError(f"`temperature` must be positive and finite, got {self.temperature!r}; {way_out}")
         if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
             raise InputError(f"`top_k` must be a positive integer or None, got {self.top_k!r}")
         if not 0 < self.top_p <= 1:

@@ -180,7 +180,7 @@ def test_sizes_have_no_default(name: str) -> None:
         ({"rms_norm_eps": float("nan")}, "`rms_norm_eps` must be a finite number"),
         ({"rms_norm_eps": 0.0}, "`rms_norm_eps` must lie in"),
         ({"rms_norm_eps": True}, "`rms_norm_eps` must be a finite number"),
-        ({"num_key_value_heads": 3}, "`num_heads` must be a multiple of `num_kv_heads`"),
+        ({"num_key_value_heads": 3}, "`num_attention_heads` must be a multiple of `num_key_value_heads`"),
         ({"head_dim": 7}, "`head_dim` must be even"),
         ({"eos_token_id": 100}, r"`eos_token_id` must be null, a token id or a list of them, in 0\.\.99"),
         ({"eos_token_id": [2, True]}, "`eos_token_id` must be"),
@@ -202,7 +202,7 @@ def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], messag
         ({"sliding_window": 9, "layer_types": ["full_attention"] * 3}, "`layer_types` must name 'sliding_attention' only"),
         ({"sliding_window": "all"}, "`sliding_window` must be an integer"),
         ({"num_local_experts": 0}, "`num_local_experts` must be an integer in 1"),
-        ({"num_experts_per_tok": 7}, r"`top_k` must lie in 1\.\.6"),
+        ({"num_experts_per_tok": 7}, r"`num_experts_per_tok` must lie in 1\.\.6 \(`num_local_experts`\), got 7"),
         ({"num_hidden_layers": 60_000, "num_local_experts": 30_000}, "tensors"),
     ],
 )
@@ -383,6 +383,12 @@ def test_malformed_config_is_refused_with_its_path(tmp_path: Path, text: bytes, 
     with pytest.raises(ConfigError, match=message) as e:
         read_config(tmp_path)
     assert str(tmp_path / "config.json") in str(e.value)
+
+
+def test_a_file_in_the_place_of_a_directory_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"model\.safetensors: a file; a checkpoint is a directory"):
+        read_config(tmp_path / "model.safetensors")
 
 
 def test_missing_config_names_the_file(tmp_path: Path) -> None:

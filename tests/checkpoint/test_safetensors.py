@@ -61,6 +61,8 @@ def test_unaligned_data_comes_back_aligned(write: Any, pad: int) -> None:
         (b"", "0 bytes, too short"),
         (b"1234567", "7 bytes, too short"),
         (encode({}, b"", length=1 << 62), "header of 4611686018427387904 bytes, at most"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 99\n", "a Git LFS pointer .* `git lfs pull`"),
+        (encode({"a": entry(offsets=[0, 131072])}, bytes(24)), "inside the file of 101 bytes, got .*: download it again"),
         (encode({}, b"", length=1000), "truncated: header of 1000 bytes in a file of 10"),
         (encode(b"{", b""), "not valid JSON"),
         (encode(b"[]", b""), "must hold a JSON object"),

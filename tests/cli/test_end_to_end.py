@@ -144,6 +144,12 @@ def test_text_for_a_model_without_tokenizer_is_refused(checkpoint: Path, capsys:
     assert "use --ids FILE" in err
 
 
+def test_config_json_in_the_place_of_its_directory_is_refused(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, document, err = run(capsys, "run", str(checkpoint / "config.json"), "--ids", ids_file(tmp_path, 3))
+    assert (code, document) == (4, None)
+    assert f"config.json: a file; weights and tokenizer lie in its directory, {checkpoint}: give that" in err
+
+
 def test_too_long_a_sequence_is_refused(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, document, err = run(capsys, "run", str(checkpoint), "--ids", ids_file(tmp_path, 60), "--max-new-tokens", "5")
     assert (code, document) == (2, None)

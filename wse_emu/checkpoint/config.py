@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from wse_emu.checkpoint.families import FAMILIES, Family, MoeRules, family_of
@@ -21,6 +22,17 @@ MAX_TENSORS = 250_000
 """More published tensors than this are taken for a damaged config.json."""
 _MAX_LAYERS = 1 << 16
 _MAX_EXPERTS = 1 << 15
+
+_PUBLISHED: Mapping[str, str] = MappingProxyType(
+    {
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+        "num_experts": "num_local_experts",
+        "top_k": "num_experts_per_tok",
+    }
+)
+"""Field of `ModelSpec` to its name in config.json, where the two differ."""
 
 
 def _token_id(fields: Fields, name: str, vocab_size: int, default: Any) -> int | None:
@@ -160,7 +172,7 @@ def parse_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | N
     except ConfigError:
         raise
     except SpecError as e:
-        raise ConfigError(f"{where}: {e}") from e
+        raise ConfigError(f"{where}: {_in_published_names(str(e))}") from e
     if spec.n_params > MAX_PARAMETERS:
         raise ConfigError(f"{where}: describes {show(spec.n_params)} parameters, at most {MAX_PARAMETERS} are allowed")
     return spec
@@ -168,6 +180,13 @@ def parse_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | N
 
 def _default_id(token_id: int | None, vocab_size: int) -> int | None:
     return token_id if token_id is not None and token_id < vocab_size else None
+
+
+def _in_published_names(text: str) -> str:
+    """`text` about a `ModelSpec`, in the names of config.json."""
+    for ours, published in _PUBLISHED.items():
+        text = text.replace(f"`{ours}`", f"`{published}`")
+    return text
 
 
 def _generation_ids(generation: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,6 +207,8 @@ def read_config(path: Path) -> tuple[dict[str, Any], ModelSpec]:
     ConfigError
         If there is no config.json, it cannot be read, or `parse_config` refuses it.
     """
+    if os.path.isfile(path) and path.suffix != ".json":
+        raise ConfigError(f"{path}: a file; a checkpoint is a directory with config.json and *.safetensors files")
     file = path if path.suffix == ".json" and not os.path.isdir(path) else path / "config.json"
     data = read_bytes(file, limit=MAX_CONFIG_BYTES, error=ConfigError)
     if data is None:

@@ -24,6 +24,8 @@ from wse_emu.foundation.errors import CheckpointError
 MAX_HEADER_BYTES = 32 << 20
 """The format's own library allows 100 MB; the tensors of a model that we accept are named in less than this."""
 _MAX_DIMS = 8
+_LFS_POINTER = b"version "
+"""How the text file begins that Git leaves where Git LFS is not installed."""
 _ITEM_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
     "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64,
@@ -72,6 +74,8 @@ class SafetensorsFile:
         if len(head) < 8:
             raise CheckpointError(f"{self.path}: {self.file_bytes} bytes, too short for a safetensors file; download it again")
         n = int.from_bytes(head, "little")
+        if head == _LFS_POINTER:
+            raise CheckpointError(f"{self.path}: a Git LFS pointer in the place of the weights; fetch them with `git lfs pull`")
         if n > MAX_HEADER_BYTES:
             rule = f"at most {MAX_HEADER_BYTES} are allowed; not a safetensors file, or damaged"
             raise CheckpointError(f"{self.path}: header of {n} bytes, {rule}")
@@ -115,9 +119,11 @@ class SafetensorsFile:
             raise CheckpointError(f"{where}: unknown dtype {str(dtype)[:40]!r}; readable are {', '.join(READABLE)}")
         limit = self.file_bytes + 1
         if not isinstance(shape, list) or len(shape) > _MAX_DIMS or not all(type(s) is int and 0 <= s < limit * 8 for s in shape):
-            raise CheckpointError(f"{where}: shape must be at most {_MAX_DIMS} sizes that fit the file, got {str(shape)[:80]}")
+            rule = f"shape must be at most {_MAX_DIMS} sizes that fit the file of {self.file_bytes} bytes"
+            raise CheckpointError(f"{where}: {rule}, got {str(shape)[:80]}; not the whole file, or damaged: download it again")
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(o) is int and 0 <= o < limit for o in offsets):
-            raise CheckpointError(f"{where}: data_offsets must be two byte positions inside the file, got {str(offsets)[:80]}")
+            rule = f"data_offsets must be two byte positions inside the file of {self.file_bytes} bytes"
+            raise CheckpointError(f"{where}: {rule}, got {str(offsets)[:80]}; not the whole file, or damaged: download it again")
         begin, end = offsets
         if not begin <= end <= data_bytes:
             raise CheckpointError(f"{where}: bytes {begin}:{end} do not lie in the file's {data_bytes} bytes of data; download it again")

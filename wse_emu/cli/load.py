@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from wse_emu.cli.options import OTHER_PROMPT, SHIPPED_PROMPT, Placing, grid, shipped_model
 from wse_emu.cli.tokens import encode, load_tokenizer, read_ids
-from wse_emu.foundation.errors import InputError, SramOverflowError
+from wse_emu.foundation.errors import CheckpointError, InputError, SramOverflowError
 
 if TYPE_CHECKING:
     from wse_emu.foundation.model_spec import ModelSpec
@@ -51,6 +51,8 @@ def read_request(model: Path | None, prompt: str | None, ids: Path | None) -> Re
         raise InputError("`--prompt` and `--ids` both say where to start; give one of them")
     path = shipped_model() if model is None else model
     _, spec = read_config(path)
+    if path.is_file():
+        raise CheckpointError(f"{path}: a file; weights and tokenizer lie in its directory, {path.absolute().parent}: give that")
     tokenizer = load_tokenizer(path)
     if ids is not None:
         text, tokens = None, read_ids(ids)
