@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -115,17 +116,23 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"wse-emu {wse_emu.__version__}\n"
 
 
-def left_by_its_reader(code: str) -> tuple[int, bytes]:
-    """Exit code and stderr of a Python process whose stdout nobody reads."""
+def process(code: str, **environment: str) -> subprocess.Popen[bytes]:
+    """A Python process that runs `code` with the packages of this repository."""
     root = Path(__file__).resolve().parents[2]
     code = f"import sys; sys.path[:0] = [{str(root)!r}, {str(root / 'kernels')!r}]\n{code}"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.close()
-    error = process.stderr.read()
-    process.stderr.close()
-    return process.wait(timeout=60), error
+    words = [sys.executable, "-c", code]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment})
+
+
+def left_by_its_reader(code: str) -> tuple[int, bytes]:
+    """Exit code and stderr of a Python process whose stdout nobody reads."""
+    child = process(code)
+    assert child.stdout is not None
+    assert child.stderr is not None
+    child.stdout.close()
+    error = child.stderr.read()
+    child.stderr.close()
+    return child.wait(timeout=60), error
 
 
 @pytest.mark.parametrize("what", ["print('x' * 100000, flush=True)", "tables.console().print('x' * 100000)"])
@@ -136,6 +143,17 @@ def test_a_reader_that_leaves_is_no_error(what: str) -> None:
         "run.read_request = read_request\nsys.argv = ['wse-emu', 'run']\nmain()"
     )
     assert left_by_its_reader(code) == (Exit.BROKEN_PIPE, b"")
+
+
+def test_text_that_the_terminal_cannot_show_is_escaped() -> None:
+    code = (
+        "from wse_emu.cli import run\nfrom wse_emu.cli.app import main\n"
+        "def read_request(*_):\n    print('na\\u00efve')\n    sys.exit(0)\n"
+        "run.read_request = read_request\nsys.argv = ['wse-emu', 'run']\nmain()"
+    )
+    with process(code, PYTHONIOENCODING="ascii") as child:
+        out, error = child.communicate(timeout=60)
+    assert (child.returncode, out, error) == (0, b"na\\xefve\n", b"")
 
 
 @pytest.mark.parametrize("word", ["--help", "--version"])

@@ -94,6 +94,12 @@ def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+def test_a_prompt_of_bytes_that_are_no_text_is_refused() -> None:
+    path = shipped_model()
+    with pytest.raises(InputError, match="`--prompt` is not valid UTF-8"):
+        encode(load_tokenizer(path), b"a\xff".decode(errors="surrogateescape"), path)
+
+
 def test_empty_prompt_is_refused() -> None:
     path = shipped_model()
     with pytest.raises(InputError, match="`--prompt` gives no token"):

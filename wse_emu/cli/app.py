@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -94,4 +95,6 @@ def invoke(arguments: Sequence[str] | None = None) -> int:
 
 def main() -> NoReturn:
     """Entry point of ``wse-emu``."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a model may write what the terminal's encoding has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(invoke())

@@ -39,10 +39,12 @@ def encode(tokenizer: Any | None, text: str, checkpoint: Path) -> list[int]:
     Raises
     ------
     InputError
-        If there is no tokenizer, or the text gives no token.
+        If there is no tokenizer, or the text is no valid Unicode or gives no token.
     """
     if tokenizer is None:
         raise InputError(f"{checkpoint} has no {TOKENIZER_FILE}, so it takes token ids: use --ids FILE")
+    if any("\ud800" <= c <= "\udfff" for c in text):  # bytes of the command line that were no text
+        raise InputError("`--prompt` is not valid UTF-8; write the text in it, or give token ids with --ids FILE")
     ids = [int(i) for i in tokenizer.encode(text).ids]
     if not ids:
         raise InputError("`--prompt` gives no token; write at least one character")
