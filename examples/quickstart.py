@@ -42,7 +42,8 @@ def main(rows: int = 4, cols: int = 4, n_tokens: int = 9, max_new_tokens: int = 
     print("verified        ", report.passed)
 
     for row in wafer.ledger.totals(by=("kind",)):
-        print(f"{row['kind']:12} {row['count']:9,} events {row['macs']:11,} multiply-adds {row['bytes']:11,} bytes")
+        what = "runs" if row["kind"] == "launch" else "messages"
+        print(f"{row['kind']:12} {row['count']:9,} {what:8} {row['macs']:11,} multiply-adds {row['bytes']:11,} bytes")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from wse_emu.cli.app import app, invoke
+from wse_emu.cli.exits import Exit
+from wse_emu.cli.options import shipped_model
+from wse_emu.memoryx import build
 from wse_emu.wafer.ledger import KINDS, SCHEMA_VERSION, Event
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,6 +66,30 @@ def test_ledger_page_has_every_field_and_kind() -> None:
     assert table(text, "Fields of an event") == list(Event._fields)
     assert sorted(table(text, "Kinds")) == sorted(KINDS)
     assert f"## Fields of an event (schema {SCHEMA_VERSION})" in text
+
+
+def test_command_line_page_has_every_key_of_every_document(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "cache_directory", lambda cache_dir=None: tmp_path)
+    text = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    listed: dict[str, list[str]] = {command: [] for command in ("run", "verify", "plan", "cache")}
+    for keys, commands in re.findall(r"^\| (`[a-z_`, ]+`) \| ([a-z, ]+) \|", text.partition("## JSON documents")[2], flags=re.MULTILINE):
+        for command in listed if commands == "all" else commands.split(", "):
+            listed[command] += re.findall(r"`([a-z_]+)`", keys)
+    words = {"run": ["--max-new-tokens", "1"], "verify": [], "plan": [str(shipped_model())], "cache": []}
+    for command, more in words.items():
+        assert invoke([command, *more, "--json"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert sorted(listed[command]) == sorted(document), command
+        assert f"## JSON documents (schema {document['schema']})" in text
+        if command == "plan":
+            assert ", ".join(f"`{key}`" for key in document["plan"]) in text
+
+
+def test_command_line_page_has_every_exit_code() -> None:
+    text = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8").partition("## Exit codes")[2].partition("\n## ")[0]
+    assert [int(n) for n in re.findall(r"(?:^|; )(\d+)\s", " ".join(text.split("An error is")[0].split()))] == [code.value for code in Exit]
 
 
 def test_makefile_explains_itself() -> None:
