@@ -81,6 +81,7 @@ def load(request: Request, placing: Placing, *, new_tokens: int, verify: bool, q
     n_prompt, limit = len(request.ids), request.spec.context_length
     if n_prompt + new_tokens > limit:
         raise InputError(f"{n_prompt} tokens of prompt and {new_tokens} new ones are more than the model's {limit} positions")
+    tell_of_a_cold_start(quiet=quiet)
     rows, cols = grid(placing.rows, placing.cols)
     plan = plan_model(
         request.spec,
@@ -94,7 +95,6 @@ def load(request: Request, placing: Placing, *, new_tokens: int, verify: bool, q
     )
     if not plan.fits:
         raise SramOverflowError(plan.message)
-    tell_of_a_cold_start(quiet=quiet)
     with progress_bar("weights to wafer layout", quiet=quiet) as progress:
         return wse.from_pretrained(
             request.path,
