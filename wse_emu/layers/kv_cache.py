@@ -170,7 +170,7 @@ class KVCache:
             slot = int(sequences.slot[s])
             raise InputError(
                 f"sequence {slot}: {int(after[s])} tokens do not fit a cache of {int(self.capacity[slot])}; "
-                f"ask for more room when the cache is made (`max_tokens`)"
+                f"ask for more room when the cache is made (`capacity`)"
             )
 
     def advance(self, sequences: Sequences) -> None:
