@@ -182,6 +182,9 @@ def plan_model(
             raise SpecError(f"`{name}` must be an integer >= {least}, got {value!r}")
     if prefill_chunk is not None and (type(prefill_chunk) is not int or prefill_chunk < 1):
         raise SpecError(f"`prefill_chunk` must be an integer >= 1 or None, got {prefill_chunk!r}")
+    for name, n, most in (("rows", rows, wafer_spec.n_rows), ("cols", cols, wafer_spec.n_cols)):
+        if n is not None and (type(n) is not int or not 1 <= n <= most):
+            raise SpecError(f"`{name}` must be an integer in 1..{most} or None, got {n!r}")
     if prompt_tokens + new_tokens > spec.context_length:
         raise InputError(
             f"{prompt_tokens} tokens of prompt and {new_tokens} new ones are more than the model's {spec.context_length} positions"
@@ -192,12 +195,12 @@ def plan_model(
     if chosen:
         side = smallest_square(spec, wafer_spec, work, options)
         rows = cols = side or min(wafer_spec.usable_rows, wafer_spec.usable_cols)
-    rows, cols = rows or cols, cols or rows
+    rows, cols = cols if rows is None else rows, rows if cols is None else cols
     assert rows is not None
     assert cols is not None
-    streamed = {n: _stream_bytes(spec, n, options) for n in (batch * min(prompt_tokens, prefill_chunk or prompt_tokens), batch)}
-    passes = -(-prompt_tokens // (prefill_chunk or prompt_tokens))
-    bytes_prefill = streamed[batch * min(prompt_tokens, prefill_chunk or prompt_tokens)] * passes
+    chunks = Counter(n for ((_, n),) in prompt_chunks((prompt_tokens,), prefill_chunk))
+    bytes_prefill = sum(times * _stream_bytes(spec, batch * n, options) for n, times in chunks.items())
+    bytes_token = _stream_bytes(spec, batch, options)
     longest = _max_context(spec, wafer_spec, rows, cols, prompt_tokens, batch, prefill_chunk, options)
     try:
         settled, lies = settle(spec, wafer_spec, rows, cols, work, options)
@@ -207,12 +210,12 @@ def plan_model(
         way_out = f"the smallest square that holds it is {side} x {side}" if side else f"no square grid of {wafer_spec.name} holds it"
         return Plan(
             rows=rows, cols=cols, fits=False, peak_bytes=lies.used_bytes, worst_core=(lies.row, lies.col), blocks=lies.blocks,
-            stream_bytes_prefill=bytes_prefill, stream_bytes_token=streamed[batch], chunk=options.chunk or CHUNKS[-1], max_context=longest,
+            stream_bytes_prefill=bytes_prefill, stream_bytes_token=bytes_token, chunk=options.chunk or CHUNKS[-1], max_context=longest,
             message=f"does not fit {rows} x {cols} cores: {str(error).splitlines()[0]}; {way_out}",
         )  # fmt: skip
     return Plan(
         rows=rows, cols=cols, fits=True, peak_bytes=lies.used_bytes, worst_core=(lies.row, lies.col), blocks=lies.blocks,
-        stream_bytes_prefill=bytes_prefill, stream_bytes_token=streamed[batch], chunk=settled.piece, max_context=longest,
+        stream_bytes_prefill=bytes_prefill, stream_bytes_token=bytes_token, chunk=settled.piece, max_context=longest,
         message=f"fits {rows} x {cols} cores: {lies.used_bytes} of {lies.capacity_bytes} bytes on the worst core, "
         f"weights in pieces of {settled.piece} columns",
     )  # fmt: skip

@@ -46,7 +46,7 @@ FINISH = Kernel(body=finish, params=("o_t", "denom", "q_slots", "row0", "u0", "c
 
 _CODE_BYTES = sum(k.code_bytes for k in (PACK_QUERIES, PARTIAL_SCORES, SCORE_MAX, ACCUMULATE, FINISH, CHAIN_ADD))
 _MAX_TILE_TOKENS = 16
-_WORK_BYTES = 8192
+_WORK_BYTES = 4096
 """SRAM that the work blocks of one query tile may take; the tile holds at least one token."""
 
 
@@ -127,12 +127,12 @@ def attention(
 
 
 def _tile_size(heads: HeadLayout, rows_per_core: int) -> tuple[int, int]:
-    """Tokens of a query tile, and the words of its work blocks on one core."""
+    """Tokens of a query tile, and the words of a core's room for its work blocks: whole, so that fewer keys never need more of it."""
     features = 2 * heads.max_part_units
     # Packed queries, own and incoming scores, maximum, denominator and output (own and incoming), context.
     per_token = heads.queries_per_kv * (features + 2 * rows_per_core + 2 + 2 * (1 + features) + features)
     n = min(_MAX_TILE_TOKENS, max(1, _WORK_BYTES // 4 // per_token))
-    return n, n * per_token
+    return n, min(_MAX_TILE_TOKENS * per_token, max(_WORK_BYTES // 4, per_token))
 
 
 def _tiles(cache: KVCache, sequences: Sequences, bands: TokenBands, tile_tokens: int, window: int) -> _Tiles:

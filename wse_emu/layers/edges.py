@@ -19,10 +19,22 @@ _LOGIT_BYTES = 8192
 
 
 def vocabulary_passes(wafer: Wafer, vocab_size: int, bands: TokenBands) -> list[tuple[int, int]]:
-    """Ranges of the vocabulary whose logits are on the wafer at one time."""
-    per_core = max(1, _LOGIT_BYTES // 4 // max(1, bands.split.max_size))
-    step = -(-per_core * wafer.cols // TILE_COLS) * TILE_COLS
+    """Ranges of the vocabulary whose logits are on the wafer at one time: whole tiles, at least one."""
+    per_core = _LOGIT_BYTES // 4 // max(1, bands.split.max_size)
+    step = max(1, per_core * wafer.cols // TILE_COLS) * TILE_COLS
     return [(first, min(first + step, vocab_size)) for first in range(0, vocab_size, step)]
+
+
+def _unused_words(wafer: Wafer, vocab_size: int, bands: TokenBands) -> int:
+    """Words of a core's room for logits that whole tiles leave over.
+
+    They are reserved too: fewer tokens (a shorter prompt, a sequence that ended) then never need more SRAM than many.
+    """
+    n_tokens = bands.split.max_size
+    wanted = n_tokens * Split.balanced(vocab_size, wafer.cols).max_size
+    first, last = vocabulary_passes(wafer, vocab_size, bands)[0]
+    used = n_tokens * Split.balanced(last - first, wafer.cols).max_size
+    return max(0, min(_LOGIT_BYTES // 4, wanted) - used)
 
 
 def logits(
@@ -49,14 +61,16 @@ def logits(
     """
     shape = (wanted.n_tokens, head.n_out)
     out = np.broadcast_to(np.float32(0), shape) if wafer.is_dry else np.zeros(shape, np.float32)
-    for first, last in vocabulary_passes(wafer, head.n_out, bands):
-        n = last - first
-        place = wafer.placement((bands.n_tokens, n), x.placement.axis0, ("col", Split.balanced(n, wafer.cols)))
-        with wafer.empty("logits", place) as y:
-            matmul(wafer, x, head.slice(first, last), y, bands, take=wanted, chunk=chunk)
-            drained = _drain(wafer, y, wanted, bands)
-            if not wafer.is_dry:
-                out[:, first:last] = drained
+    unused = np.full(wafer.cols, _unused_words(wafer, head.n_out, bands))
+    with wafer.sram.reserved("room for more logits", np.ones(wafer.rows, np.int64), unused, 4):
+        for first, last in vocabulary_passes(wafer, head.n_out, bands):
+            n = last - first
+            place = wafer.placement((bands.n_tokens, n), x.placement.axis0, ("col", Split.balanced(n, wafer.cols)))
+            with wafer.empty("logits", place) as y:
+                matmul(wafer, x, head.slice(first, last), y, bands, take=wanted, chunk=chunk)
+                drained = _drain(wafer, y, wanted, bands)
+                if not wafer.is_dry:
+                    out[:, first:last] = drained
     return out
 
 

@@ -1,0 +1,147 @@
+"""What crosses the wafer's edge: rotary angles in, logits out pass by pass."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import wse_emu as wse
+from wse_emu.foundation.weights import TILE_COLS
+from wse_emu.layers.edges import ROTATE_QK, logits, place_rotary, rotary_tables, vocabulary_passes
+from wse_emu.layers.heads import HeadLayout
+from wse_emu.layers.linear import Selection
+from wse_emu.wafer.placement import Split, TokenBands
+
+from . import definitions
+from .definitions import normal
+from .programs import agree, assert_same_bits, look, streamed, tokens
+
+F32 = NDArray[np.float32]
+GRIDS = st.tuples(st.integers(1, 6), st.integers(1, 6))
+LOGIT_BYTES = 8192
+ROOMY = replace(wse.WSE3, sram_bytes_per_core=1 << 20)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(0, 130_000), min_size=1, max_size=6), st.integers(1, 3), st.integers(1, 40), st.sampled_from([1e4, 5e5, 1e6]))
+def test_rotary_tables_are_the_formula_rounded_once(positions, n_kv, half, theta) -> None:
+    """``position * theta**(-2 u / d)`` in float64; two ways to take a power differ by units of 2**-53, which the angle multiplies."""
+    cos, sin = rotary_tables(np.array(positions), HeadLayout(n_kv, 1, 2 * half, 3), theta)
+    assert cos.dtype == sin.dtype == np.float32
+    assert cos.shape == sin.shape == (len(positions), n_kv * half)
+    for t, position in enumerate(positions):
+        for unit in range(half):
+            angle = position / theta ** (2 * unit / (2 * half))
+            error = 2.0**-25 + 8 * 2.0**-53 * (1 + angle)
+            for head in range(n_kv):
+                assert abs(float(cos[t, head * half + unit]) - np.cos(angle)) <= error
+                assert abs(float(sin[t, head * half + unit]) - np.sin(angle)) <= error
+
+
+def test_position_zero_is_not_rotated() -> None:
+    cos, sin = rotary_tables(np.zeros(2, np.int64), HeadLayout(2, 1, 6, 1), 1e4)
+    assert (cos == 1).all()
+    assert (sin == 0).all()
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 1 << 32), GRIDS, st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4))
+@example(0, (1, 1), 1, 1, 1, 1)
+@example(1, (6, 5), 2, 1, 2, 3)
+def test_queries_and_keys_turn_and_values_do_not(seed, grid, m, n_kv, q, half) -> None:
+    heads, bands = HeadLayout(n_kv, q, 2 * half, grid[1]), TokenBands(m, grid[0])
+    positions = np.random.default_rng(seed).integers(0, 500, m)
+    values = normal(seed, m, heads.qkv.total)
+
+    def program(wafer: wse.Wafer) -> list[F32]:
+        cos, sin = place_rotary(wafer, positions, heads, 1e4, bands)
+        with cos, sin, tokens(wafer, values, bands, heads.qkv) as qkv:
+            wafer.launch(ROTATE_QK, qkv=qkv, cos=cos, sin=sin, q_slots=q)
+            return [look(qkv)]
+
+    (turned,), _ = agree(program, *grid)
+    before, after = (a.astype(np.float64).reshape(m, n_kv, half, q + 2, 2) for a in (values, turned))
+    np.testing.assert_array_equal(after[..., q + 1, :], before[..., q + 1, :])
+    angle = positions[:, None, None, None] / 1e4 ** (np.arange(half) / half)[None, None, :, None]
+    a, b = np.moveaxis(before[..., : q + 1, :], -1, 0)
+    exact = np.stack([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis=-1)
+    size = np.abs(a) + np.abs(b)
+    # Cosine or sine, product and sum are rounded once each; the angles of this test and of the tables differ by units of 2**-53.
+    bound = (3 * 2.0**-24 * size + 8 * 2.0**-53 * (1 + np.abs(angle)) * size)[..., None]
+    assert (np.abs(after[..., : q + 1, :] - exact) <= bound).all()
+
+
+@given(GRIDS, st.integers(1, 6000), st.integers(1, 300))
+@example((1, 1), 32000, 1)
+@example((6, 6), 1, 1)
+def test_vocabulary_passes_cover_it_once_on_the_tiles_edges_and_keep_the_budget(grid, vocab, m) -> None:
+    wafer, bands = wse.Wafer(rows=grid[0], cols=grid[1]), TokenBands(m, grid[0])
+    passes = vocabulary_passes(wafer, vocab, bands)
+    assert passes[0][0] == 0
+    assert passes[-1][1] == vocab
+    assert [last for _, last in passes[:-1]] == [first for first, _ in passes[1:]]
+    assert all(first % TILE_COLS == 0 for first, _ in passes)
+    for first, last in passes:
+        one_tile = last - first <= TILE_COLS
+        assert one_tile or 4 * bands.split.max_size * -(-(last - first) // wafer.cols) <= LOGIT_BYTES
+    assert len({last - first for first, last in passes[:-1]}) <= 1
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 1 << 32), GRIDS, st.integers(1, 6), st.integers(1, 4), st.integers(1, 30), st.floats(0, 1))
+@example(0, (1, 1), 1, 1, 1, 1.0)
+@example(1, (6, 2), 2, 3, 7, 1.0)
+@example(2, (3, 3), 5, 3, 7, 0.0)
+def test_logits_of_the_wanted_tokens_on_every_executor(seed, grid, m, hidden, vocab, fraction) -> None:
+    values, head, bands = normal(seed, m, hidden), normal(seed + 1, hidden, vocab), TokenBands(m, grid[0])
+    wanted = np.flatnonzero(np.random.default_rng(seed).random(m) < fraction)
+
+    def program(wafer: wse.Wafer) -> list[F32]:
+        with tokens(wafer, values, bands) as x:
+            return [logits(wafer, x, streamed(wafer, head, "lm_head"), Selection.of_tokens(wanted, bands.split), bands)]
+
+    (out,), wafer = agree(program, *grid)
+    assert_same_bits(out, definitions.product(values[wanted], head, Split.balanced(hidden, grid[1]).offsets))
+    assert sum(e.bytes for e in wafer.ledger.events() if e.kind == "drain") == out.nbytes
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 2), (7, 2)])
+def test_several_passes_over_the_vocabulary(grid: tuple[int, int]) -> None:
+    """Three tokens of a batch and more logits than a core may hold at one time."""
+    vocab = 3 * TILE_COLS * grid[1] + 5
+    bands = TokenBands(30 * grid[0], grid[0]) if grid[0] < 7 else TokenBands(3, 7)
+    values, head = normal(0, bands.n_tokens, 2), normal(1, 2, vocab)
+    wanted = np.array([0, bands.n_tokens // 2, bands.n_tokens - 1])
+    selection = Selection.of_tokens(wanted, bands.split)
+    wafer = wse.Wafer(rows=grid[0], cols=grid[1])
+    if grid[0] < 7:
+        assert len(vocabulary_passes(wafer, vocab, bands)) > 1
+
+    def program(wafer: wse.Wafer) -> list[F32]:
+        with tokens(wafer, values, bands) as x:
+            return [logits(wafer, x, streamed(wafer, head, "lm_head"), selection, bands)]
+
+    for executor in ("batched", "isolated"):
+        (out,) = program(wse.Wafer(rows=grid[0], cols=grid[1], executor=executor))
+        assert_same_bits(out, definitions.product(values[wanted], head, Split.balanced(2, grid[1]).offsets))
+
+
+@settings(max_examples=40)
+@given(st.tuples(st.integers(1, 4), st.integers(1, 4)), st.integers(1, 9000), st.integers(1, 200))
+def test_fewer_tokens_never_need_more_room_for_their_logits(grid, vocab, m) -> None:
+    """Rounding to whole tiles must not turn a smaller batch into a larger block: sequences end while a batch is decoded."""
+
+    def peak(n: int) -> int:
+        wafer = wse.Wafer(ROOMY, rows=grid[0], cols=grid[1], executor="dry")
+        bands = TokenBands(n, grid[0])
+        with tokens(wafer, np.zeros((n, 4), np.float32), bands) as x:
+            head = streamed(wafer, np.zeros((4, vocab), np.float32), "lm_head")
+            logits(wafer, x, head, Selection.of_tokens(np.arange(n), bands.split), bands)
+        return wafer.sram.high_water_bytes
+
+    assert peak(m) <= peak(m + 1) <= peak(m + grid[0])
