@@ -55,7 +55,7 @@ class RoutingTrace:
 
         Parameters
         ----------
-        counts : sequence of sequences of int
+        counts : sequence of sequences of int, or mapping from layer to one
             For each layer, how often each expert was chosen.
         n_tokens, top_k : int
         seed : int
@@ -63,11 +63,15 @@ class RoutingTrace:
         Raises
         ------
         TraceError
-            If a layer has fewer than `top_k` experts with a count above zero, or a negative count.
+            If a layer has fewer than `top_k` experts with a count above zero, or a negative count, or a mapping leaves out a layer.
         """
+        if isinstance(counts, Mapping):
+            if set(counts) != set(range(len(counts))):
+                raise TraceError(f"the histogram must name the layers 0..{len(counts) - 1}, got {sorted(counts)}")
+            counts = [counts[layer] for layer in range(len(counts))]
         rng = np.random.default_rng(seed)
         layers = []
-        for i, row in enumerate(counts.values() if isinstance(counts, Mapping) else counts):
+        for i, row in enumerate(counts):
             weight = np.asarray(row, np.float64)
             if weight.ndim != 1 or (weight < 0).any() or np.count_nonzero(weight) < top_k:
                 raise TraceError(f"layer {i}: the histogram must have at least {top_k} (`top_k`) experts above zero and none below")

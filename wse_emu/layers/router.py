@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 import numpy as np
 from numpy.typing import NDArray
 
-from wse_emu.foundation.errors import InputError
+from wse_emu.foundation.errors import TraceError
 from wse_emu.layers.linear import DEFAULT_CHUNK
 from wse_emu.layers.row_products import PARTIAL_MATMUL, RowProducts
 from wse_emu.layers.stream import StreamedMatrix
@@ -83,6 +83,11 @@ def route(
         Also return the logits, through the probe channel.
     replay : ndarray, (T, top_k), int64, optional
         With the ``dry`` executor: the decision, from a recorded trace.
+
+    Raises
+    ------
+    TraceError
+        If the ``dry`` executor gets no decision, or one that is not for these tokens and experts.
     """
     n_tokens, n_experts = bands.n_tokens, gate.n_out
     rows = x.placement.axis0
@@ -134,9 +139,13 @@ def route(
 
 def _checked_replay(replay: NDArray[np.int64] | None, n_tokens: int, n_experts: int, top_k: int) -> NDArray[np.int64]:
     if replay is None:
-        raise InputError("the `dry` executor needs a routing trace: it computes no scores")
-    if replay.shape != (n_tokens, top_k) or replay.min() < 0 or replay.max() >= n_experts:
-        raise InputError(f"routing trace: expected ids below {n_experts} of shape {(n_tokens, top_k)}, got shape {replay.shape}")
+        raise TraceError("the `dry` executor needs a routing trace: it computes no scores")
+    if replay.shape != (n_tokens, top_k):
+        raise TraceError(f"routing trace: expected ids of shape {(n_tokens, top_k)}, got {replay.shape}")
+    ids = np.sort(replay, axis=1)
+    bad = (ids[:, 0] < 0) | (ids[:, -1] >= n_experts) | (ids[:, 1:] == ids[:, :-1]).any(axis=1)
+    for token in np.flatnonzero(bad).tolist():
+        raise TraceError(f"routing trace: token {token} chose {replay[token].tolist()}; expected different experts in 0..{n_experts - 1}")
     return replay.astype(np.int64, copy=False)
 
 
