@@ -16,7 +16,7 @@ from wse_emu.engine.inference import Engine, EngineOptions, ForwardResult, Strea
 from wse_emu.engine.plan import Workload, prompt_chunks, sequences_of, settle, smallest_square
 from wse_emu.engine.routing_trace import RoutingTrace
 from wse_emu.equivalence import VerifyReport, verify_record
-from wse_emu.foundation.errors import InputError, SpecError, SramOverflowError
+from wse_emu.foundation.errors import InputError, SpecError, SramOverflowError, TraceError
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.taps import TapRecord
 from wse_emu.foundation.wafer_spec import WSE3
@@ -191,13 +191,14 @@ class WaferModel:
         Raises
         ------
         InputError
-            If ids or mask break a rule.
+            If ids or mask break a rule, or `routing` is given to an executor that computes its own.
+        TraceError
+            If `routing` is not for these tokens and layers.
         SramOverflowError
             If it does not fit, before the first layer starts.
         """
         prompts = _Prompts.read(input_ids, attention_mask, self.spec)
-        traces = [routing] if isinstance(routing, RoutingTrace) else routing
-        with _Session(self, prompts.lengths, 0, traces) as session:
+        with _Session(self, prompts.lengths, 0, routing) as session:
             result, order = session.prefill(prompts, every=True, hidden_states=output_hidden_states, router_logits=output_router_logits)
         spread = prompts.spread
         return ModelOutput(
@@ -210,7 +211,7 @@ class WaferModel:
 
     def generate(
         self, input_ids: ArrayLike, max_new_tokens: int = 24, *, sampler: Sampler | None = None, attention_mask: ArrayLike | None = None,
-        on_token: Callable[[int, Ints], None] | None = None, routing: Sequence[RoutingTrace] | None = None,
+        on_token: Callable[[int, Ints], None] | None = None, routing: RoutingTrace | Sequence[RoutingTrace] | None = None,
     ) -> Ints:  # fmt: skip
         """Continue the prompts token by token, keys and values cached on the wafer.
 
@@ -224,8 +225,8 @@ class WaferModel:
             0 marks padding, on the left only.
         on_token : callable, optional
             Called with (step, ids (batch,)) after each step.
-        routing : sequence of RoutingTrace, optional
-            With the ``dry`` executor, one for every forward pass; by default the worst case.
+        routing : RoutingTrace or a sequence of them (one for every forward pass), optional
+            With the ``dry`` executor; by default the worst case.
 
         Returns
         -------
@@ -237,7 +238,10 @@ class WaferModel:
         Raises
         ------
         InputError
-            If ids, mask or `max_new_tokens` break a rule, or the sequence would pass the model's positions.
+            If ids, mask or `max_new_tokens` break a rule, the sequence would pass the model's positions, or `routing` is given to an
+            executor that computes its own.
+        TraceError
+            If `routing` is not for these tokens and layers.
         SramOverflowError
             If it does not fit, before the first layer starts.
         """
@@ -253,7 +257,10 @@ class WaferModel:
         with _Session(self, prompts.lengths, int(max_new_tokens), routing) as session:
             result, _ = session.prefill(prompts, every=False)
             for step in range(int(max_new_tokens)):
-                chosen = sampler.sample(result.logits, [streams[i] for i in alive])
+                if self.wafer.is_dry:
+                    chosen = np.zeros(len(alive), np.int64)
+                else:
+                    chosen = sampler.sample(result.logits, [streams[i] for i in alive])
                 column = np.full(batch, fill, np.int64)
                 column[alive] = chosen
                 columns.append(column)
@@ -364,7 +371,10 @@ class _Prompts:
         ids = np.atleast_2d(ids).astype(np.int64)
         mask = np.ones(ids.shape, np.bool_)
         if attention_mask is not None:
-            given = np.atleast_2d(np.asarray(attention_mask))
+            try:
+                given = np.atleast_2d(np.asarray(attention_mask))
+            except ValueError as error:
+                raise InputError(f"`attention_mask` must be a rectangle of shape {ids.shape}") from error
             if given.shape != ids.shape or given.dtype.kind not in "iub" or not np.isin(given, (0, 1)).all():
                 raise InputError(f"`attention_mask` must hold 0 or 1 and have shape {ids.shape}, got {given.dtype} of shape {given.shape}")
             mask = given.astype(np.bool_)
@@ -388,12 +398,15 @@ class _Session:
     """One call of a model: its cache on the wafer, and the forward passes on it."""
 
     def __init__(
-        self, model: WaferModel, lengths: tuple[int, ...], new_tokens: int, traces: Sequence[RoutingTrace] | None, *, probe: bool = False
-    ) -> None:
+        self, model: WaferModel, lengths: tuple[int, ...], new_tokens: int, routing: RoutingTrace | Sequence[RoutingTrace] | None,
+        *, probe: bool = False,
+    ) -> None:  # fmt: skip
+        if routing is not None and not (model._wafer is not None and model._wafer.is_dry):
+            raise InputError("`routing` is replayed by the `dry` executor only; every other one computes its own decisions")
         self._model = model
         self._engine = model._engine_for(Workload.of(lengths, new_tokens, model.prefill_chunk, probe=probe))
         self._capacity = [n + new_tokens for n in lengths]
-        self._traces = traces
+        self._traces = [routing] if isinstance(routing, RoutingTrace) else routing
         self._cache: KVCache | None = None
         self._held = ExitStack()
 
@@ -466,7 +479,7 @@ class _Session:
             elif n < len(self._traces):
                 trace = self._traces[n]
             else:
-                raise InputError(f"`routing` holds {len(self._traces)} forward passes, pass {n} was asked for")
+                raise TraceError(f"`routing` holds {len(self._traces)} forward passes, pass {n} was asked for")
         result = self._engine.forward(
             tokens, sequences, self._cache, np.asarray(wanted, np.int64),
             hidden_states=hidden_states, router_logits=router_logits, taps=taps, trace=trace,
