@@ -67,6 +67,7 @@ def assert_is_attention(conversation: Conversation, slot: int, context: F32, max
 @example((1, 1), Conversation(0, 1, 1, 1, ((1,),)))
 @example((6, 5), Conversation(1, 2, 2, 3, ((5, 1), (1, 1), (1, 1), (0, 1))))
 @example((2, 6), Conversation(2, 1, 3, 2, ((20,),)))
+@example((6, 2), Conversation(3, 1, 1, 1, ((9, 3),)))  # the second sequence's first keys lie far above its queries
 def test_context_is_the_formula_on_every_executor(grid, conversation) -> None:
     flat, _ = agree(lambda wafer: [value for values in run(wafer, conversation) for value in values], *grid)
     for slot in range(len(conversation.lengths)):

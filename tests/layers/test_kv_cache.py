@@ -102,10 +102,10 @@ def test_one_more_token_moves_others_by_one_row_at_most(rows: int, more: int) ->
 def test_room_for_all_layers_and_all_tokens_is_reserved_at_once() -> None:
     heads = HeadLayout(2, 1, 4, 3)
     wafer = wse.Wafer(rows=4, cols=3)
-    cache = KVCache(wafer, heads, 3, np.array([5, 9]))
+    cache = KVCache(wafer, heads, 3, np.array([5, 8]))
     assert wafer.sram.live == tuple(f"keys and values of layer {i}" for i in range(3))
-    # Two tokens of the first sequence and three of the second on a row; a column holds two pair units at most, keys and values.
-    assert wafer.sram.core_map(0, 0).blocks[1:] == tuple((f"keys and values of layer {i}", 5 * 2 * 2 * 2 * 4) for i in range(3))
+    # Two tokens of each sequence on a row at most; a column holds two pair units at most, keys and values.
+    assert wafer.sram.core_map(0, 0).blocks[1:] == tuple((f"keys and values of layer {i}", 4 * 2 * 2 * 2 * 4) for i in range(3))
     assert cache.n_bytes == 0
     cache.free()
     assert not wafer.sram.live
