@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from wse_emu.checkpoint import Checkpoint, open_checkpoint, random_checkpoint
-from wse_emu.engine.inference import Engine, EngineOptions, ForwardResult, StreamExperts
+from wse_emu.engine.inference import Engine, EngineOptions, ForwardResult, Phase, StreamExperts
 from wse_emu.engine.plan import Workload, prompt_chunks, sequences_of, settle, smallest_square
 from wse_emu.engine.routing_trace import RoutingTrace
 from wse_emu.equivalence import VerifyReport, verify_record
@@ -144,6 +144,8 @@ class WaferModel:
         self.options = options
         self.recorded_routing: list[RoutingTrace] = []
         """Routing of every forward pass of the last call, for replay with the ``dry`` executor."""
+        self.recorded_kv: Ints | None = None
+        """(n_layers, n_sequences, n_rows) tokens in the key/value cache at the end of the last call, by row of cores."""
         self._chosen_grid = wafer is None
         self._wafer = wafer
         self._engine: Engine | None = None
@@ -420,6 +422,8 @@ class _Session:
         return self
 
     def __exit__(self, *error: object) -> None:
+        assert self._cache is not None
+        self._model.recorded_kv = self._cache.tokens_by_row
         self._held.close()
 
     def prefill(
@@ -463,11 +467,12 @@ class _Session:
         """One more token for each of the sequences `slots`."""
         assert self._cache is not None
         start = self._cache.lengths[slots].tolist()
-        return self._forward(np.asarray(tokens, np.int64), sequences_of(slots, [1] * len(slots), start), np.arange(len(slots)))
+        sequences = sequences_of(slots, [1] * len(slots), start)
+        return self._forward(np.asarray(tokens, np.int64), sequences, np.arange(len(slots)), phase="decode")
 
     def _forward(
         self, tokens: Ints, sequences: Sequences, wanted: Ints, *, hidden_states: bool = False, router_logits: bool = False,
-        taps: bool = False,
+        taps: bool = False, phase: Phase = "prompt",
     ) -> ForwardResult:  # fmt: skip
         assert self._cache is not None
         model, spec = self._model, self._model.spec
@@ -482,7 +487,7 @@ class _Session:
                 raise TraceError(f"`routing` holds {len(self._traces)} forward passes, pass {n} was asked for")
         result = self._engine.forward(
             tokens, sequences, self._cache, np.asarray(wanted, np.int64),
-            hidden_states=hidden_states, router_logits=router_logits, taps=taps, trace=trace,
+            hidden_states=hidden_states, router_logits=router_logits, taps=taps, trace=trace, phase=phase,
         )  # fmt: skip
         model.recorded_routing.append(RoutingTrace(tuple(result.topk_ids)))
         return result

@@ -34,6 +34,7 @@ from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.wafer import Wafer
 
 StreamExperts = Literal["activated", "all"]
+Phase = Literal["prompt", "decode"]
 CHUNKS = (DEFAULT_CHUNK, 16, 8, 4, 2)
 """Sizes of streamed pieces that are tried in turn: smaller ones need less SRAM and more messages."""
 
@@ -106,6 +107,7 @@ class Engine:
     def forward(
         self, token_ids: Ints, sequences: Sequences, cache: KVCache, wanted: Ints,
         *, hidden_states: bool = False, router_logits: bool = False, taps: bool = False, trace: RoutingTrace | None = None,
+        phase: Phase = "prompt",
     ) -> ForwardResult:  # fmt: skip
         """Run the new tokens through all layers; their keys and values join the cache.
 
@@ -121,6 +123,8 @@ class Engine:
             What to read over the probe channel.
         trace : RoutingTrace, optional
             With the ``dry`` executor: chosen experts.
+        phase : {"prompt", "decode"}
+            Name of the pass in the ledger.
         """
         cache.check(sequences)
         bands = TokenBands(sequences.n_tokens, self.wafer.rows)
@@ -129,7 +133,8 @@ class Engine:
             run.result.taps = self._new_record(token_ids, sequences, bands)
         with ExitStack() as stack:
             stream = self._stream if self._stream is not None else stack.enter_context(LayerStream(self.store, depth=0))
-            run.execute(token_ids, wanted, stream, stack)
+            with self.wafer.ledger.forward_pass(phase, sequences.new_tokens):
+                run.execute(token_ids, wanted, stream, stack)
         cache.advance(sequences)
         return run.result
 

@@ -22,7 +22,7 @@ from wse_emu.layers.heads import HeadLayout
 from wse_emu.wafer import costs
 from wse_emu.wafer.cores import Block, Cores
 from wse_emu.wafer.kernel import Kernel
-from wse_emu.wafer.ledger import Event
+from wse_emu.wafer.ledger import Event, NewTokens
 from wse_emu.wafer.placement import Ints, Split, TokenBands
 from wse_emu.wafer.sram import Reservation
 from wse_emu.wafer.tensor import PlacedTensor
@@ -58,6 +58,11 @@ class Sequences:
     def positions(self) -> Ints:
         """(n_tokens,) absolute position of every new token."""
         return np.concatenate([np.arange(s, s + n) for s, n in zip(self.start, self.n_new, strict=True)]).astype(np.int64)
+
+    @property
+    def new_tokens(self) -> tuple[NewTokens, ...]:
+        """The same for the ledger."""
+        return tuple(map(NewTokens, self.slot.tolist(), self.start.tolist(), self.n_new.tolist()))
 
 
 class KVCache:
@@ -144,6 +149,12 @@ class KVCache:
         if window not in known:
             known[window] = make()
         return known[window]
+
+    @property
+    def tokens_by_row(self) -> Ints:
+        """(n_layers, n_sequences, n_rows) tokens whose keys and values each row of cores holds now."""
+        each = np.stack([self.split(length).sizes for length in self.lengths.tolist()])
+        return np.stack([each] * len(self._reserved))
 
     def split(self, length: int) -> Split:
         """How `length` tokens of one sequence lie over rows."""

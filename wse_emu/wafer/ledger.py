@@ -13,8 +13,8 @@ from typing import Any, Final, NamedTuple
 
 from wse_emu.foundation.errors import InputError
 
-SCHEMA_VERSION: Final = 1
-"""Version of the fields of `Event`; grows when a field is added or changes its meaning."""
+SCHEMA_VERSION: Final = 2
+"""Version of `Event`, `ForwardPass` and the JSON document; grows when a field is added or changes its meaning."""
 
 KINDS: Final = (
     "launch", "inject", "drain", "stream", "broadcast", "chain", "deliver", "allgather", "shift", "send", "gather",
@@ -57,6 +57,32 @@ class Event(NamedTuple):
     """Fabric colors whose routes the move needs."""
 
 
+class NewTokens(NamedTuple):
+    """Tokens of one sequence that a forward pass took in."""
+
+    sequence: int
+    """Sequence of the batch."""
+    start: int
+    """Position of the first of them."""
+    n: int
+    """How many."""
+
+
+class ForwardPass(NamedTuple):
+    """Events ``[start, stop)`` of the ledger: one run of new tokens through the model."""
+
+    start: int
+    stop: int
+    phase: str
+    """``"prompt"`` (a whole prompt or a chunk of it) or ``"decode"`` (one more token of every sequence that goes on)."""
+    tokens: tuple[NewTokens, ...]
+
+    @property
+    def n_tokens(self) -> int:
+        """New tokens of all sequences."""
+        return sum(t.n for t in self.tokens)
+
+
 _SUMMED: Final = ("count", "macs", "bytes", "wavelets", "wavelet_hops")
 _MAXED: Final = ("max_link_wavelets", "max_hops", "colors")
 
@@ -71,6 +97,7 @@ class Ledger:
         self._events: list[tuple[int | None, str, Event]] = []
         self._layer: int | None = None
         self._stage: str = "host"
+        self._passes: list[ForwardPass] = []
 
     @contextmanager
     def scope(self, stage: str, layer: int | None = None) -> Iterator[None]:
@@ -82,13 +109,21 @@ class Ledger:
         finally:
             self._layer, self._stage = before
 
+    @contextmanager
+    def forward_pass(self, phase: str, tokens: Sequence[NewTokens]) -> Iterator[None]:
+        """Mark the events recorded inside the block as one forward pass; one that raises leaves no mark."""
+        start = len(self)
+        yield
+        self._passes.append(ForwardPass(start, len(self), phase, tuple(tokens)))
+
     def record(self, event: Event) -> None:
         """Append `event`, attributed to the current scope."""
         self._events.append((self._layer, self._stage, event))
 
     def clear(self) -> None:
-        """Forget everything recorded so far."""
+        """Forget everything recorded so far; not inside a forward pass."""
         self._events.clear()
+        self._passes.clear()
 
     def __len__(self) -> int:
         return len(self._events)
@@ -96,19 +131,25 @@ class Ledger:
     def __repr__(self) -> str:
         return f"Ledger({len(self):,} event{'' if len(self) == 1 else 's'})"
 
-    def events(self, start: int = 0) -> list[Event]:
-        """Events from index `start` on, oldest first."""
-        return [event._replace(layer=layer, stage=stage) for layer, stage, event in self._events[start:]]
+    def events(self, start: int = 0, stop: int | None = None) -> list[Event]:
+        """Events ``[start, stop)``, oldest first; by default all."""
+        return [event._replace(layer=layer, stage=stage) for layer, stage, event in self._events[start:stop]]
 
-    def totals(self, by: Sequence[str] = ("layer", "stage", "kind"), start: int = 0) -> list[dict[str, Any]]:
+    def passes(self, start: int = 0) -> list[ForwardPass]:
+        """Forward passes that began at event `start` or later, oldest first."""
+        return [p for p in self._passes if p.start >= start]
+
+    def totals(
+        self, by: Sequence[str] = ("layer", "stage", "kind"), start: int = 0, stop: int | None = None
+    ) -> list[dict[str, Any]]:  # fmt: skip
         """Sums over events that agree in the fields `by`, in order of first appearance.
 
         Parameters
         ----------
         by : sequence of {"layer", "stage", "kind", "name"}
             Fields to group by; an empty sequence gives one row.
-        start : int
-            Index of the first event to count (``len(ledger)`` taken earlier).
+        start, stop : int, optional
+            Events ``[start, stop)`` are counted (``len(ledger)`` taken earlier); by default all.
 
         Returns
         -------
@@ -124,7 +165,7 @@ class Ledger:
         if unknown or isinstance(by, str):
             raise InputError(f"`by` must be a sequence of layer, stage, kind and name, for instance ('kind',); got {by!r}")
         rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-        for event in self.events(start):
+        for event in self.events(start, stop):
             key = tuple(getattr(event, name) for name in by)
             row = rows.get(key)
             if row is None:
@@ -141,13 +182,14 @@ class Ledger:
     def to_json(self, path: str | Path | None = None) -> str:
         """The ledger as one JSON document; also written to `path` if given.
 
-        Keys: ``schema`` (`SCHEMA_VERSION`), ``fields`` (names of `Event`), ``events`` (one list per event, in that order) and ``totals``
-        (by layer, stage and kind).
+        Keys: ``schema`` (`SCHEMA_VERSION`), ``fields`` (names of `Event`), ``events`` (one list per event, in that order), ``passes`` (one
+        object per `ForwardPass`) and ``totals`` (by layer, stage and kind).
         """
         document = {
             "schema": SCHEMA_VERSION,
             "fields": list(Event._fields),
             "events": [list(event) for event in self.events()],
+            "passes": [{**p._asdict(), "tokens": [t._asdict() for t in p.tokens]} for p in self._passes],
             "totals": self.totals(),
         }
         text = json.dumps(document)

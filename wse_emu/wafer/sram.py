@@ -125,6 +125,14 @@ class SramTracker:
         """Most bytes that any core held at once, code included."""
         self.high_water_map: SramMap | None = None
         """What lay on the worst core at that moment."""
+        self._high_water: tuple[Ints, Ints, Ints] = (self._used, self._rows.labels, self._cols.labels)
+        """Bytes of tensors per class of cores at that moment, and the classes of rows and of columns."""
+
+    @property
+    def high_water_by_core(self) -> Ints:
+        """(rows, cols) bytes of every core at the moment of the high-water mark, code included; made anew at each call."""
+        used, rows, cols = self._high_water
+        return used[np.ix_(rows, cols)] + (self.high_water_bytes - int(used.max()))
 
     @property
     def live(self) -> tuple[str, ...]:
@@ -251,6 +259,7 @@ class SramTracker:
         if now > self.high_water_bytes or self.high_water_map is None:
             self.high_water_bytes = now
             self.high_water_map = self.core_map(*self.worst_core())
+            self._high_water = (self._used, self._rows.labels, self._cols.labels)
 
 
 def _words(n: int) -> int:
