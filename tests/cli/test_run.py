@@ -18,8 +18,9 @@ from wse_emu.cli.exits import Exit
 from wse_emu.cli.load import Request
 from wse_emu.cli.options import Executor, Placing, StreamExperts, WaferName, grid
 from wse_emu.cli.run import make_sampler
-from wse_emu.cli.tables import bytes_text, channel_bytes, console, ledger_table, sram_table, stage_totals
+from wse_emu.cli.tables import channel_bytes, console, ledger_table, sram_table, stage_totals
 from wse_emu.foundation.errors import SramOverflowError
+from wse_emu.foundation.units import bytes_text
 from wse_emu.foundation.wafer_spec import WSE2, WSE3
 from wse_emu.sampling import Sampler
 from wse_emu.wafer.ledger import KINDS, Event, Ledger

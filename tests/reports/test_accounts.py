@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import wse_emu as wse
-from tests.reports.runs import make_model, prompts
 from wse_emu.foundation.wafer_spec import WSE3
 from wse_emu.wafer.ledger import Event, Ledger, NewTokens
 from wse_emu.wafer.sram import SramTracker
+
+from .runs import make_model, prompts
 
 
 def test_every_event_of_a_generation_lies_in_one_pass() -> None:
@@ -42,9 +43,14 @@ def test_all_executors_mark_the_same_passes(executor: str) -> None:
 
 def test_a_pass_that_raises_leaves_no_mark_and_the_next_one_does() -> None:
     ledger = Ledger()
-    with pytest.raises(KeyError), ledger.forward_pass("prompt", ()):
-        ledger.record(Event(None, "", "launch", "x"))
-        raise KeyError
+
+    def broken() -> None:
+        with ledger.forward_pass("prompt", ()):
+            ledger.record(Event(None, "", "launch", "x"))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        broken()
     with ledger.forward_pass("decode", [NewTokens(0, 3, 1)]):
         ledger.record(Event(None, "", "launch", "y"))
     assert [(p.start, p.stop, p.n_tokens) for p in ledger.passes()] == [(1, 2, 1)]

@@ -15,7 +15,7 @@ def cache(clear: options.Clear = False, as_json: options.Json = False) -> int:
 
     Kept between runs are weights in wafer layout and compiled kernels.
     """
-    from wse_emu.cli.tables import bytes_text
+    from wse_emu.foundation.units import bytes_text
     from wse_emu.memoryx import build
     from wse_kernels import _cache as kernels
 

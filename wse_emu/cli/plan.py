@@ -29,7 +29,8 @@ def plan(
     Names what lies on the worst core and how much would be streamed; reads config.json only.
     """
     from wse_emu.checkpoint import read_config
-    from wse_emu.cli.tables import bytes_text, console, sram_table
+    from wse_emu.cli.tables import console, sram_table
+    from wse_emu.foundation.units import bytes_text
 
     _, spec = read_config(model)
     from wse_emu.engine.plan import plan_model

@@ -10,12 +10,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from wse_emu.wafer.ledger import EDGE_KINDS, FABRIC_KINDS
 from wse_emu.wafer.sram import numbered_runs
-
-EDGE = frozenset({"inject", "drain"})
-"""Kinds of events that cross the wafer's edge with tokens and logits."""
-FABRIC = frozenset({"broadcast", "chain", "deliver", "allgather", "shift", "send", "gather"})
-"""Kinds of events that move data between cores."""
 
 
 class StageTotals(NamedTuple):
@@ -59,8 +55,8 @@ def stage_totals(rows: Iterable[Mapping[str, Any]]) -> list[StageTotals]:
             stage=old.stage,
             macs=old.macs + row["macs"],
             streamed_bytes=old.streamed_bytes + (row["bytes"] if kind == "stream" else 0),
-            edge_bytes=old.edge_bytes + (row["bytes"] if kind in EDGE else 0),
-            fabric_wavelets=old.fabric_wavelets + (row["wavelets"] if kind in FABRIC else 0),
+            edge_bytes=old.edge_bytes + (row["bytes"] if kind in EDGE_KINDS else 0),
+            fabric_wavelets=old.fabric_wavelets + (row["wavelets"] if kind in FABRIC_KINDS else 0),
             busiest_link_wavelets=max(old.busiest_link_wavelets, row["max_link_wavelets"]),
         )
     return list(stages.values())
@@ -110,15 +106,3 @@ def sram_table(title: str, blocks: Sequence[tuple[str, int]], used_bytes: int, c
 
 def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", show_footer=True, box=SIMPLE, show_edge=False, pad_edge=False)
-
-
-def bytes_text(n: int) -> str:
-    """Bytes for people, with a binary unit from a KiB on.
-
-    >>> bytes_text(49152)
-    '48.0 KiB'
-    """
-    if n < 1024:
-        return f"{n} bytes"
-    power = min((n.bit_length() - 1) // 10, 4)
-    return f"{n / 1024**power:.1f} {('', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from wse_emu.foundation.units import counted
+
 Kind = Literal["structure", "local", "routing", "end to end"]
 Status = Literal["passed", "failed", "skipped"]
 
@@ -98,6 +100,16 @@ class RoutingSummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StageRow:
+    """The worst checks of one stage over all layers; None where there is none."""
+
+    stage: str
+    local: StageCheck | None
+    """Of structure, against the run's own inputs, or of routing."""
+    end_to_end: StageCheck | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyReport:
     """Outcome of a verification; ``print(report)`` shows it, `to_dict` is for JSON."""
 
@@ -118,6 +130,15 @@ class VerifyReport:
         """Whether every check passed and none had to be skipped."""
         return all(c.status == "passed" for c in self.stages)
 
+    def rows(self) -> list[StageRow]:
+        """The table that people read: one row per stage, failures before what passed, then by ``error / bound``."""
+        rows = []
+        for name in dict.fromkeys(c.stage for c in self.stages):
+            mine = [c for c in self.stages if c.stage == name]
+            local, end = (_worst(c for c in mine if (c.kind == "end to end") is far) for far in (False, True))
+            rows.append(StageRow(stage=name, local=local, end_to_end=end))
+        return rows
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and finite numbers; an infinite or undefined number becomes its name as a string."""
         plain = _plain({**asdict(self), "passed": self.passed, "first_failure_text": str(self.first_failure or "")})
@@ -129,20 +150,19 @@ class VerifyReport:
         verdict = "PASSED" if self.passed else f"FAILED ({n_bad} of {len(self.stages)} checks)"
         lines = [
             f"equivalence with the float64 reference: {verdict}",
-            f"{self.family}, {_count(self.n_layers, 'layer')}, {_count(self.n_tokens, 'token')} in {_count(self.n_sequences, 'sequence')}",
+            f"{self.family}, {counted(self.n_layers, 'layer')}, {counted(self.n_tokens, 'token')} in {counted(self.n_sequences, 'sequence')}",
             "",
             f"{'':16} {'stage by stage, worst over layers':^49} | end to end",
             f"{'stage':16} {'error':>9} {'bound':>9} {'ratio':>7} {'layer':>5} {'seq:pos':>8} {'expert':>6} | "
             f"{'error':>8} {'allowed':>8} {'ratio':>6} {'layer':>5}",
         ]
-        for name in dict.fromkeys(c.stage for c in self.stages):
-            lines.append(self._row(name))
+        lines += [_line(row) for row in self.rows()]
         r = self.routing
         if r.n_decisions:
             lines.append("")
-            ties = f"{_count(r.exact_ties, 'exact tie')}, {_count(r.rounded_ties, 'rounded tie')}"
-            lines.append(f"routing: {_count(r.n_decisions, 'decision')}, {ties}, {_count(len(r.near_ties), 'near-tie')} excused,")
-            lines.append(f"         {_count(r.swaps, 'swap')}, {r.misordered} misordered")
+            ties = f"{counted(r.exact_ties, 'exact tie')}, {counted(r.rounded_ties, 'rounded tie')}"
+            lines.append(f"routing: {counted(r.n_decisions, 'decision')}, {ties}, {counted(len(r.near_ties), 'near-tie')} excused,")
+            lines.append(f"         {counted(r.swaps, 'swap')}, {r.misordered} misordered")
             lines += [
                 f"  near-tie: layer {t.layer}, token {t.token[1]} of sequence {t.token[0]}: took {list(t.chosen)} for {list(t.ideal)}, "
                 f"gap {t.gap:.2g} of {t.tolerance:.2g}"
@@ -152,38 +172,33 @@ class VerifyReport:
         if skipped:
             c = skipped[0]
             where = "" if c.layer is None else f" of layer {c.layer}"
-            lines.append(f"not checked: {_count(len(skipped), 'stage')} without usable inputs; first {c.stage}{where}, which {c.message}")
+            lines.append(f"not checked: {counted(len(skipped), 'stage')} without usable inputs; first {c.stage}{where}, which {c.message}")
         lines += [f"not checked: {note}" for note in self.notes]
         if self.first_failure is not None:
             lines += ["", f"first failure: {self.first_failure}"]
         return "\n".join(line.rstrip() for line in lines)
 
-    def _row(self, name: str) -> str:
-        """One line: the worst local (or structure, or routing) check of a stage over the layers, and its worst end-to-end check."""
-        mine = [c for c in self.stages if c.stage == name]
-        local = _worst(c for c in mine if c.kind != "end to end")
-        cells = f"{name:16} "
-        if local is None or local.status == "skipped":
-            cells += f"{'not checked':49}"
-        else:
-            token = "" if local.token is None else f"{local.token[0]}:{local.token[1]}"
-            cells += (
-                f"{local.error:9.2e} {local.bound:9.2e} {_ratio(local.ratio):>7} {_or_blank(local.layer):>5} {token:>8} "
-                f"{_or_blank(local.expert):>6}"
-            )
-        end = _worst(c for c in mine if c.kind == "end to end")
-        if end is None or end.status == "skipped":
-            return cells + " |"
-        return cells + f" | {end.error:8.1e} {end.bound:8.1e} {_ratio(end.ratio):>6} {_or_blank(end.layer):>5}"
+
+def _line(row: StageRow) -> str:
+    """One line of the printed table."""
+    local, end = row.local, row.end_to_end
+    cells = f"{row.stage:16} "
+    if local is None or local.status == "skipped":
+        cells += f"{'not checked':49}"
+    else:
+        token = "" if local.token is None else f"{local.token[0]}:{local.token[1]}"
+        cells += (
+            f"{local.error:9.2e} {local.bound:9.2e} {_ratio(local.ratio):>7} {_or_blank(local.layer):>5} {token:>8} "
+            f"{_or_blank(local.expert):>6}"
+        )
+    if end is None or end.status == "skipped":
+        return cells + " |"
+    return cells + f" | {end.error:8.1e} {end.bound:8.1e} {_ratio(end.ratio):>6} {_or_blank(end.layer):>5}"
 
 
 def _worst(checks: Iterable[StageCheck]) -> StageCheck | None:
     order = {"failed": 2, "passed": 1, "skipped": 0}
     return max(checks, key=lambda c: (order[c.status], c.ratio), default=None)
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def _or_blank(value: int | None) -> str:

@@ -27,6 +27,11 @@ edge and down the columns; ``broadcast`` ``chain`` ``deliver`` ``allgather`` ``s
 ``control`` the small channel that tells MemoryX which experts were chosen; ``probe`` what the host looks at (hidden states, taps).
 """
 
+EDGE_KINDS: Final = ("inject", "drain")
+"""Kinds that cross the wafer's edge with tokens and logits."""
+FABRIC_KINDS: Final = tuple(kind for kind in KINDS if kind not in ("launch", *EDGE_KINDS, "stream", "control", "probe"))
+"""Kinds that move data between cores."""
+
 
 class Event(NamedTuple):
     """One launch or one move, summed over all cores that take part in it."""
