@@ -131,7 +131,7 @@ class VerifyReport:
         return all(c.status == "passed" for c in self.stages)
 
     def rows(self) -> list[StageRow]:
-        """The table that people read: one row per stage, failures before what passed, then by ``error / bound``."""
+        """The table that people read: of every stage the worst checks (what failed, else the largest ``error / bound``)."""
         rows = []
         for name in dict.fromkeys(c.stage for c in self.stages):
             mine = [c for c in self.stages if c.stage == name]
@@ -150,7 +150,8 @@ class VerifyReport:
         verdict = "PASSED" if self.passed else f"FAILED ({n_bad} of {len(self.stages)} checks)"
         lines = [
             f"equivalence with the float64 reference: {verdict}",
-            f"{self.family}, {counted(self.n_layers, 'layer')}, {counted(self.n_tokens, 'token')} in {counted(self.n_sequences, 'sequence')}",
+            f"{self.family}, {counted(self.n_layers, 'layer')}, {counted(self.n_tokens, 'token')} in "
+            f"{counted(self.n_sequences, 'sequence')}",
             "",
             f"{'':16} {'stage by stage, worst over layers':^49} | end to end",
             f"{'stage':16} {'error':>9} {'bound':>9} {'ratio':>7} {'layer':>5} {'seq:pos':>8} {'expert':>6} | "
