@@ -23,6 +23,7 @@ ROOMS: dict[str, tuple[int, str]] = {
     "wse_emu.engine": (5, "engine"),
     "wse_emu.sampling": (5, "engine"),
     "wse_emu.equivalence": (6, "equivalence"),
+    "wse_emu.equivalence.report": (5, "findings"),
     "wse_emu.doctor": (6, "doctor"),
     "wse_emu.reports": (6, "reports"),
     "wse_emu.model": (7, "face"),

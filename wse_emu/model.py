@@ -146,6 +146,8 @@ class WaferModel:
         """Routing of every forward pass of the last call, for replay with the ``dry`` executor."""
         self.recorded_kv: Ints | None = None
         """(n_layers, n_sequences, n_rows) tokens in the key/value cache at the end of the last call, by row of cores."""
+        self.recorded_from = 0
+        """Index of the last call's first event in the wafer's ledger."""
         self._chosen_grid = wafer is None
         self._wafer = wafer
         self._engine: Engine | None = None
@@ -413,7 +415,8 @@ class _Session:
         self._held = ExitStack()
 
     def __enter__(self) -> _Session:
-        self._model.recorded_routing = []
+        self._model.recorded_routing, self._model.recorded_kv = [], None
+        self._model.recorded_from = len(self._model.wafer.ledger)
         with ExitStack() as stack:
             self._cache = self._engine.new_cache(self._capacity)
             stack.callback(self._cache.free)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from wse_emu.foundation.units import counted
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -15,15 +17,6 @@ if TYPE_CHECKING:
 
 JSON_SCHEMA = 1
 """Version of the document that ``--json`` writes."""
-
-
-def counted(n: int, noun: str) -> str:
-    """`n` with its noun.
-
-    >>> counted(1, "core"), counted(1024, "core")
-    ('1 core', '1,024 cores')
-    """
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def header(request: Request, wafer: Wafer) -> str:

@@ -88,6 +88,12 @@ PrefillChunk = Annotated[
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Hold every layer against the dense float64 reference.")]
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout and nothing else.")]
 LedgerFile = Annotated[Path | None, typer.Option("--ledger", metavar="FILE", help="Also write the whole ledger of the generation as JSON.")]
+TraceFile = Annotated[
+    Path | None, typer.Option("--trace", metavar="FILE", help="Also write the generation as a trace for Perfetto, in logical time (JSON).")
+]
+ReportFile = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE", help="Also write one self-contained page about the run (HTML).")
+]
 PromptTokens = Annotated[
     int | None,
     typer.Option("--prompt-tokens", metavar="N", min=1, help="Tokens of each prompt. Default: 512, or as many as the model takes."),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ from wse_emu.sampling import Sampler
 
 if TYPE_CHECKING:
     from wse_emu.model import WaferModel
+    from wse_emu.reports import Run
 
 
 @dataclass(slots=True)
@@ -38,6 +41,16 @@ class Outcome:
     report: Any | None = None
     """Verification report; None with ``--no-verify``."""
     host_seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The model's name: that of its directory."""
+        return self.request.path.resolve().name
+
+    @property
+    def prompt(self) -> str:
+        """The prompt for people: its text, or its ids between blanks."""
+        return self.request.text if self.request.text is not None else " ".join(map(str, self.request.ids))
 
     @property
     def exit_code(self) -> Exit:
@@ -76,14 +89,17 @@ def run(
     verify: options.Verify = True,
     as_json: options.Json = False,
     ledger: options.LedgerFile = None,
+    trace: options.TraceFile = None,
+    report: options.ReportFile = None,
 ) -> int:
     """Stream, run, generate, verify, report.
 
     Weights pass through the wafer layer by layer; every layer is held against a dense float64 reference; a table says what moved where.
     """
     sampler = make_sampler(temperature, top_k, top_p, seed)
-    if ledger is not None:
-        check_ledger_file(ledger)
+    for option, file in (("--ledger", ledger), ("--trace", trace), ("--report", report)):
+        if file is not None:
+            check_output_file(option, file)
     request = read_request(model, prompt, ids)
     placing = Placing(rows, cols, wafer, executor, stream_experts, prefill_chunk)
     started = time.perf_counter()
@@ -92,16 +108,22 @@ def run(
     if not as_json:
         print(header(request, loaded.wafer))
         print(f"prompt    {counted(len(request.ids), 'token')}, then up to {max_new_tokens} new, {sampling_text(sampler)}\n")
-        print(request.text if request.text is not None else " ".join(map(str, request.ids)), end="", flush=True)
+        print(outcome.prompt, end="", flush=True)
     generate(outcome, max_new_tokens, echo=not as_json)
     if ledger is not None:
-        write_ledger(loaded, ledger)
+        with writing("--ledger", ledger):
+            loaded.wafer.ledger.to_json(ledger)
+    if trace is not None:
+        write_trace(outcome, trace)
+    observed = None if report is None else observe(loaded)
     if not as_json:
         print_ledger(outcome)
     if verify:
         started = time.perf_counter()
         outcome.report = loaded.verify([request.ids + outcome.ids])
         outcome.host_seconds["verify"] = time.perf_counter() - started
+    if report is not None and observed is not None:
+        write_report(outcome, observed, report)
     if as_json:
         print(json.dumps(outcome.to_dict()))
     else:
@@ -149,7 +171,7 @@ def generate(outcome: Outcome, max_new_tokens: int, *, echo: bool) -> None:
     outcome.totals = model.wafer.ledger.totals(by=("stage", "kind"), start=before)
 
 
-def check_ledger_file(file: Path) -> None:
+def check_output_file(option: str, file: Path) -> None:
     """Refuse, before anything runs, a file whose folder is not there or that is a folder itself.
 
     Raises
@@ -158,23 +180,53 @@ def check_ledger_file(file: Path) -> None:
         Saying which.
     """
     if file.is_dir():
-        raise StoreError(f"--ledger {file}: cannot be written (Is a directory)")
+        raise StoreError(f"{option} {file}: cannot be written (Is a directory)")
     if not file.absolute().parent.is_dir():
-        raise StoreError(f"--ledger {file}: cannot be written (there is no directory {file.absolute().parent})")
+        raise StoreError(f"{option} {file}: cannot be written (there is no directory {file.absolute().parent})")
 
 
-def write_ledger(model: WaferModel, file: Path) -> None:
-    """Write the wafer's ledger as JSON.
+@contextmanager
+def writing(option: str, file: Path) -> Iterator[None]:
+    """Name the option of a file that the block cannot write.
 
     Raises
     ------
     StoreError
-        If `file` cannot be written.
+        If it cannot be written.
     """
     try:
-        model.wafer.ledger.to_json(file)
+        yield
     except OSError as e:
-        raise StoreError(f"--ledger {file}: cannot be written ({e.strerror or e})") from e
+        raise StoreError(f"{option} {file}: cannot be written ({e.strerror or e})") from e
+
+
+def write_trace(outcome: Outcome, file: Path) -> None:
+    """Write the generation as a trace file."""
+    from wse_emu import reports
+
+    wafer = outcome.model.wafer
+    about = {"model": outcome.name, "wafer": wafer.spec.name, "rows": wafer.rows, "cols": wafer.cols, "executor": wafer.executor}
+    with writing("--trace", file):
+        reports.write_trace(wafer.ledger, file, about=about)
+
+
+def observe(model: WaferModel) -> Run:
+    """Look at the generation before the verification's own run."""
+    from wse_emu import reports
+
+    return reports.Run.of(model)
+
+
+def write_report(outcome: Outcome, run: Run, file: Path) -> None:
+    """Write the page about the run."""
+    from wse_emu import reports
+
+    generated = outcome.text if outcome.text is not None else "".join(f" {i}" for i in outcome.ids)
+    passage = reports.Passage(outcome.prompt, generated)
+    with writing("--report", file):
+        reports.write_report(
+            file, run, title=outcome.name, passages=[passage], verification=outcome.report, host_seconds=outcome.host_seconds
+        )
 
 
 def print_ledger(outcome: Outcome) -> None:

@@ -139,6 +139,16 @@ class VerifyReport:
             rows.append(StageRow(stage=name, local=local, end_to_end=end))
         return rows
 
+    def unchecked(self) -> list[str]:
+        """What was not checked, and why: stages without usable inputs, then `notes`."""
+        skipped = [c for c in self.stages if c.status == "skipped"]
+        if not skipped:
+            return list(self.notes)
+        first = skipped[0]
+        where = "" if first.layer is None else f" of layer {first.layer}"
+        stages = counted(len(skipped), "stage")
+        return [f"{stages} without usable inputs; first {first.stage}{where}, which {first.message}", *self.notes]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and finite numbers; an infinite or undefined number becomes its name as a string."""
         plain = _plain({**asdict(self), "passed": self.passed, "first_failure_text": str(self.first_failure or "")})
@@ -169,12 +179,7 @@ class VerifyReport:
                 f"gap {t.gap:.2g} of {t.tolerance:.2g}"
                 for t in r.near_ties[:5]
             ]
-        skipped = [c for c in self.stages if c.status == "skipped"]
-        if skipped:
-            c = skipped[0]
-            where = "" if c.layer is None else f" of layer {c.layer}"
-            lines.append(f"not checked: {counted(len(skipped), 'stage')} without usable inputs; first {c.stage}{where}, which {c.message}")
-        lines += [f"not checked: {note}" for note in self.notes]
+        lines += [f"not checked: {what}" for what in self.unchecked()]
         if self.first_failure is not None:
             lines += ["", f"first failure: {self.first_failure}"]
         return "\n".join(line.rstrip() for line in lines)

@@ -15,10 +15,10 @@ def bytes_text(n: int) -> str:
     return f"{n / 1024**power:.1f} {('', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
-def counted(n: int, noun: str) -> str:
-    """A count with its noun.
+def counted(n: int, noun: str, plural: str | None = None) -> str:
+    """A count with its noun; the plural takes an "s" unless it is given.
 
-    >>> counted(1, "token"), counted(2048, "token")
-    ('1 token', '2,048 tokens')
+    >>> counted(1, "token"), counted(2048, "token"), counted(2, "pass", "passes")
+    ('1 token', '2,048 tokens', '2 passes')
     """
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+    return f"{n:,} {noun if n == 1 else plural or noun + 's'}"

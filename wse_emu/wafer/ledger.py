@@ -88,8 +88,10 @@ class ForwardPass(NamedTuple):
         return sum(t.n for t in self.tokens)
 
 
+_KEYS: Final = ("layer", "stage", "kind", "name")
 _SUMMED: Final = ("count", "macs", "bytes", "wavelets", "wavelet_hops")
 _MAXED: Final = ("max_link_wavelets", "max_hops", "colors")
+assert Event._fields == (*_KEYS, *_SUMMED, *_MAXED)
 
 
 class Ledger:
@@ -166,23 +168,25 @@ class Ledger:
         InputError
             If `by` names anything else.
         """
-        unknown = set(by) - {"layer", "stage", "kind", "name"}
-        if unknown or isinstance(by, str):
+        if isinstance(by, str) or set(by) - set(_KEYS):
             raise InputError(f"`by` must be a sequence of layer, stage, kind and name, for instance ('kind',); got {by!r}")
-        rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-        for event in self.events(start, stop):
-            key = tuple(getattr(event, name) for name in by)
+        at = [_KEYS.index(name) for name in by]
+        first_max = len(_SUMMED)
+        rows: dict[tuple[Any, ...], list[int]] = {}
+        for layer, stage, event in self._events[start:stop]:
+            keys = (layer, stage, event.kind, event.name)
+            key = tuple([keys[i] for i in at])
+            numbers: tuple[int, ...] = event[len(_KEYS) :]  # type: ignore[assignment]  # keys come first
             row = rows.get(key)
             if row is None:
-                row = dict.fromkeys(("layer", "stage", "kind", "name"))
-                row.update(zip(by, key, strict=True))
-                row.update(dict.fromkeys((*_SUMMED, *_MAXED), 0))
-                rows[key] = row
-            for name in _SUMMED:
-                row[name] += getattr(event, name)
-            for name in _MAXED:
-                row[name] = max(row[name], getattr(event, name))
-        return list(rows.values())
+                rows[key] = list(numbers)
+                continue
+            for i, value in enumerate(numbers):
+                row[i] = row[i] + value if i < first_max else max(row[i], value)
+        blank = dict.fromkeys(_KEYS)
+        return [
+            {**blank, **dict(zip(by, key, strict=True)), **dict(zip((*_SUMMED, *_MAXED), row, strict=True))} for key, row in rows.items()
+        ]
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The ledger as one JSON document; also written to `path` if given.
