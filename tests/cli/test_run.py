@@ -49,9 +49,6 @@ class StandInWafer:
     ledger: Ledger = field(default_factory=Ledger)
     sram: Any = field(default_factory=lambda: SimpleNamespace(high_water_map=SramMap(2, 3, 5000, 49_152, (("base code", 5000),))))
 
-    def sram_report(self) -> str:
-        return "SRAM: core (0, 0) 5000 of 49152 bytes"
-
 
 class StandInModel:
     """Writes `CONTINUATION` and notes what it was asked."""
@@ -79,6 +76,7 @@ class StandInModel:
 
     def verify(self, ids: Sequence[Sequence[int]]) -> StandInReport:
         self.asked["verified"] = [list(row) for row in ids]
+        self.wafer.sram.high_water_map = SramMap(0, 0, 9000, 49_152, (("base code", 9000),))
         return StandInReport(self.passed)
 
 
@@ -109,7 +107,7 @@ def test_text_is_streamed_and_everything_is_told(stand_in: list[StandInModel], c
     assert f"prompt    {len(stand_in[0].asked['request'].ids)} token" in out
     assert ", then up to 32 new, greedy\n" in out
     assert "verification passed" in out
-    assert "SRAM: core (0, 0)" in out
+    assert "core (2, 3): 5000 of 49152 bytes" in out  # of the generation, not of its verification
     assert err == ""
     (model,) = stand_in
     assert model.asked["verified"] == [model.asked["request"].ids + model.new]

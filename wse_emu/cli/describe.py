@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from wse_emu.cli.load import Request
     from wse_emu.foundation.model_spec import ModelSpec
     from wse_emu.sampling import Sampler
+    from wse_emu.wafer.sram import SramMap
     from wse_emu.wafer.wafer import Wafer
 
 JSON_SCHEMA = 1
@@ -47,9 +48,8 @@ def model_entry(path: Path, spec: ModelSpec) -> dict[str, Any]:
     return {"path": str(path), "family": spec.family, "n_params": spec.n_params, "spec": asdict(spec)}
 
 
-def what_and_where(request: Request, wafer: Wafer) -> dict[str, Any]:
-    """Entries of a ``--json`` document that say which model ran on which prompt, where, and what lay on the fullest core at its fullest."""
-    spec, lies = request.spec, wafer.sram.high_water_map
+def what_and_where(request: Request, wafer: Wafer, lies: SramMap | None) -> dict[str, Any]:
+    """Entries of a ``--json`` document that say which model ran on which prompt and where; `lies` on the fullest core."""
     sram = None
     if lies is not None:
         sram = {
@@ -59,7 +59,7 @@ def what_and_where(request: Request, wafer: Wafer) -> dict[str, Any]:
             "blocks": lies.blocks,
         }
     return {
-        "model": model_entry(request.path, spec),
+        "model": model_entry(request.path, request.spec),
         "wafer": {"name": wafer.spec.name, "rows": wafer.rows, "cols": wafer.cols, "executor": wafer.executor, "sram": sram},
         "prompt": {"text": request.text, "ids": request.ids},
     }

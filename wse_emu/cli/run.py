@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wse_emu.cli import options
-from wse_emu.cli.describe import JSON_SCHEMA, counted, header, sampling_text, what_and_where
+from wse_emu.cli.describe import JSON_SCHEMA, header, sampling_text, what_and_where
 from wse_emu.cli.exits import Exit
 from wse_emu.cli.load import Request, load, read_request
 from wse_emu.cli.options import Executor, Placing, StreamExperts, WaferName
 from wse_emu.cli.tokens import TextStream
 from wse_emu.foundation.errors import StoreError
+from wse_emu.foundation.units import counted
 from wse_emu.sampling import Sampler
 
 if TYPE_CHECKING:
     from wse_emu.model import WaferModel
     from wse_emu.reports import Run
+    from wse_emu.wafer.sram import SramMap
 
 
 @dataclass(slots=True)
@@ -38,6 +40,8 @@ class Outcome:
     """The continuation as text, if there is a tokenizer."""
     totals: list[dict[str, Any]] = field(default_factory=list)
     """Ledger of the generation, by stage and kind; the verification's own run is not in it."""
+    sram: SramMap | None = None
+    """The fullest core during the generation; the verification's own run needs more."""
     report: Any | None = None
     """Verification report; None with ``--no-verify``."""
     host_seconds: dict[str, float] = field(default_factory=dict)
@@ -62,7 +66,7 @@ class Outcome:
         return {
             "schema": JSON_SCHEMA,
             "command": "run",
-            **what_and_where(self.request, self.model.wafer),
+            **what_and_where(self.request, self.model.wafer, self.sram),
             "sampling": asdict(self.sampler),
             "generated": {"text": self.text, "ids": self.ids},
             "ledger": {"by": ["stage", "kind"], "totals": self.totals},
@@ -144,7 +148,7 @@ def make_sampler(temperature: float | None, top_k: int | None, top_p: float | No
 
 
 def generate(outcome: Outcome, max_new_tokens: int, *, echo: bool) -> None:
-    """Generate, writing the text to stdout as it settles if `echo`; fills in ids, text, ledger totals and host seconds."""
+    """Generate, writing the text to stdout as it settles if `echo`; fills in ids, text, ledger totals, SRAM and host seconds."""
     request, model = outcome.request, outcome.model
     tokenizer = request.tokenizer
     stream = None if tokenizer is None else TextStream(lambda ids: str(tokenizer.decode(ids)), request.ids)
@@ -169,6 +173,7 @@ def generate(outcome: Outcome, max_new_tokens: int, *, echo: bool) -> None:
         print(pieces[-1])
     outcome.text = None if stream is None else "".join(pieces)
     outcome.totals = model.wafer.ledger.totals(by=("stage", "kind"), start=before)
+    outcome.sram = model.wafer.sram.high_water_map
 
 
 def check_output_file(option: str, file: Path) -> None:
@@ -239,7 +244,7 @@ def print_ledger(outcome: Outcome) -> None:
     print()
     if outcome.request.spec.is_moe:
         print(f"control channel (chosen experts to MemoryX): {channel_bytes(outcome.totals, 'control'):,} bytes")
-    print(outcome.model.wafer.sram_report())
+    print(outcome.sram)
     print()
     sys.stdout.flush()
 

@@ -33,7 +33,7 @@ def verify(
         print(header(request, loaded.wafer), flush=True)
     report = loaded.verify([request.ids])
     if as_json:
-        where = what_and_where(request, loaded.wafer)
+        where = what_and_where(request, loaded.wafer, loaded.wafer.sram.high_water_map)
         print(json.dumps({"schema": JSON_SCHEMA, "command": "verify", **where, "verification": report.to_dict()}))
     else:
         print(f"\n{report}")
