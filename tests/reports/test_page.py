@@ -254,6 +254,15 @@ def test_many_passes_are_binned_and_say_so(run: Run) -> None:
     assert macs[-1] == 400
 
 
+def test_the_example_of_the_documentation_runs(model: wse.WaferModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).resolve().parents[2] / "docs" / "reports.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    exec(compile(code, "reports.md", "exec"), {"model": model, "prompt": prompts(1, 3)})
+    read((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert (tmp_path / "trace.json").stat().st_size > 0
+
+
 def test_what_was_not_called_cannot_be_reported() -> None:
     with pytest.raises(InputError, match="the model was not called"):
         Run.of(make_model())
