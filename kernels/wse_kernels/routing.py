@@ -22,12 +22,13 @@ def softmax_topk(
     """Softmax over experts, then the `top_k` most probable, ties to the lowest id.
 
     The maximum is exact; the denominator is summed over ascending expert ids; the chosen weights, if renormalised, are divided by their sum
-    over ascending slots.
+    over ascending slots. The chosen experts are always distinct: where scores are not finite the weights are NaN, and the lowest ids are
+    taken.
 
     Parameters
     ----------
     logits : ndarray, (t, n_experts), float32
-        Finite scores.
+        Scores.
     renormalize : bool
         Divide the chosen probabilities by their sum.
     probs : ndarray, (t, n_experts), float32
@@ -57,7 +58,7 @@ def softmax_topk(
         for slot in range(topk_ids.shape[1]):
             best = 0
             for e in range(1, n_experts):
-                if probs[i, e] > probs[i, best]:
+                if probs[i, e] > probs[i, best] or probs[i, best] < _ZERO:
                     best = e
             topk_ids[i, slot] = best
             topk_weights[i, slot] = probs[i, best]

@@ -56,6 +56,22 @@ def test_ties_go_to_the_lowest_id() -> None:
 
 
 @pytest.mark.nojit
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_scores_that_are_not_finite_still_name_distinct_experts(bad: float, everywhere: bool) -> None:
+    logits = np.full((2, 5), bad, F) if everywhere else np.array([[1, bad, 3, 0, 2], [1, 2, 3, 4, 5]], F)
+    for body in (softmax_topk, plain(softmax_topk)):
+        for top_k in range(1, 6):
+            with np.errstate(all="ignore"):
+                ids, weights = route(logits, top_k, body=body)
+            assert all(len(set(row)) == top_k and 0 <= min(row) and max(row) < 5 for row in ids.tolist())
+            hidden = not everywhere and bad == -np.inf  # one expert of probability 0 harms no other
+            assert np.isfinite(weights[0]).all() if hidden else np.isnan(weights[0]).all()
+    if not everywhere:
+        assert ids[1].tolist() == [4, 3, 2, 1, 0]
+
+
+@pytest.mark.nojit
 def test_all_experts_without_renormalising_are_the_whole_softmax() -> None:
     logits = np.random.default_rng(0).standard_normal((3, 5)).astype(F)
     ids, weights = route(logits, 5, renormalize=False)
