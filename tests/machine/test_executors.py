@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from hypothesis import strategies as st
 
 import wse_emu as wse
 from wse_emu.engine.routing_trace import RoutingTrace
+from wse_emu.foundation.errors import SramOverflowError
+from wse_emu.wafer.cores import Arena, Block
 
 from .models import CONFIGS, make_model
 
@@ -54,6 +58,41 @@ def test_isolated_cores_give_the_bits_and_the_ledger_of_the_batch(family, grid, 
     assert_same(*results)
     assert ledgers[0] == ledgers[1]
     assert peaks[0] == peaks[1]
+
+
+def test_an_arena_never_holds_more_than_the_account_of_its_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, wafers, seen = Arena.allocate, [], []
+
+    def allocate(arena: Arena, *args: Any) -> Block:
+        block = real(arena, *args)
+        if wafers:
+            lies = wafers[0].sram.core_map(*arena.core)
+            charged = sum(size for name, size in lies.blocks if not name.endswith("code"))
+            seen.append(charged - sum(b.array.nbytes for b in arena._blocks))
+            assert seen[-1] >= 0, f"{block.name} on core {arena.core} is not charged: {lies}"
+        return block
+
+    monkeypatch.setattr(Arena, "allocate", allocate)
+    for family, grid, options in (("mixtral", (3, 4), {}), ("llama", (2, 2), {"prefill_chunk": 3}), ("llama", (1, 5), {})):
+        wafers.clear()
+        model = make_model(family, *grid, "isolated", **options)
+        wafers.append(model.wafer)
+        ids, mask = prompt_of([7, 2], CONFIGS[family]["vocab_size"])
+        model.generate(ids, 2, attention_mask=mask)
+        model.verify(ids, mask)
+    assert seen
+
+
+def test_what_does_not_fit_one_core_at_a_time_does_not_fit_at_once() -> None:
+    # 44 heads of two elements: the keys and values on their way to the cache are what lies on the core at its fullest.
+    config = {
+        "model_type": "llama", "vocab_size": 8, "hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 44,
+        "num_key_value_heads": 44, "head_dim": 2, "max_position_embeddings": 16, "eos_token_id": None,
+    }  # fmt: skip
+    for executor in ("batched", "isolated", "dry"):
+        model = wse.from_config(config, wafer=wse.Wafer(wse.WSE3, rows=1, cols=1, executor=executor), chunk=2)
+        with pytest.raises(SramOverflowError, match=r"outgoing keys and values"):
+            model(np.zeros(16, np.int64))
 
 
 @settings(max_examples=3)

@@ -200,17 +200,22 @@ class KVCache:
         bands : TokenBands
         """
         plan = self._plan_append(sequences, bands)
-        if self.wafer.cores is not None:
-            self._append_isolated(layer, qkv, sequences, plan)
-        else:
-            for event in plan.events:
-                self.wafer.record(event)
-            if not self.wafer.is_dry:
-                k, v, base, cap = self.buffers(layer, sequences)
-                mesh_store_kv(
-                    qkv.flat, self.heads.units.offsets, self.heads.queries_per_kv,
-                    sequences.first_token, sequences.n_new, sequences.start, base, cap, k, v,
-                )  # fmt: skip
+        outgoing = np.full(self.wafer.rows, bands.split.max_size)  # at most all of a row's tokens leave at one time
+        with (
+            self.wafer.sram.reserved("outgoing keys and values", outgoing, self.heads.units.sizes * 4, 4),
+            self.wafer.sram.code(STORE_KV.name, STORE_KV.code_bytes),
+        ):
+            if self.wafer.cores is not None:
+                self._append_isolated(layer, qkv, sequences, plan)
+            else:
+                for event in plan.events:
+                    self.wafer.record(event)
+                if not self.wafer.is_dry:
+                    k, v, base, cap = self.buffers(layer, sequences)
+                    mesh_store_kv(
+                        qkv.flat, self.heads.units.offsets, self.heads.queries_per_kv,
+                        sequences.first_token, sequences.n_new, sequences.start, base, cap, k, v,
+                    )  # fmt: skip
         self.wafer.record(plan.stored)
 
     def _plan_append(self, sequences: Sequences, bands: TokenBands) -> _AppendPlan:

@@ -261,7 +261,10 @@ def report_chosen(wafer: Wafer, routing: Routing, bands: TokenBands, n_experts: 
     used = bands.used_rows
     ends = np.zeros(wafer.cols, np.int64)
     ends[0] = 2 * n_words
-    with wafer.sram.reserved("chosen set", np.ones(wafer.rows, np.int64), ends, 4):
+    with (
+        wafer.sram.reserved("chosen set", np.ones(wafer.rows, np.int64), ends, 4),
+        wafer.sram.code("chosen set", MARK_CHOSEN.code_bytes + CHAIN_OR.code_bytes),
+    ):
         if wafer.cores is None:
             sizes = np.array([n_words])
             events = [
