@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -418,16 +419,17 @@ class _Session:
         self._model.recorded_routing, self._model.recorded_kv = [], None
         self._model.recorded_from = len(self._model.wafer.ledger)
         with ExitStack() as stack:
+            stack.enter_context(self._engine.wafer.all_or_nothing())
             self._cache = self._engine.new_cache(self._capacity)
             stack.callback(self._cache.free)
             stack.enter_context(self._engine.streaming())
             self._held = stack.pop_all()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         assert self._cache is not None
         self._model.recorded_kv = self._cache.tokens_by_row
-        self._held.close()
+        self._held.__exit__(kind, error, trace)
 
     def prefill(
         self, prompts: _Prompts, *, every: bool, hidden_states: bool = False, router_logits: bool = False, taps: bool = False

@@ -104,6 +104,15 @@ class Arena:
         block.poison()
         self._blocks.remove(block)
 
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """What lies in the arena, in order of address."""
+        return tuple(self._blocks)
+
+    def keep(self, blocks: Iterable[Block]) -> None:
+        """Give back every block but these."""
+        self._blocks = sorted(blocks, key=lambda b: b.start)
+
     def _view(self, start: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         size = int(np.prod(shape)) * dtype.itemsize
         return self._memory[start : start + size].view(dtype).reshape(shape)
@@ -144,6 +153,15 @@ class Cores:
         if arena is None:
             arena = self._arenas[row, col] = Arena((row, col), self._spec)
         return arena
+
+    def mark(self) -> dict[tuple[int, int], tuple[Block, ...]]:
+        """What lies in every arena now, for `back_to`."""
+        return {core: arena.blocks for core, arena in self._arenas.items()}
+
+    def back_to(self, mark: Mapping[tuple[int, int], Iterable[Block]]) -> None:
+        """Give back every block that was carved after the mark."""
+        for core, arena in self._arenas.items():
+            arena.keep(mark.get(core, ()))
 
     @contextmanager
     def borrowing(self) -> Iterator[Borrow]:

@@ -110,8 +110,8 @@ class Ledger:
     def scope(self, stage: str, layer: int | None = None) -> Iterator[None]:
         """Attribute the events recorded inside the block to `stage` of `layer`."""
         before = (self._layer, self._stage)
-        self._layer, self._stage = layer, stage
         try:
+            self._layer, self._stage = layer, stage
             yield
         finally:
             self._layer, self._stage = before

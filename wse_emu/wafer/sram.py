@@ -48,6 +48,14 @@ class SramMap:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True, slots=True)
+class SramMark:
+    """What lay on the wafer at one moment."""
+
+    ids: frozenset[int]
+    kernel_code: int
+
+
 def numbered_runs(blocks: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
     """For people: neighbouring blocks of one size whose names only count on, together in one line.
 
@@ -197,6 +205,21 @@ class SramTracker:
             yield
         finally:
             self._kernel_code = before
+
+    def mark(self) -> SramMark:
+        """What lies on the wafer now, for `back_to`."""
+        return SramMark(frozenset(self._live), self._kernel_code)
+
+    def back_to(self, mark: SramMark) -> None:
+        """Give back everything that was reserved after the mark; the account is made anew, for it may have been left half written."""
+        self._live = {id_: entry for id_, entry in self._live.items() if id_ in mark.ids}
+        self._kernel_code = mark.kernel_code
+        self._rows, self._cols = _Classes(self._rows.labels.size), _Classes(self._cols.labels.size)
+        self._sizes.clear()
+        self._used, self._peak = np.zeros((1, 1), np.int64), None
+        for _, row_factor, col_factor, itemsize in self._live.values():
+            size = self._block_bytes(row_factor, col_factor, itemsize)  # may tell classes apart, in `_used` too
+            self._used = self._used + size
 
     def used_bytes(self) -> int:
         """Bytes on the fullest core now, code included."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
@@ -154,6 +155,18 @@ class Wafer:
         if tensor.blocks is not None and self.cores is not None:
             for (row, col), block in tensor.held.items():
                 self.cores.arena(row, col).free(block)
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Take what the block placed off the wafer again if it fails, even if an interrupt (Ctrl-C) fell in the middle of an allocation."""
+        sram, blocks = self.sram.mark(), None if self.cores is None else self.cores.mark()
+        try:
+            yield
+        except BaseException:
+            self.sram.back_to(sram)
+            if self.cores is not None and blocks is not None:
+                self.cores.back_to(blocks)
+            raise
 
     def place(self, array: ArrayLike, *, axes: Sequence[GridAxis | None] | None = None, name: str = "x") -> PlacedTensor:
         """Bring a host array onto the wafer, balanced over the grid.
