@@ -15,7 +15,7 @@ lane, rounded up to whole register tiles; lanes without a query compute with zer
 from __future__ import annotations
 
 import numpy as np
-from numba import get_num_threads, prange
+from numba import prange
 from numpy.typing import NDArray
 
 from wse_kernels._jit import helper, kernel
@@ -32,6 +32,7 @@ from wse_kernels.attention_tile import (
     store_tile,
 )
 from wse_kernels.exp import exp32
+from wse_kernels.threads import n_threads
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -345,5 +346,5 @@ def mesh_attention(
         context,
         m_out,
         denom_out,
-        get_num_threads(),
+        n_threads(),
     )

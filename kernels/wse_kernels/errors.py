@@ -1,4 +1,4 @@
-"""The two errors of `wse_kernels`, and the one check that raises them."""
+"""The errors of `wse_kernels`, and the check of arrays that raises two of them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ class ShapeError(ValueError):
 
 class DTypeError(TypeError):
     """An argument is not an array of the stated dtype; nothing is converted silently."""
+
+
+class ForkError(RuntimeError):
+    """A forked child asked for threads that only its parent has."""
 
 
 def check_arrays(dtype: DTypeLike, /, **named: tuple[NDArray[Any], str]) -> dict[str, int]:

@@ -15,13 +15,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import get_num_threads, prange
+from numba import prange
 from numpy.typing import NDArray
 
 from wse_kernels._jit import helper, kernel
 from wse_kernels.ffn import swiglu_into
 from wse_kernels.fma import fma
 from wse_kernels.matmul_tile import COLS, ROWS, add_tiles, fma_step, load_tile, read_only, store_tile, zero_tile
+from wse_kernels.threads import n_threads
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -274,6 +275,4 @@ def mesh_matmul(
     -----
     Shapes and indices are the caller's to check: compiled, nothing is. The result does not depend on the number of threads.
     """
-    _mesh_matmul(
-        x, n_x_rows, k_starts, rows, w, w_offset, n_in, n_out, out, n_out_rows, out_starts, out_rows, scale, mode, get_num_threads()
-    )
+    _mesh_matmul(x, n_x_rows, k_starts, rows, w, w_offset, n_in, n_out, out, n_out_rows, out_starts, out_rows, scale, mode, n_threads())

@@ -228,7 +228,7 @@ def test_driver_as_plain_python_gives_the_same_bits(monkeypatch, n_threads, mode
     case = make_case(3, 7, 3, 6, 4, mode, special=0.1)
     want = case.expected()
     assert same_bits(case.run(), want)
-    monkeypatch.setattr(matmul, "get_num_threads", lambda: n_threads)
+    monkeypatch.setattr(matmul, "n_threads", lambda: n_threads)
     monkeypatch.setattr(matmul, "_BLOCKS_PER_THREAD", rows_for_a_thread)
     monkeypatch.setattr(matmul, "_mesh_matmul", plain(matmul._mesh_matmul))
     assert same_bits(case.run(), want)

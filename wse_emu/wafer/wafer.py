@@ -20,6 +20,7 @@ from wse_emu.wafer.sram import Reservation, SramTracker
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_kernels._jit import COMPILE_ERRORS
 from wse_kernels.launch import make_driver
+from wse_kernels.threads import n_threads
 
 Executor = Literal["batched", "isolated", "interpreted", "dry"]
 EXECUTORS: Final = ("batched", "isolated", "interpreted", "dry")
@@ -403,6 +404,7 @@ class Wafer:
             else:
                 kinds.append("s")
                 values.append(arg)
+        n_threads()  # a forked child learns here that it has none
         driver = make_driver(kernel.body, "".join(kinds), takes_core=kernel.takes_core)
         driver(plan.rows, plan.used_cols, self.rows, self.cols, *values)
 
