@@ -118,6 +118,16 @@ def test_maximum_bound_is_that_of_the_scores_that_can_be_the_maximum():
     assert tolerance.maximum_bound(scores, e / 10)[0] == pytest.approx(0.025)
 
 
+def test_scores_of_which_nothing_is_known_allow_whole_terms_and_no_more():
+    scores, e_scores = np.array([[0.0, -2e9, 22.0]]), np.full((1, 3), 1e9)
+    m, n, v = np.zeros(1), np.array([3]), np.array([[1.0], [2.0], [4.0]])
+    whole = np.array([1.0, 1.0, np.exp(22.0)])
+    with np.errstate(all="ignore"):
+        p, e_p = np.exp(scores), tolerance.softmax_term_error(scores, m, e_scores)
+        np.testing.assert_allclose(tolerance.denominator_bound(p, e_p, n), whole.sum(), rtol=1e-6)
+        np.testing.assert_allclose(tolerance.context_bound(p, e_p, v, np.ones(1), n), (whole @ v)[None], rtol=1e-6)
+
+
 def test_swiglu():
     gate = np.concatenate([RNG.standard_normal(5000) * 5, np.linspace(-120, 120, 5001)]).astype(np.float32)
     up = RNG.standard_normal(10001).astype(np.float32)

@@ -118,12 +118,21 @@ def softmax_term_error(scores: F64, maximum: F64, e_scores: F64) -> F64:
     return np.where(np.isneginf(scores), 0.0, np.expm1(e_scores + U * gap + EXP_ERROR))
 
 
+def _term_loss(p: F64, e_p: F64) -> F64:
+    """Absolute error of exponentials `p` with relative errors `e_p`: at most ``max(p, 1)``, for those of a run lie in 0..1.
+
+    So also where scores are so large that nothing is known of a term: `e_p` is infinite then, and ``0 * inf`` no number.
+    """
+    loss: F64 = np.fmin(p * e_p, np.maximum(p, 1))
+    return loss
+
+
 def denominator_bound(p: F64, e_p: F64, n_visible: NDArray[np.integer[Any]]) -> F64:
     """Bound of ``sum_j p_j``; p, e_p (T, S) with relative errors e_p, n_visible (T,) -> (T,).
 
     The terms' own errors, the rule for the sum, and what exponentials below the smallest normal number may lose.
     """
-    bound: F64 = (p * e_p).sum(axis=1) + sum_bound(n_visible, p.sum(axis=1)) + n_visible * SMALLEST_NORMAL
+    bound: F64 = _term_loss(p, e_p).sum(axis=1) + sum_bound(n_visible, p.sum(axis=1)) + n_visible * SMALLEST_NORMAL
     return bound
 
 
@@ -134,8 +143,9 @@ def context_bound(p: F64, e_p: F64, v: F64, denominator: F64, n_visible: NDArray
     """
     size = p @ np.abs(v)
     lost = (n_visible * SMALLEST_NORMAL)[:, None] * np.abs(v).max(axis=0)
-    bound: F64 = ((p * e_p) @ np.abs(v) + sum_bound(n_visible[:, None], size) + lost + 2 * U * size) / np.abs(denominator)[:, None]
-    return bound + SUBNORMAL
+    total = _term_loss(p, e_p) @ np.abs(v) + sum_bound(n_visible[:, None], size) + lost + 2 * U * size
+    bound: F64 = total / np.abs(denominator)[:, None] + SUBNORMAL
+    return bound
 
 
 def add_bound(total: F64) -> F64:
