@@ -268,3 +268,15 @@ def test_tensors_of_another_shape_or_kind_are_refused_by_name():
     weights["model.layers.1.self_attn.o_proj.weight"] = np.zeros((12, 24), np.int8)
     with pytest.raises(CheckpointError, match="must be read as real floating values, got int8"):
         forward(MOE, weights)
+
+
+def test_denominator_is_summed_key_by_key():
+    rng = np.random.default_rng(0)
+    q, k = (0.01 * rng.standard_normal((n, 1, 4)).astype(np.float32) for n in (1, 3000))
+    maximum, denominator, _ = formulas.attention(q, k, k, np.ones((1, 3000), np.bool_))
+    p = np.exp((q[:, 0] @ k[:, 0].T / np.sqrt(np.float32(4)))[0] - maximum[0, 0])
+    total = np.float32(0)
+    for term in p:
+        total += term
+    assert denominator[0, 0] == total
+    assert total != p.sum()
