@@ -410,7 +410,7 @@ def test_routing_is_for_the_dry_executor_and_for_these_tokens(model: wse.WaferMo
         dry.generate(IDS, 2, routing=trace)
     with pytest.raises(wse.TraceError, match=r"expected ids of shape \(5, 2\), got \(10, 2\)"):
         dry(IDS[0], routing=trace)
-    with pytest.raises(wse.TraceError, match="holds 1 layers, layer 1 was asked for"):
+    with pytest.raises(wse.TraceError, match="holds 1 MoE layers, number 1 was asked for"):
         dry(IDS, routing=RoutingTrace(trace.topk_ids[:1]))
     assert_clean(dry.wafer)
 

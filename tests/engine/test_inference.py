@@ -17,7 +17,7 @@ from wse_emu.memoryx import ArrayStore
 
 SPEC = wse.ModelSpec(
     family="mixtral", vocab_size=40, hidden_size=12, intermediate_size=10, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=6,
-    rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=32, num_experts=4, top_k=2,
+    rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=32, num_experts=4, top_k=2, moe_intermediate_size=10,
 )  # fmt: skip
 STORE = ArrayStore(random_checkpoint(SPEC, 1))
 TOKENS = np.arange(7, dtype=np.int64)

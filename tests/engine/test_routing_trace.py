@@ -33,7 +33,7 @@ def test_what_is_no_decision_is_refused_by_layer(ids: list, message: str) -> Non
 @pytest.mark.parametrize("layer", [-1, 2])
 def test_a_layer_that_the_trace_lacks_is_named(layer: int) -> None:
     trace = RoutingTrace.worst_case(2, 3, 4, 2)
-    with pytest.raises(wse.TraceError, match=f"holds 2 layers, layer {layer} was asked for"):
+    with pytest.raises(wse.TraceError, match=f"holds 2 MoE layers, number {layer} was asked for"):
         trace.layer(layer)
 
 

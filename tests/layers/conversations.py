@@ -8,6 +8,7 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from wse_emu.engine.plan import sequences_of
 from wse_emu.layers.heads import HeadLayout
 from wse_emu.layers.kv_cache import Sequences
 
@@ -51,7 +52,7 @@ class Conversation:
         for counts in self.passes:
             slot = np.flatnonzero(counts)
             n = np.array(counts, np.int64)[slot]
-            sequences = Sequences(np.cumsum(n) - n, n, done[slot], slot)
+            sequences = sequences_of(slot.tolist(), n.tolist(), done[slot].tolist())
             out.append((sequences, np.concatenate([self.qkv(s)[done[s] : done[s] + counts[s]] for s in slot])))
             done += counts
         return out

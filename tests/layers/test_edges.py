@@ -1,4 +1,4 @@
-"""What crosses the wafer's edge: rotary angles in, logits out pass by pass."""
+"""Logits leave over the wafer's edge pass by pass."""
 
 from __future__ import annotations
 
@@ -12,68 +12,18 @@ from numpy.typing import NDArray
 
 import wse_emu as wse
 from wse_emu.foundation.weights import TILE_COLS
-from wse_emu.layers.edges import ROTATE_QK, logits, place_rotary, rotary_tables, vocabulary_passes
-from wse_emu.layers.heads import HeadLayout
+from wse_emu.layers.edges import logits, vocabulary_passes
 from wse_emu.layers.linear import Selection
 from wse_emu.wafer.placement import Split, TokenBands
 
 from . import definitions
 from .definitions import normal
-from .programs import agree, assert_same_bits, look, streamed, tokens
+from .programs import agree, assert_same_bits, streamed, tokens
 
 F32 = NDArray[np.float32]
 GRIDS = st.tuples(st.integers(1, 6), st.integers(1, 6))
 LOGIT_BYTES = 8192
 ROOMY = replace(wse.WSE3, sram_bytes_per_core=1 << 20)
-
-
-@settings(max_examples=40)
-@given(st.lists(st.integers(0, 130_000), min_size=1, max_size=6), st.integers(1, 3), st.integers(1, 40), st.sampled_from([1e4, 5e5, 1e6]))
-def test_rotary_tables_are_the_formula_rounded_once(positions, n_kv, half, theta) -> None:
-    """``position * theta**(-2 u / d)`` in float64; two ways to take a power differ by units of 2**-53, which the angle multiplies."""
-    cos, sin = rotary_tables(np.array(positions), HeadLayout(n_kv, 1, 2 * half, 3), theta)
-    assert cos.dtype == sin.dtype == np.float32
-    assert cos.shape == sin.shape == (len(positions), n_kv * half)
-    for t, position in enumerate(positions):
-        for unit in range(half):
-            angle = position / theta ** (2 * unit / (2 * half))
-            error = 2.0**-25 + 8 * 2.0**-53 * (1 + angle)
-            for head in range(n_kv):
-                assert abs(float(cos[t, head * half + unit]) - np.cos(angle)) <= error
-                assert abs(float(sin[t, head * half + unit]) - np.sin(angle)) <= error
-
-
-def test_position_zero_is_not_rotated() -> None:
-    cos, sin = rotary_tables(np.zeros(2, np.int64), HeadLayout(2, 1, 6, 1), 1e4)
-    assert (cos == 1).all()
-    assert (sin == 0).all()
-
-
-@settings(max_examples=40)
-@given(st.integers(0, 1 << 32), GRIDS, st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4))
-@example(0, (1, 1), 1, 1, 1, 1)
-@example(1, (6, 5), 2, 1, 2, 3)
-def test_queries_and_keys_turn_and_values_do_not(seed, grid, m, n_kv, q, half) -> None:
-    heads, bands = HeadLayout(n_kv, q, 2 * half, grid[1]), TokenBands(m, grid[0])
-    positions = np.random.default_rng(seed).integers(0, 500, m)
-    values = normal(seed, m, heads.qkv.total)
-
-    def program(wafer: wse.Wafer) -> list[F32]:
-        cos, sin = place_rotary(wafer, positions, heads, 1e4, bands)
-        with cos, sin, tokens(wafer, values, bands, heads.qkv) as qkv:
-            wafer.launch(ROTATE_QK, qkv=qkv, cos=cos, sin=sin, q_slots=q)
-            return [look(qkv)]
-
-    (turned,), _ = agree(program, *grid)
-    before, after = (a.astype(np.float64).reshape(m, n_kv, half, q + 2, 2) for a in (values, turned))
-    np.testing.assert_array_equal(after[..., q + 1, :], before[..., q + 1, :])
-    angle = positions[:, None, None, None] / 1e4 ** (np.arange(half) / half)[None, None, :, None]
-    a, b = np.moveaxis(before[..., : q + 1, :], -1, 0)
-    exact = np.stack([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis=-1)
-    size = np.abs(a) + np.abs(b)
-    # Cosine or sine, product and sum are rounded once each; the angles of this test and of the tables differ by units of 2**-53.
-    bound = (3 * 2.0**-24 * size + 8 * 2.0**-53 * (1 + np.abs(angle)) * size)[..., None]
-    assert (np.abs(after[..., : q + 1, :] - exact) <= bound).all()
 
 
 @given(GRIDS, st.integers(1, 6000), st.integers(1, 300))

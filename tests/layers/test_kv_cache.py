@@ -10,8 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import wse_emu as wse
+from wse_emu.engine.plan import sequences_of
 from wse_emu.layers.heads import HeadLayout
-from wse_emu.layers.kv_cache import KVCache, Sequences
+from wse_emu.layers.kv_cache import KVCache
 from wse_emu.wafer.placement import Split, TokenBands
 
 from .conversations import Conversation, conversations
@@ -123,13 +124,12 @@ def test_a_cache_that_does_not_fit_reserves_nothing(executor: str) -> None:
 
 def test_tokens_beyond_the_capacity_are_refused_by_sequence() -> None:
     cache = KVCache(wse.Wafer(rows=2, cols=2), HeadLayout(1, 1, 2, 2), 1, np.array([4, 4, 3]))
-    one = np.ones(2, np.int64)
-    cache.check(Sequences(np.array([0, 1]), one, np.array([3, 2]), np.array([1, 2])))
+    cache.check(sequences_of([1, 2], [1, 1], [3, 2]))
     with pytest.raises(wse.InputError, match=r"sequence 2: 4 tokens do not fit a cache of 3; ask for more room .*`capacity`"):
-        cache.check(Sequences(np.array([0, 1]), one, np.array([3, 3]), np.array([1, 2])))
+        cache.check(sequences_of([1, 2], [1, 1], [3, 3]))
 
 
 def test_sequences_know_their_tokens_and_positions() -> None:
-    sequences = Sequences(np.array([0, 2]), np.array([2, 3]), np.array([7, 0]), np.array([1, 0]))
+    sequences = sequences_of([1, 0], [2, 3], [7, 0])
     assert sequences.n_tokens == 5
     assert sequences.positions.tolist() == [7, 8, 0, 1, 2]

@@ -6,21 +6,38 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
+import wse_emu as wse
 from wse_emu.engine.plan import sequences_of
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.rope_scaling import ROPE_KINDS, RopeScaling
-from wse_emu.layers.rotary import attention_factor, frequencies, rotary_tables
+from wse_emu.layers.heads import HeadLayout
+from wse_emu.layers.kv_cache import Sequences
+from wse_emu.layers.rotary import ROTATE_QK, attention_factor, frequencies, place_rotary, rotary_tables
 from wse_emu.reference.rotary import rotary_angles
+from wse_emu.wafer.placement import TokenBands
+
+from .definitions import normal
+from .programs import agree, look, tokens
+
+F32 = NDArray[np.float32]
+GRIDS = st.tuples(st.integers(1, 6), st.integers(1, 6))
 
 
-def spec_of(half: int, theta: float, scaling: RopeScaling | None) -> ModelSpec:
+def spec_of(half: int, theta: float, scaling: RopeScaling | None, n_kv: int = 1) -> ModelSpec:
     return ModelSpec(
-        family="llama", vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=2 * half,
-        rms_norm_eps=1e-5, rope_theta=theta, rope_scaling=scaling, max_position_embeddings=4096,
+        family="llama", vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2 * n_kv,
+        num_kv_heads=n_kv, head_dim=2 * half, rms_norm_eps=1e-5, rope_theta=theta, rope_scaling=scaling,
+        max_position_embeddings=4096,
     )  # fmt: skip
+
+
+def at(positions: list[int]) -> Sequences:
+    """One new token at each of these positions, each of a sequence of its own."""
+    return sequences_of(list(range(len(positions))), [1] * len(positions), positions)
 
 
 @st.composite
@@ -88,3 +105,52 @@ def test_frequencies_follow_the_length_only_where_the_kind_says_so() -> None:
 )
 def test_attention_factor(values: dict[str, Any], expected: float) -> None:
     assert attention_factor(RopeScaling(factor=4.0, original_max_position_embeddings=64, **values)) == pytest.approx(expected, rel=1e-15)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(0, 130_000), min_size=1, max_size=6), st.integers(1, 3), st.integers(1, 40), st.sampled_from([1e4, 5e5, 1e6]))
+def test_rotary_tables_are_the_formula_rounded_once(positions, n_kv, half, theta) -> None:
+    """``position * theta**(-2 u / d)`` in float64; two ways to take a power differ by units of 2**-53, which the angle multiplies."""
+    cos, sin = rotary_tables(spec_of(half, theta, None, n_kv), at(positions))
+    assert cos.dtype == sin.dtype == np.float32
+    assert cos.shape == sin.shape == (len(positions), n_kv * half)
+    for t, position in enumerate(positions):
+        for unit in range(half):
+            angle = position / theta ** (2 * unit / (2 * half))
+            error = 2.0**-25 + 8 * 2.0**-53 * (1 + angle)
+            for head in range(n_kv):
+                assert abs(float(cos[t, head * half + unit]) - np.cos(angle)) <= error
+                assert abs(float(sin[t, head * half + unit]) - np.sin(angle)) <= error
+
+
+def test_position_zero_is_not_rotated() -> None:
+    cos, sin = rotary_tables(spec_of(3, 1e4, None, 2), at([0, 0]))
+    assert (cos == 1).all()
+    assert (sin == 0).all()
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 1 << 32), GRIDS, st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4))
+@example(0, (1, 1), 1, 1, 1, 1)
+@example(1, (6, 5), 2, 1, 2, 3)
+def test_queries_and_keys_turn_and_values_do_not(seed, grid, m, n_kv, q, half) -> None:
+    heads, bands = HeadLayout(n_kv, q, 2 * half, grid[1]), TokenBands(m, grid[0])
+    positions = np.random.default_rng(seed).integers(0, 500, m)
+    values = normal(seed, m, heads.qkv.total)
+
+    def program(wafer: wse.Wafer) -> list[F32]:
+        cos, sin = place_rotary(wafer, spec_of(half, 1e4, None, n_kv), at(positions.tolist()), heads, bands)
+        with cos, sin, tokens(wafer, values, bands, heads.qkv) as qkv:
+            wafer.launch(ROTATE_QK, qkv=qkv, cos=cos, sin=sin, q_slots=q)
+            return [look(qkv)]
+
+    (turned,), _ = agree(program, *grid)
+    before, after = (a.astype(np.float64).reshape(m, n_kv, half, q + 2, 2) for a in (values, turned))
+    np.testing.assert_array_equal(after[..., q + 1, :], before[..., q + 1, :])
+    angle = positions[:, None, None, None] / 1e4 ** (np.arange(half) / half)[None, None, :, None]
+    a, b = np.moveaxis(before[..., : q + 1, :], -1, 0)
+    exact = np.stack([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis=-1)
+    size = np.abs(a) + np.abs(b)
+    # Cosine or sine, product and sum are rounded once each; the angles of this test and of the tables differ by units of 2**-53.
+    bound = (3 * 2.0**-24 * size + 8 * 2.0**-53 * (1 + np.abs(angle)) * size)[..., None]
+    assert (np.abs(after[..., : q + 1, :] - exact) <= bound).all()

@@ -73,4 +73,4 @@ def test_a_file_that_cannot_be_written_is_exit_four(option: str, tmp_path: Path,
     code = invoke(["run", "--json", "--no-verify", "--max-new-tokens", "1", option, str(tmp_path / "no" / "file")])
     out, err = capsys.readouterr()
     assert (code, out) == (4, "")
-    assert f"{option} {tmp_path / 'no' / 'file'}: cannot be written (No such file or directory)" in err
+    assert f"{option} {tmp_path / 'no' / 'file'}: cannot be written (there is no directory" in err
