@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +16,7 @@ from wse_emu.checkpoint import Checkpoint, open_checkpoint, random_checkpoint
 from wse_emu.engine.inference import Engine, EngineOptions, ForwardResult, Phase, StreamExperts
 from wse_emu.engine.plan import Workload, prompt_chunks, sequences_of, settle, smallest_square
 from wse_emu.engine.routing_trace import RoutingTrace
-from wse_emu.equivalence import VerifyReport, verify_record
+from wse_emu.equivalence import VerifyReport, check_continuation, verify_record
 from wse_emu.foundation.errors import InputError, SpecError, SramOverflowError, TraceError
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.taps import TapRecord
@@ -279,20 +279,39 @@ class WaferModel:
         out = np.concatenate([prompts.ids, np.stack(columns, axis=1)], axis=1)
         return out if prompts.batched else out[0]
 
-    def verify(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> VerifyReport:
+    def verify(
+        self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None, *, n_prompt: int | None = None, sampler: Sampler | None = None
+    ) -> VerifyReport:  # fmt: skip
         """Run a prompt and hold every stage against the dense float64 reference.
 
         Parameters
         ----------
         input_ids : integers, (batch, tokens) or (tokens,)
         attention_mask : 0 or 1, same shape, optional
+        n_prompt : int, optional
+            Columns of `input_ids` that were a prompt; the others are what `generate` made of it. Each is then drawn again from the verified
+            logits and must be the same token. Where rotary frequencies follow the length, keys in the cache keep the rotation they were
+            given, and this check is left out with a note.
+        sampler : Sampler, optional
+            As given to `generate`; greedy by default.
 
         Returns
         -------
         VerifyReport
             ``passed``, and a table to print; a failure names the first stage, core, token and expert.
         """
-        return verify_record(self.record(input_ids, attention_mask), self.spec, self.checkpoint.tensors.read)
+        prompts = _Prompts.read(input_ids, attention_mask, self.spec)
+        if n_prompt is not None and (type(n_prompt) is not int or not 1 <= n_prompt <= prompts.ids.shape[1]):
+            raise InputError(f"`n_prompt` must be an integer in 1..{prompts.ids.shape[1]} (columns of `input_ids`), got {n_prompt!r}")
+        record = self.record(input_ids, attention_mask)
+        report = verify_record(record, self.spec, self.checkpoint.tensors.read)
+        if n_prompt is None:
+            return report
+        if self.spec.rope_scaling is not None and self.spec.rope_scaling.follows_length:
+            note = f"generated tokens: rotary scaling {self.spec.rope_scaling.kind} follows the length, the cache keeps older rotations"
+            return replace(report, notes=(*report.notes, note))
+        given = tuple(int(n) for n in prompts.mask[:, :n_prompt].sum(axis=1))
+        return report.with_check(check_continuation(record, given, sampler or Sampler(greedy=True), self.spec.eos_token_ids))
 
     def record(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> TapRecord:
         """Every stage of a forward pass, through the probe channel; see `wse_emu.foundation.taps`."""

@@ -74,7 +74,9 @@ class StandInModel:
         for step, token in enumerate(self.new[:max_new_tokens]):
             on_token(step, np.array([token]))
 
-    def verify(self, ids: Sequence[Sequence[int]]) -> StandInReport:
+    def verify(self, ids: Sequence[Sequence[int]], *, n_prompt: int, sampler: Sampler) -> StandInReport:
+        assert sampler is self.asked["sampler"]
+        assert n_prompt == len(self.asked["request"].ids)
         self.asked["verified"] = [list(row) for row in ids]
         self.wafer.sram.high_water_map = SramMap(0, 0, 9000, 49_152, (("base code", 9000),))
         return StandInReport(self.passed)

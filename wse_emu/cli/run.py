@@ -124,7 +124,7 @@ def run(
         print_ledger(outcome)
     if verify:
         started = time.perf_counter()
-        outcome.report = loaded.verify([request.ids + outcome.ids])
+        outcome.report = loaded.verify([request.ids + outcome.ids], n_prompt=len(request.ids), sampler=sampler)
         outcome.host_seconds["verify"] = time.perf_counter() - started
     if report is not None and observed is not None:
         write_report(outcome, observed, report)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from wse_emu.foundation.units import counted
 
-Kind = Literal["structure", "local", "routing", "end to end"]
+Kind = Literal["structure", "local", "routing", "end to end", "decode"]
 Status = Literal["passed", "failed", "skipped"]
 
 
@@ -22,7 +22,7 @@ class StageCheck:
     stage: str
     kind: Kind
     """"structure": shape, dtype, finite. "local": formula applied to the run's own inputs. "routing": decisions. "end to end": against
-    the full float64 forward."""
+    the full float64 forward. "decode": generated tokens against the verified logits."""
     status: Status
     error: float = 0.0
     """Absolute; end to end: the largest of the token."""
@@ -124,6 +124,13 @@ class VerifyReport:
     """The first failing structure, local or routing check in the order of the stages; without any, the first failing end-to-end check."""
     notes: tuple[str, ...] = ()
     """What was not checked, and why."""
+
+    def with_check(self, check: StageCheck) -> VerifyReport:
+        """The report with one more check at its end."""
+        failure = self.first_failure
+        if failure is None and check.status == "failed":
+            failure = Failure(check=check, row=None, col=None)
+        return replace(self, stages=(*self.stages, check), first_failure=failure)
 
     @property
     def passed(self) -> bool:

@@ -130,9 +130,12 @@ def _term_loss(p: F64, e_p: F64) -> F64:
 def denominator_bound(p: F64, e_p: F64, n_visible: NDArray[np.integer[Any]]) -> F64:
     """Bound of ``sum_j p_j``; p, e_p (T, S) with relative errors e_p, n_visible (T,) -> (T,).
 
-    The terms' own errors, the rule for the sum, and what exponentials below the smallest normal number may lose.
+    The terms' own errors, the *proven* bound of a sum of n terms, and what exponentials below the smallest normal number may lose. The
+    terms are positive and, where attention is spread evenly, nearly equal: their roundings then all fall to one side, and the rule for
+    random terms does not hold.
     """
-    bound: F64 = _term_loss(p, e_p).sum(axis=1) + sum_bound(n_visible, p.sum(axis=1)) + n_visible * SMALLEST_NORMAL
+    proven = n_visible * U / (1 - n_visible * U) * p.sum(axis=1)
+    bound: F64 = _term_loss(p, e_p).sum(axis=1) + proven + n_visible * (SMALLEST_NORMAL + SUBNORMAL)
     return bound
 
 
