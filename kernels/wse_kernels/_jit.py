@@ -87,7 +87,7 @@ def compile_count() -> CompileCount:
     return CompileCount(len(compiled), sum(r.parallel for r in compiled), len(loaded), sum(r.parallel for r in loaded))
 
 
-def kernel(*, parallel: bool = False, cache: bool = True) -> Callable[[F], F]:
+def kernel(*, parallel: bool = False, cache: bool = True, boundscheck: bool = False) -> Callable[[F], F]:
     """Compile a function with the flags of the house.
 
     No fastmath, NumPy's error model (a division by zero gives inf or NaN), and, where serial, no allocation: a body that allocates does not
@@ -102,13 +102,15 @@ def kernel(*, parallel: bool = False, cache: bool = True) -> Callable[[F], F]:
         Keep the compiled code on disk. Only functions from source files of `wse_kernels` or `wse_emu` are ever kept, for only their sources
         are part of the key; a function made by `exec` or in a closure is kept if what it holds can be named (numbers, strings, kernels that
         are kept themselves). All others are compiled anew in every process.
+    boundscheck : bool
+        Raise ``IndexError`` for an index outside of an array; the results of a sound function are the same bits.
 
     Returns
     -------
     callable
         The decorator.
     """
-    flags: dict[str, Any] = {"error_model": "numpy", "parallel": parallel}
+    flags: dict[str, Any] = {"error_model": "numpy", "parallel": parallel, "boundscheck": boundscheck}
     if not parallel:
         flags["_nrt"] = False
 
@@ -117,7 +119,7 @@ def kernel(*, parallel: bool = False, cache: bool = True) -> Callable[[F], F]:
         if compiled is function:  # NUMBA_DISABLE_JIT
             function.__dict__["py_func"] = function
         else:
-            compiled._cache = _KernelCache(cast(FunctionType, function), parallel=parallel, keep=cache)
+            compiled._cache = _KernelCache(cast(FunctionType, function), parallel=parallel, keep=cache, boundscheck=boundscheck)
         return cast(F, compiled)
 
     return decorate
@@ -183,10 +185,11 @@ def _sources_of(function: FunctionType) -> _Sources | None:
 class _KernelCache(NullCache):
     """Disk cache of one kernel, in the place of Numba's own (attribute ``_cache`` of a dispatcher)."""
 
-    def __init__(self, function: FunctionType, *, parallel: bool, keep: bool) -> None:
+    def __init__(self, function: FunctionType, *, parallel: bool, keep: bool, boundscheck: bool) -> None:
         self.name = f"{function.__module__}.{function.__qualname__}"
         self._function = function
         self._parallel = parallel
+        self._boundscheck = boundscheck
         self._sources = _sources_of(function) if keep else None
 
     @property
@@ -232,7 +235,7 @@ class _KernelCache(NullCache):
         if folder is None or identity is None or None in arguments:
             return None
         options = [(name, str(getattr(config, name, None))) for name in _CODEGEN_OPTIONS]
-        key = repr((identity, self._parallel, arguments, codegen.magic_tuple(), options))
+        key = repr((identity, self._parallel, self._boundscheck, arguments, codegen.magic_tuple(), options))
         return folder / _cache.entry_name(self.name, key)
 
     def _record(self, sig: Any, *, loaded: bool) -> None:

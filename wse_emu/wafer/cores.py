@@ -192,7 +192,7 @@ class Cores:
         UninitializedReadError
             If an argument that the kernel reads holds undefined elements.
         KernelError
-            If a block lies on another core, or the body wrote to a read-only argument.
+            If a block lies on another core, the body wrote to a read-only argument, or it left a block.
         """
         values: list[Any] = []
         shapes: dict[str, Any] = {}
@@ -215,7 +215,10 @@ class Cores:
             values.append(arg.array)
         if kernel.takes_core:
             values.insert(0, Core(core[0], core[1], *self.shape))
-        macs = kernel.run(values, shapes, interpreted=self.interpreted)
+        try:
+            macs = kernel.run(values, shapes, interpreted=self.interpreted)
+        except IndexError as error:
+            raise KernelError(f"kernel `{kernel.name}` on core {core}: {error}; its blocks are {shapes}") from error
         for name, array, before in guarded:
             if not np.array_equal(array.view(np.uint8), before.view(np.uint8)):
                 raise KernelError(f"kernel `{kernel.name}` wrote to `{name}`, which is read-only: name it in `out`")

@@ -88,6 +88,13 @@ class Kernel:
         """The same body as plain Python."""
         return getattr(self.body, "py_func", self.body)
 
+    @cached_property
+    def checked(self) -> Callable[..., None]:
+        """The compiled body with every index checked: a core that runs alone cannot reach past its blocks."""
+        from wse_kernels._jit import kernel as jit  # noqa: PLC0415 - Numba loads when a core first runs
+
+        return jit(boundscheck=True)(self.python)
+
     def does_not_compile(self, error: Exception) -> KernelError:
         """What the compiler's many lines come to: the reason, and the line of the body if they name one."""
         text = str(error)
@@ -105,9 +112,9 @@ class Kernel:
         return KernelError(f"kernel `{self.name}` does not compile{where}: {reason}")
 
     def run(self, values: Sequence[Any], shapes: Mapping[str, Any], *, interpreted: bool) -> int:
-        """Run the body once; returns its multiply-adds, counted in the interpreter or taken from `macs`."""
+        """Run the body once, its indices checked; returns its multiply-adds, counted in the interpreter or taken from `macs`."""
         if not interpreted:
-            self.body(*values)
+            self.checked(*values)
             return self.macs(shapes) if self.macs else 0
         with count_fma() as counter, np.errstate(all="ignore"):
             self.python(*values)
@@ -137,8 +144,8 @@ def kernel(
     -------
     callable
         Decorator that gives a `Kernel` for `Wafer.launch`. The first parameter may be ``core``: a NamedTuple
-        ``(row, col, n_rows, n_cols)``. The body is compiled when first launched; it may neither allocate nor raise. Compiled code does not
-        check indices; the ``interpreted`` executor does.
+        ``(row, col, n_rows, n_cols)``. The body is compiled when first launched; it may neither allocate nor raise. The ``batched``
+        executor does not check indices; ``isolated`` and ``interpreted`` do.
 
     Raises
     ------
