@@ -25,7 +25,9 @@ QWEN3_MOE = {
 CONFIGS = {"mixtral": MIXTRAL, "llama": LLAMA, "qwen3_moe": QWEN3_MOE}
 
 
-def make_model(family: str, rows: int, cols: int, executor: str = "batched", **options: Any) -> wse.WaferModel:
+def make_model(
+    family: str, rows: int, cols: int, executor: str = "batched", *, changes: dict[str, Any] | None = None, **options: Any
+) -> wse.WaferModel:  # fmt: skip
     """The same random model on any grid and executor."""
     wafer = wse.Wafer(wse.WSE3, rows=rows, cols=cols, executor=executor)
-    return wse.from_config(CONFIGS[family], seed=3, wafer=wafer, **options)
+    return wse.from_config(CONFIGS[family] | (changes or {}), seed=3, wafer=wafer, **options)
