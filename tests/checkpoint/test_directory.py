@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from wse_emu.checkpoint import Checkpoint, open_checkpoint, published_names, random_checkpoint
 from wse_emu.checkpoint import directory as directory_module
+from wse_emu.checkpoint.families import FAMILIES
 from wse_emu.foundation.errors import CheckpointError, ConfigError
 from wse_emu.testing import contract_specs, write_checkpoint
 
@@ -188,11 +190,14 @@ def test_missing_and_extra_tensors_are_listed_by_name(mixtral: Checkpoint, tmp_p
         open_checkpoint(write_checkpoint(mixtral, tmp_path / "c", config={**mixtral.config, "num_hidden_layers": 50}))
 
 
-def test_fused_experts_are_told_apart(mixtral: Checkpoint, tmp_path: Path) -> None:
-    names = [t.name for t in published_names(mixtral.spec).values() if ".experts." in t.name]
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.moe is not None])
+def test_fused_experts_are_told_apart(family: str, tmp_path: Path) -> None:
+    spec = dataclasses.replace(contract_specs()["mixtral"], family=family, qk_norm=FAMILIES[family].qk_norm)
+    source = random_checkpoint(spec, seed=3)
+    names = [t.name for t in published_names(spec).values() if ".experts." in t.name]
     fused = {f"model.layers.{n}.mlp.experts.gate_up_proj": np.zeros((3, 134, 20), dtype=np.float32) for n in range(2)}
     with pytest.raises(CheckpointError, match="experts are fused in this file: save it with transformers' original names"):
-        open_checkpoint(write_checkpoint(mixtral, tmp_path, replace={**dict.fromkeys(names), **fused}))
+        open_checkpoint(write_checkpoint(source, tmp_path, replace={**dict.fromkeys(names), **fused}))
 
 
 def test_rotary_frequencies_of_old_files_are_ignored(tied: Checkpoint, tmp_path: Path) -> None:
