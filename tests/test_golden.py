@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from numpy.typing import NDArray
 
 import wse_emu as wse
 from wse_emu.checkpoint import open_checkpoint
+from wse_emu.checkpoint.families import FAMILIES
+from wse_emu.foundation.model_spec import ModelSpec
+from wse_emu.foundation.rope_scaling import ROPE_KINDS
 from wse_emu.reference import DenseReference
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -19,8 +24,17 @@ CHECKPOINTS = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
 CASES = ("t1", "t17", "t96", "padded")
 ONE_BIG_CORE = dataclasses.replace(wse.WSE3, sram_bytes_per_core=1 << 24)
 GRIDS = {"4x4": (wse.WSE3, 4, 4), "7x5": (wse.WSE3, 7, 5), "16x16": (wse.WSE3, 16, 16), "1x1": (ONE_BIG_CORE, 1, 1)}
+EVERY_GRID = ("llama-yarn-options", "mistral-bfloat16", "mixtral-float32", "qwen3-float32", "qwen3_moe-mixed-float32")
+"""One file of each family, on every grid by default; the others run on 4x4, and on the rest with ``-m slow``."""
+RUNS = [
+    pytest.param(name, grid, id=f"{name}-{grid}", marks=() if grid == "4x4" or name in EVERY_GRID else pytest.mark.slow)
+    for name in CHECKPOINTS
+    for grid in GRIDS
+]
 TOLERANCE = 1e-4
 """Largest error allowed, in standard deviations of the array compared."""
+CAUGHT = 2 * TOLERANCE
+"""A mistake that moves transformers' own logits by more makes a comparison fail, even one tolerance away from transformers with it."""
 
 Golden = dict[str, NDArray[Any]]
 
@@ -37,19 +51,40 @@ def assert_close(actual: NDArray[Any], expected: NDArray[Any], what: str) -> Non
     assert error <= TOLERANCE * spread, f"{what}: largest error {error:.2e}, standard deviation {spread:.2e}"
 
 
-def model_of(name: str, grid: str) -> wse.WaferModel:
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("layouts")
+
+
+def model_of(name: str, grid: str, cache: Path) -> wse.WaferModel:
     spec, rows, cols = GRIDS[grid]
-    return wse.from_pretrained(GOLDEN / name, wafer=wse.Wafer(spec, rows=rows, cols=cols))
+    return wse.from_pretrained(GOLDEN / name, wafer=wse.Wafer(spec, rows=rows, cols=cols), cache_dir=cache)
 
 
 def test_there_is_a_golden_file_for_every_family_and_dtype() -> None:
-    assert CHECKPOINTS == ["llama-bfloat16", "llama-float32", "mixtral-bfloat16", "mixtral-float32"]
+    stored = set()
+    for name in CHECKPOINTS:
+        with open_checkpoint(GOLDEN / name) as checkpoint:
+            stored.add((checkpoint.spec.family, checkpoint.tensors.dtype("model.norm.weight")))
+    assert stored >= {(family, dtype) for family in FAMILIES for dtype in ("float32", "bfloat16")}
+    assert "float16" in {dtype for _, dtype in stored}
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_forward_is_that_of_transformers(name: str, grid: str) -> None:
-    golden, model = golden_of(name), model_of(name, grid)
+def test_there_is_a_golden_file_for_every_variant() -> None:
+    specs = [open_checkpoint(GOLDEN / name).spec for name in CHECKPOINTS]
+    assert {spec.rope_scaling.kind for spec in specs if spec.rope_scaling is not None} == set(ROPE_KINDS)
+    for spec in specs:
+        if spec.rope_scaling is not None:
+            assert spec.rope_scaling.original_max_position_embeddings < 96 or spec.rope_scaling.kind == "linear"
+    windows = {(spec.family, len(spec.sliding_layers) == spec.num_layers) for spec in specs if spec.sliding_window is not None}
+    assert windows == {("mistral", True), ("qwen3", False), ("qwen3_moe", True)}
+    moe = {(spec.renormalize, bool(spec.dense_layers)) for spec in specs if spec.family == "qwen3_moe"}
+    assert moe == {(True, False), (False, False), (True, True)}
+
+
+@pytest.mark.parametrize(("name", "grid"), RUNS)
+def test_forward_is_that_of_transformers(name: str, grid: str, cache: Path) -> None:
+    golden, model = golden_of(name), model_of(name, grid, cache)
     is_moe = "t1.router_logits" in golden
     for case in CASES:
         mask = golden[f"{case}.attention_mask"]
@@ -68,38 +103,122 @@ def test_forward_is_that_of_transformers(name: str, grid: str) -> None:
             for i, (actual, expected) in enumerate(zip(out.hidden_states, hidden, strict=True)):
                 assert_close(actual[real], expected[real], f"{case}: hidden state {i}")
         if is_moe:
-            for layer, expected in enumerate(golden[f"{case}.router_logits"]):
-                assert_close(out.router_logits[layer][real], expected[real], f"{case}: router logits of layer {layer}")
-                np.testing.assert_array_equal(out.topk_ids[layer][real], golden[f"{case}.topk_ids"][layer][real])
-                assert_close(
-                    out.topk_weights[layer][real], golden[f"{case}.topk_weights"][layer][real], f"{case}: weights of layer {layer}"
-                )
+            assert len(out.router_logits) == len(golden[f"{case}.router_logits"])
+            for i, expected in enumerate(golden[f"{case}.router_logits"]):
+                assert_close(out.router_logits[i][real], expected[real], f"{case}: logits of router {i}")
+                np.testing.assert_array_equal(out.topk_ids[i][real], golden[f"{case}.topk_ids"][i][real])
+                assert_close(out.topk_weights[i][real], golden[f"{case}.topk_weights"][i][real], f"{case}: weights of router {i}")
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_greedy_tokens_are_those_of_transformers(name: str, grid: str) -> None:
-    golden, model = golden_of(name), model_of(name, grid)
+@pytest.mark.parametrize(("name", "grid"), RUNS)
+def test_greedy_tokens_are_those_of_transformers(name: str, grid: str, cache: Path) -> None:
+    golden, model = golden_of(name), model_of(name, grid, cache)
     for case in CASES:
         ids, mask, expected = (golden[f"{case}.{key}"] for key in ("input_ids", "attention_mask", "generated"))
         actual = model.generate(ids, max_new_tokens=expected.shape[1] - ids.shape[1], attention_mask=None if mask.all() else mask)
         np.testing.assert_array_equal(actual, expected, err_msg=case)
 
 
+def stages_of(reference: DenseReference, golden: Golden, case: str) -> dict[Any, NDArray[Any]]:
+    mask = golden[f"{case}.attention_mask"]
+    real = mask.astype(bool)
+    return reference.forward(golden[f"{case}.input_ids"][real], np.nonzero(real)[0], (mask.cumsum(axis=1) - 1)[real])
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_dense_reference_is_that_of_transformers(name: str) -> None:
     golden, checkpoint = golden_of(name), open_checkpoint(GOLDEN / name)
-    reference = DenseReference(checkpoint.spec, checkpoint.tensors.read)
+    spec = checkpoint.spec
+    reference = DenseReference(spec, checkpoint.tensors.read)
     for case in CASES:
-        ids, mask = golden[f"{case}.input_ids"], golden[f"{case}.attention_mask"]
-        real = mask.astype(bool)
-        seq, pos = np.nonzero(real)[0], (mask.cumsum(axis=1) - 1)[real]
-        stages = reference.forward(ids[real], seq, pos)
+        real = golden[f"{case}.attention_mask"].astype(bool)
+        stages = stages_of(reference, golden, case)
         assert_close(stages[None, "logits"], golden[f"{case}.logits"][real], f"{case}: logits")
-        for layer in range(checkpoint.spec.num_layers):
-            if f"{case}.hidden" in golden:
+        if f"{case}.hidden" in golden:
+            for layer in range(spec.num_layers):
                 assert_close(stages[layer, "layer_out"], golden[f"{case}.hidden"][layer + 1][real], f"{case}: output of layer {layer}")
-            if checkpoint.spec.is_moe:
-                np.testing.assert_array_equal(stages[layer, "topk_ids"], golden[f"{case}.topk_ids"][layer][real])
-                expected = golden[f"{case}.topk_weights"][layer][real]
-                assert_close(stages[layer, "topk_weights"], expected, f"{case}: weights of layer {layer}")
+        for i, layer in enumerate(spec.moe_layers):
+            assert_close(stages[layer, "router_logits"], golden[f"{case}.router_logits"][i][real], f"{case}: router of layer {layer}")
+            np.testing.assert_array_equal(stages[layer, "topk_ids"], golden[f"{case}.topk_ids"][i][real])
+            assert_close(stages[layer, "topk_weights"], golden[f"{case}.topk_weights"][i][real], f"{case}: weights of layer {layer}")
+
+
+# ---- the table of mistakes
+
+
+def table() -> dict[str, dict[str, dict[str, str]]]:
+    """MISTAKES.md: family, then mistake, then file, to the cell."""
+    families: dict[str, dict[str, dict[str, str]]] = {}
+    family, columns = "", []
+    for line in (GOLDEN / "MISTAKES.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            family = line.removeprefix("## ")
+            families[family] = {}
+        elif line.startswith("| "):
+            first, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            if first == "mistake":
+                columns = [f"{family}-{cell}" for cell in cells]
+            else:
+                families[family][first] = dict(zip(columns, cells, strict=True))
+    return families
+
+
+def is_caught(cell: str) -> bool:
+    """Whether a cell's error or one of its counts makes a test fail; recomputed, not believed."""
+    error, *counts = cell.removeprefix("**missed** ").split(" / ")
+    return float(error) > CAUGHT or any(int(n) for n in counts)
+
+
+def fingerprint(name: str) -> str:
+    files = (hashlib.sha256((GOLDEN / name / file).read_bytes()).digest() for file in ("config.json", "model.safetensors", "golden.npz"))
+    return hashlib.sha256(b"".join(files)).hexdigest()[:16]
+
+
+def test_mistakes_were_measured_on_these_very_files() -> None:
+    fingerprints = {name: cell for rows in table().values() for name, cell in rows["*files*"].items()}
+    assert fingerprints == {name: f"`{fingerprint(name)}`" for name in CHECKPOINTS}
+
+
+def test_every_mistake_that_applies_is_caught_by_a_file_of_its_family() -> None:
+    assert set(table()) == set(FAMILIES)
+    for family, rows in table().items():
+        del rows["*files*"]
+        assert len(rows) > 20
+        for mistake, cells in rows.items():
+            measured = [cell for cell in cells.values() if cell != "not applicable"]
+            assert measured, f"{family}: {mistake}"
+            assert all(cell.startswith("**missed**") != is_caught(cell) for cell in measured), f"{family}: {mistake}"
+            assert any(is_caught(cell) for cell in measured), f"{family}: {mistake}"
+
+
+def spoilt(spec: ModelSpec) -> Iterator[tuple[str, ModelSpec]]:
+    """Rows of the table that another spec can express, with that spec."""
+    yield "rotary: base 10000 whatever `rope_theta` says", dataclasses.replace(spec, rope_theta=1e4)
+    if spec.rope_scaling is not None:
+        yield "rotary: scaling ignored", dataclasses.replace(spec, rope_scaling=None)
+        if spec.rope_scaling.kind in ("yarn", "longrope"):
+            plain = dataclasses.replace(spec.rope_scaling, attention_factor=1.0)
+            yield "rotary: attention factor ignored", dataclasses.replace(spec, rope_scaling=plain)
+    if spec.sliding_window is not None:
+        yield "attention: window ignored", dataclasses.replace(spec, sliding_window=None, sliding_layers=())
+        yield "attention: window one longer", dataclasses.replace(spec, sliding_window=spec.sliding_window + 1)
+        yield "attention: window one shorter", dataclasses.replace(spec, sliding_window=spec.sliding_window - 1)
+    if spec.is_moe and spec.renormalize:
+        yield "experts: weights not divided by their sum", dataclasses.replace(spec, renormalize=False)
+    elif spec.is_moe:
+        yield "experts: weights divided by their sum (softmax after the choice)", dataclasses.replace(spec, renormalize=True)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_the_reference_errs_as_far_as_the_table_says(name: str) -> None:
+    """The table was measured in transformers; the same mistakes made in the dense reference land at the same distance from the file."""
+    golden, checkpoint = golden_of(name), open_checkpoint(GOLDEN / name)
+    rows = table()[checkpoint.spec.family]
+    for mistake, spec in spoilt(checkpoint.spec):
+        reference, error = DenseReference(spec, checkpoint.tensors.read), 0.0
+        for case in CASES:
+            expected = golden[f"{case}.logits"][golden[f"{case}.attention_mask"].astype(bool)]
+            difference = np.abs(stages_of(reference, golden, case)[None, "logits"] - expected).max()
+            error = max(error, difference / expected.std(dtype=np.float64))
+        # Two digits in the table, and once the tolerance.
+        assert error == pytest.approx(float(rows[mistake][name].split(" / ")[0]), rel=0.05, abs=TOLERANCE), mistake

@@ -13,6 +13,8 @@ import pytest
 from numpy.typing import NDArray
 
 import wse_emu as wse
+from wse_emu.checkpoint.families import FAMILIES
+from wse_emu.foundation.rope_scaling import ROPE_KINDS
 
 pytestmark = pytest.mark.oracle
 
@@ -28,63 +30,121 @@ BASE: dict[str, Any] = {
     "vocab_size": 101, "max_position_embeddings": 128, "num_hidden_layers": 2,
     "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
-MIXTRAL = {
-    "uneven-heads": {
+ROPE_SHAPE = {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12, "intermediate_size": 41}
+STRETCHED = {"original_max_position_embeddings": 16, "factor": 4.0}
+MODELS: dict[str, dict[str, Any]] = {
+    "mixtral uneven heads": {
         "hidden_size": 42, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10, "intermediate_size": 37,
         "num_local_experts": 5, "num_experts_per_tok": 3, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
     },
-    "one-expert-chosen": {
+    "mixtral one expert chosen": {
         "hidden_size": 33, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 6, "intermediate_size": 29,
         "num_local_experts": 4, "num_experts_per_tok": 1, "rope_theta": 500.0,
     },
-    "all-experts-chosen": {
+    "mixtral all experts chosen": {
         "hidden_size": 24, "num_attention_heads": 7, "num_key_value_heads": 7, "head_dim": 4, "intermediate_size": 19,
         "num_local_experts": 3, "num_experts_per_tok": 3, "tie_word_embeddings": True,
     },
-    "many-experts": {
+    "mixtral many experts": {
         "hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "intermediate_size": 11,
         "num_local_experts": 17, "num_experts_per_tok": 4, "num_hidden_layers": 3,
     },
-}  # fmt: skip
-LLAMA = {
-    "uneven-heads": {"hidden_size": 45, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8, "intermediate_size": 61},
-    "tied": {
+    "mixtral window": {
+        "hidden_size": 27, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "intermediate_size": 21,
+        "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6,
+    },
+    "llama uneven heads": {
+        "hidden_size": 45, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8, "intermediate_size": 61,
+    },
+    "llama tied": {
         "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "intermediate_size": 23,
         "tie_word_embeddings": True, "rope_theta": 1e5,
     },
+    "mistral window": {
+        "hidden_size": 35, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10, "intermediate_size": 43,
+        "sliding_window": 7, "rope_theta": 1e6,
+    },
+    # With a window of one, transformers 5.24 contradicts itself: its cache keeps what `[-window + 1:]` means to drop.
+    "mistral window of two tokens": {
+        "hidden_size": 26, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 6, "intermediate_size": 31,
+        "sliding_window": 2,
+    },
+    "mistral no window": {
+        "hidden_size": 38, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 29,
+        "sliding_window": None, "tie_word_embeddings": True,
+    },
+    "qwen3 no window": {
+        "hidden_size": 37, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 14, "intermediate_size": 45,
+        "rope_theta": 1e6,
+    },
+    "qwen3 window in the last layers": {
+        "hidden_size": 28, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 10, "intermediate_size": 33,
+        "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2, "tie_word_embeddings": True,
+    },
+    "qwen3_moe normalized": {
+        "hidden_size": 31, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 40,
+        "num_experts": 9, "num_experts_per_tok": 4, "moe_intermediate_size": 13, "norm_topk_prob": True,
+    },
+    "qwen3_moe raw, window": {
+        "hidden_size": 22, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 6, "intermediate_size": 40,
+        "num_experts": 5, "num_experts_per_tok": 1, "moe_intermediate_size": 17, "use_sliding_window": True, "sliding_window": 9,
+    },
+    "qwen3_moe mixed": {
+        "hidden_size": 29, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 12, "intermediate_size": 34,
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 11, "norm_topk_prob": True,
+        "num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3],
+    },
+    "qwen3_moe yarn": {
+        "hidden_size": 30, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "intermediate_size": 34,
+        "num_experts": 6, "num_experts_per_tok": 6, "moe_intermediate_size": 12, "rope": {"rope_type": "yarn", **STRETCHED},
+    },
+    "llama linear": ROPE_SHAPE | {"rope": {"rope_type": "linear", "factor": 2.5}},
+    "llama dynamic": ROPE_SHAPE | {"rope": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 16},
+    "llama yarn": ROPE_SHAPE | {
+        "rope": {"rope_type": "yarn", **STRETCHED, "beta_fast": 2.0, "beta_slow": 0.3, "truncate": False, "attention_factor": 0.8},
+    },
+    "mistral longrope": ROPE_SHAPE | {
+        "sliding_window": 20,
+        "rope": {
+            "rope_type": "longrope", **STRETCHED,
+            "short_factor": [1.0, 1.1, 1.2, 1.5, 1.9, 2.2], "long_factor": [1.1, 1.6, 2.3, 3.0, 3.8, 4.5],
+        },
+    },
+    "qwen3 llama3": ROPE_SHAPE | {"rope": {"rope_type": "llama3", **STRETCHED, "low_freq_factor": 0.3, "high_freq_factor": 2.0}},
 }  # fmt: skip
-CASES = [("mixtral", name, seed) for name in MIXTRAL for seed in (0, 1)] + [("llama", name, seed) for name in LLAMA for seed in (0, 1)]
+"""Family and what is special, to the configuration."""
+CASES = [(name, seed) for name in MODELS for seed in (0, 1)]
 GRIDS = [(4, 4), (7, 5), (3, 11)]
+LENGTHS = ((1,), (13,), (5, 18, 11))
+EQUAL_LENGTHS = ((1,), (13,), (18, 18))
+"""Where rotary frequencies follow the length, transformers goes by the longest sequence of the batch."""
 
 
 @pytest.fixture
-def golden(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script that makes the golden files; its `consult` is the oracle here too."""
+def oracle(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module that made the golden files' answers."""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    return importlib.import_module("make_golden")
+    return importlib.import_module("golden_oracle")
 
 
-def written_by_transformers(directory: Path, family: str, shape: dict[str, Any], seed: int, dtype: str) -> None:
+def written_by_transformers(directory: Path, name: str, seed: int, dtype: str, **options: Any) -> None:
     """Let transformers make and save a model whose attention and routing are far from uniform."""
-    theta = {"rope_parameters": {"rope_type": "default", "rope_theta": shape.get("rope_theta", 10000.0)}}
-    config_class, model_class = {
-        "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
-        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-    }[family]
-    config = config_class(**BASE | {k: v for k, v in shape.items() if k != "rope_theta"} | theta)
-    model = model_class(config)
+    shape = dict(MODELS[name])
+    rope = {"rope_type": "default", "rope_theta": shape.pop("rope_theta", 10000.0)} | shape.pop("rope", {})
+    config = transformers.CONFIG_MAPPING[name.split()[0]](**BASE | shape | {"rope_parameters": rope})
+    model = transformers.AutoModelForCausalLM.from_config(config)
     rng = np.random.default_rng(seed)
     with torch.no_grad():
-        for name, p in sorted(model.named_parameters()):
+        for parameter, p in sorted(model.named_parameters()):
             noise = torch.from_numpy(rng.standard_normal(tuple(p.shape))).float()
             if p.ndim == 1:
                 p.copy_(1 + 0.3 * noise)
-            elif "embed" in name:
+            elif "embed" in parameter:
                 p.copy_(0.5 * noise)
             else:
-                gain = 2.0 if name.endswith("gate.weight") else 1.5
+                gain = 2.0 if parameter.endswith("gate.weight") else 1.5
                 p.copy_(gain * noise / p.shape[-1] ** 0.5)
-    model.to(getattr(torch, dtype)).save_pretrained(directory)
+    model.to(getattr(torch, dtype)).save_pretrained(directory, **options)
 
 
 def assert_close(actual: NDArray[Any], expected: Any, what: str) -> None:
@@ -94,57 +154,72 @@ def assert_close(actual: NDArray[Any], expected: Any, what: str) -> None:
     assert error <= TOLERANCE * spread, f"{what}: largest error {error:.2e}, standard deviation {spread:.2e}"
 
 
-def consult_fairly(golden: ModuleType, model: Any, lengths: tuple[int, ...], seed: int) -> tuple[Any, Any, Any]:
+def consult_fairly(oracle: ModuleType, model: Any, lengths: tuple[int, ...], seed: int, padding: int = 0) -> tuple[Any, Any, Any]:
     """Ids, mask and the oracle's answer for prompts of these lengths, padded on the left, where nothing is chosen by a hair."""
-    mask = torch.zeros((len(lengths), max(lengths)), dtype=torch.int64)
+    mask = torch.zeros((len(lengths), max(lengths) + padding), dtype=torch.int64)
     for row, n in zip(mask, lengths, strict=True):
         row[len(row) - n :] = 1
     rng = np.random.default_rng(100 + seed)
     for _ in range(1000):
         ids = torch.from_numpy(rng.integers(0, BASE["vocab_size"], tuple(mask.shape))) * mask
-        oracle = golden.consult(model, ids, mask, new_tokens=NEW_TOKENS)
+        answer = oracle.consult(model, ids, mask, new_tokens=NEW_TOKENS)
         try:
-            golden.check_margins(model, oracle, mask)
-        except golden.TooCloseError:
+            answer.check_margins()
+        except oracle.TooCloseError:
             continue
-        return ids, mask, oracle
+        return ids, mask, answer
     raise AssertionError("no prompt leaves the margins: the model's routing is degenerate")
 
 
+def test_every_family_and_every_rotary_scaling_is_compared() -> None:
+    assert {name.split()[0] for name in MODELS} == set(FAMILIES)
+    assert {shape["rope"]["rope_type"] for shape in MODELS.values() if "rope" in shape} == set(ROPE_KINDS)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("family", "name", "seed"), CASES)
-def test_forward_and_greedy_tokens_are_those_of_transformers(
-    tmp_path: Path, golden: ModuleType, family: str, name: str, seed: int, dtype: str
-) -> None:
-    shape = (MIXTRAL if family == "mixtral" else LLAMA)[name]
-    written_by_transformers(tmp_path, family, shape, seed, dtype)
-    oracle_model = golden.load(tmp_path)
+@pytest.mark.parametrize(("name", "seed"), CASES)
+def test_forward_and_greedy_tokens_are_those_of_transformers(tmp_path: Path, oracle: ModuleType, name: str, seed: int, dtype: str) -> None:
+    written_by_transformers(tmp_path / "model", name, seed, dtype)
+    oracle_model = oracle.load(tmp_path / "model")
     rows, cols = GRIDS[(seed + len(name)) % len(GRIDS)]
-    model = wse.from_pretrained(tmp_path, wafer=wse.Wafer(wse.WSE3, rows=rows, cols=cols))
-    for lengths in ((1,), (13,), (5, 18, 11)):
-        ids, mask, oracle = consult_fairly(golden, oracle_model, lengths, seed)
+    model = wse.from_pretrained(tmp_path / "model", wafer=wse.Wafer(wse.WSE3, rows=rows, cols=cols), cache_dir=tmp_path)
+    scaling = model.spec.rope_scaling
+    equal = scaling is not None and scaling.follows_length
+    for lengths in EQUAL_LENGTHS if equal else LENGTHS:
+        ids, mask, expected = consult_fairly(oracle, oracle_model, lengths, seed, padding=2 if equal else 0)
         real, what = mask.bool(), f"lengths {lengths}"
         here = real.numpy()
-        out = model(ids.numpy(), attention_mask=mask.numpy(), output_hidden_states=True, output_router_logits=family == "mixtral")
-        if family == "mixtral":
-            for layer, router in enumerate(oracle.router_logits):
-                assert_close(out.router_logits[layer][here], router[real], f"{what}: router logits of layer {layer}")
-                np.testing.assert_array_equal(
-                    out.topk_ids[layer][here], oracle.topk_ids[layer][real].numpy(), err_msg=f"{what}: layer {layer}"
-                )
-                weights = np.abs(out.topk_weights[layer][here] - oracle.topk_weights[layer][real].numpy())
-                assert weights.max() <= TOLERANCE, f"{what}: weights of layer {layer}"
-        for i, hidden in enumerate(oracle.hidden):
+        is_moe = expected.router_logits is not None
+        assert is_moe == model.spec.is_moe
+        out = model(ids.numpy(), attention_mask=mask.numpy(), output_hidden_states=True, output_router_logits=is_moe)
+        if is_moe:
+            assert len(out.router_logits) == len(expected.router_logits)
+            for i, router in enumerate(expected.router_logits):
+                assert_close(out.router_logits[i][here], router[real], f"{what}: logits of router {i}")
+                np.testing.assert_array_equal(out.topk_ids[i][here], expected.topk_ids[i][real].numpy(), err_msg=f"{what}: router {i}")
+                weights = np.abs(out.topk_weights[i][here] - expected.topk_weights[i][real].numpy())
+                assert weights.max() <= TOLERANCE, f"{what}: weights of router {i}"
+        for i, hidden in enumerate(expected.hidden):
             assert_close(out.hidden_states[i][here], hidden[real], f"{what}: hidden state {i}")
-        assert_close(out.logits[here], oracle.logits[real], f"{what}: logits")
+        assert_close(out.logits[here], expected.logits[real], f"{what}: logits")
         actual = model.generate(ids.numpy(), max_new_tokens=NEW_TOKENS, attention_mask=mask.numpy())
-        np.testing.assert_array_equal(actual, oracle.generated.numpy(), err_msg=what)
+        np.testing.assert_array_equal(actual, expected.generated.numpy(), err_msg=what)
 
 
-def test_a_grid_of_one_core_is_enough(tmp_path: Path, golden: ModuleType) -> None:
-    written_by_transformers(tmp_path, "mixtral", MIXTRAL["uneven-heads"], 3, "float32")
-    ids, _, oracle = consult_fairly(golden, golden.load(tmp_path), (13,), 3)
+@pytest.mark.parametrize("name", ["mixtral uneven heads", "qwen3_moe mixed"])
+def test_a_grid_of_one_core_is_enough(tmp_path: Path, oracle: ModuleType, name: str) -> None:
+    written_by_transformers(tmp_path / "model", name, 3, "float32")
+    ids, _, expected = consult_fairly(oracle, oracle.load(tmp_path / "model"), (13,), 3)
     one = wse.Wafer(dataclasses.replace(wse.WSE3, sram_bytes_per_core=1 << 24), rows=1, cols=1)
-    model = wse.from_pretrained(tmp_path, wafer=one)
-    assert_close(model(ids.numpy()).logits, oracle.logits, "logits")
-    np.testing.assert_array_equal(model.generate(ids.numpy(), max_new_tokens=NEW_TOKENS), oracle.generated.numpy())
+    model = wse.from_pretrained(tmp_path / "model", wafer=one, cache_dir=tmp_path)
+    assert_close(model(ids.numpy()).logits, expected.logits, "logits")
+    np.testing.assert_array_equal(model.generate(ids.numpy(), max_new_tokens=NEW_TOKENS), expected.generated.numpy())
+
+
+@pytest.mark.parametrize("name", ["mixtral uneven heads", "qwen3_moe normalized", "qwen3_moe mixed"])
+def test_fused_experts_are_refused_with_the_way_out(tmp_path: Path, name: str) -> None:
+    written_by_transformers(tmp_path / "fused", name, 0, "float32", save_original_format=False)
+    with pytest.raises(wse.CheckpointError, match=r"experts are fused in this file.*save_original_format=True"):
+        wse.from_pretrained(tmp_path / "fused", cache_dir=tmp_path)
+    written_by_transformers(tmp_path / "way out", name, 0, "float32", save_original_format=True)
+    wse.from_pretrained(tmp_path / "way out", cache_dir=tmp_path).close()

@@ -1,0 +1,145 @@
+"""What transformers computes from a checkpoint in float32: the oracle of the golden files and of the live comparison."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+ROUTER_MARGIN = 5e-4
+"""Least distance of neighbouring router logits, down to the first expert that is not chosen."""
+TOKEN_MARGIN = 2e-3
+"""Least lead of a greedy token, in standard deviations of the logits."""
+
+
+class TooCloseError(Exception):
+    """An answer hangs by less than the margin; another seed is needed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Oracle:
+    """One answer: b sequences of t tokens, n new ones. Values of padding mean nothing."""
+
+    logits: Tensor
+    """(b, t, vocab)."""
+    hidden: Tensor
+    """(layers + 1, b, t, hidden): the embedding's output, then what each layer adds up to, the last one *before* the final norm."""
+    router_logits: Tensor | None
+    """(layers with a mixture, b, t, experts); None without mixtures, as are the next two."""
+    topk_ids: Tensor | None
+    topk_weights: Tensor | None
+    """(layers with a mixture, b, t, k), as the router hands them to the experts."""
+    generated: Tensor
+    """(b, t + n), greedy, prompt included."""
+    router_margin: float
+    token_margin: float
+    """What `ROUTER_MARGIN` and `TOKEN_MARGIN` bound, over prompt and new tokens; the first is infinite without mixtures."""
+
+    def check_margins(self) -> None:
+        """Raise TooCloseError if an expert or a token is chosen by less than the margin."""
+        if self.router_margin < ROUTER_MARGIN or self.token_margin < TOKEN_MARGIN:
+            raise TooCloseError(f"router margin {self.router_margin:.1e}, token margin {self.token_margin:.1e}")
+
+
+@torch.no_grad()
+def load(directory: Path, changes: Mapping[str, Any] | None = None) -> Any:
+    """Load a checkpoint in float32 with plain attention and experts; refuse one that transformers would complete with random weights.
+
+    `changes` are made to config.json first.
+    """
+    written = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = CONFIG_MAPPING[written["model_type"]].from_dict(written | dict(changes or {}))
+    options = {"experts_implementation": "eager"} if "moe" in config.model_type or config.model_type == "mixtral" else {}
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory, config=config, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **options
+    )
+    wrong = {key: value for key, value in info.items() if value and key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if wrong:
+        raise SystemExit(f"{directory}: transformers does not load the checkpoint completely: {wrong}")
+    return model.eval()
+
+
+@torch.no_grad()
+def consult(model: Any, ids: Tensor, mask: Tensor, *, new_tokens: int) -> Oracle:
+    """Run the model on (b, t) ids, padded on the left; positions count real tokens only.
+
+    Where rotary frequencies follow the length (``dynamic``, ``longrope``), transformers goes by the longest sequence of the batch, and the
+    module keeps what an earlier call left in it. Here every call finds the module as it was loaded; sequences should be equally long.
+    """
+    (b, t), real = ids.shape, mask.bool()
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    with _fresh_rotary(model), _watched(model) as prompt:
+        logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    with _fresh_rotary(model), _watched(model) as steps:
+        out = model.generate(
+            ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0,
+            output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+    layers, n_moe = len(model.model.layers), len(prompt.routers)
+    shaped = [[r.view(b, t, -1) for r in router] for router in prompt.routers]
+    router_logits, weights, chosen = (torch.stack(r) for r in zip(*shaped, strict=True)) if n_moe else (None, None, None)
+    margin = float("inf")
+    if n_moe:
+        k = chosen.shape[-1]
+        new = [router[0] for router in steps.routers[n_moe:]]  # the first pass is the prompt again, with its padding
+        margin = min(_least_gap(r, k) for r in [*(layer[real] for layer in router_logits), *new])
+    two = torch.stack(out.logits).topk(2, -1).values
+    return Oracle(
+        logits=logits,
+        hidden=torch.stack([*prompt.embeddings, *prompt.layers[:layers]]),
+        router_logits=router_logits,
+        topk_ids=chosen,
+        topk_weights=weights,
+        generated=out.sequences,
+        router_margin=margin,
+        token_margin=float((two[..., 0] - two[..., 1]).min() / logits[real].std()),
+    )
+
+
+def _least_gap(router: Tensor, k: int) -> float:
+    """Smallest distance of neighbouring logits of (n, experts), from the first to the one after the k-th."""
+    best = router.sort(-1, descending=True).values[:, : k + 1]
+    return float((best[:, :-1] - best[:, 1:]).min()) if best.shape[1] > 1 else float("inf")
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """What modules gave, in the order of calls."""
+
+    embeddings: list[Tensor] = field(default_factory=list)
+    layers: list[Tensor] = field(default_factory=list)
+    routers: list[tuple[Tensor, ...]] = field(default_factory=list)
+    """Logits, weights and choices, (tokens, ...) each."""
+
+
+@contextmanager
+def _watched(model: Any) -> Iterator[_Watched]:
+    seen = _Watched()
+    layers = list(model.model.layers)
+    places = [([model.model.embed_tokens], seen.embeddings), (layers, seen.layers)]
+    places.append(([layer.mlp.gate for layer in layers if hasattr(layer.mlp, "gate")], seen.routers))
+    hooks = [m.register_forward_hook(lambda _m, _a, out, into=into: into.append(out)) for modules, into in places for m in modules]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _fresh_rotary(model: Any) -> Iterator[None]:
+    """Work on a copy of the rotary module, which remembers the longest sequence it met."""
+    kept = model.model.rotary_emb
+    model.model.rotary_emb = copy.deepcopy(kept)
+    try:
+        yield
+    finally:
+        model.model.rotary_emb = kept
