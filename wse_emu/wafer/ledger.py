@@ -6,6 +6,7 @@ The schema is public (`SCHEMA_VERSION`, `Event`). Emulated quantities only: no h
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,11 +98,14 @@ assert Event._fields == (*_KEYS, *_SUMMED, *_MAXED)
 class Ledger:
     """Record of all events since the last `clear`, in the order in which they happened.
 
-    Identical repetitions (decode steps) make the list long; `totals` sums it by any of layer, stage, kind and name.
+    Identical repetitions (decode steps) make the list long; `totals` sums it by any of layer, stage, kind and name. Layer and stage are
+    kept once for all events of a stretch, so that an event which was recorded before costs one reference.
     """
 
     def __init__(self) -> None:
-        self._events: list[tuple[int | None, str, Event]] = []
+        self._events: list[Event] = []
+        self._stretches: list[tuple[int, int | None, str]] = []
+        """First event, layer and stage of every stretch of events with one scope."""
         self._layer: int | None = None
         self._stage: str = "host"
         self._passes: list[ForwardPass] = []
@@ -125,11 +129,15 @@ class Ledger:
 
     def record(self, event: Event) -> None:
         """Append `event`, attributed to the current scope."""
-        self._events.append((self._layer, self._stage, event))
+        last = self._stretches[-1] if self._stretches else None
+        if last is None or last[1] != self._layer or last[2] != self._stage:
+            self._stretches.append((len(self._events), self._layer, self._stage))
+        self._events.append(event)
 
     def clear(self) -> None:
         """Forget everything recorded so far; not inside a forward pass."""
         self._events.clear()
+        self._stretches.clear()
         self._passes.clear()
 
     def __len__(self) -> int:
@@ -140,7 +148,19 @@ class Ledger:
 
     def events(self, start: int = 0, stop: int | None = None) -> list[Event]:
         """Events ``[start, stop)``, oldest first; by default all."""
-        return [event._replace(layer=layer, stage=stage) for layer, stage, event in self._events[start:stop]]
+        return [event._replace(layer=layer, stage=stage) for layer, stage, event in self._located(start, stop)]
+
+    def _located(self, start: int, stop: int | None) -> Iterator[tuple[int | None, str, Event]]:
+        """Events ``[start, stop)`` with their layer and stage."""
+        first, last, _ = slice(start, stop).indices(len(self._events))
+        at = max(0, bisect_right(self._stretches, first, key=lambda stretch: stretch[0]) - 1)
+        stretches = self._stretches[at:]
+        ends = [*(begin for begin, _, _ in stretches[1:]), len(self._events)]
+        for (begin, layer, stage), end in zip(stretches, ends, strict=False):  # an empty ledger has none
+            if begin >= last:
+                return
+            for event in self._events[max(begin, first) : min(end, last)]:
+                yield layer, stage, event
 
     def passes(self, start: int = 0) -> list[ForwardPass]:
         """Forward passes that began at event `start` or later, oldest first."""
@@ -173,7 +193,7 @@ class Ledger:
         at = [_KEYS.index(name) for name in by]
         first_max = len(_SUMMED)
         rows: dict[tuple[Any, ...], list[int]] = {}
-        for layer, stage, event in self._events[start:stop]:
+        for layer, stage, event in self._located(start, stop):
             keys = (layer, stage, event.kind, event.name)
             key = tuple([keys[i] for i in at])
             numbers: tuple[int, ...] = event[len(_KEYS) :]  # type: ignore[assignment]  # keys come first
