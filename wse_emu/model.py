@@ -102,7 +102,7 @@ def from_config(
     config: Mapping[str, Any] | ModelSpec, *, seed: int = 0, wafer: Wafer | None = None, max_tokens: int | None = None,
     stream_experts: StreamExperts = "activated", prefill_chunk: int | None = None, chunk: int | None = None, prefetch_depth: int = 1,
 ) -> WaferModel:  # fmt: skip
-    """Make a model with random weights, held in memory.
+    """Make a model with random weights, each made when it is first needed and then held in memory.
 
     Parameters
     ----------

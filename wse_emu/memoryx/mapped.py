@@ -191,10 +191,11 @@ class MappedStore:
         self._idle: OrderedDict[str, int] = OrderedDict()
         """Bytes of the tensors that were used and not forgotten yet, least recently used first."""
         self._lock = threading.Lock()
-        arrays = {n: np.frombuffer(self._map, dtype=np.float32, count=p.weight.size, offset=p.offset) for n, p in self._placed.items()}
         self._bytes: NDArray[np.uint8] | None = np.frombuffer(self._map, dtype=np.uint8)
-        embed = arrays.pop("embed").reshape(spec.vocab_size, spec.hidden_size)
-        self._tensors = Tensors(name, embed, arrays, frozenset(n for n, p in self._placed.items() if len(p.weight.shape) == 2))
+        self._tensors = Tensors(name, spec, self._view)
+
+    def _view(self, weight: WeightShape) -> NDArray[np.float32]:
+        return np.frombuffer(self._map, dtype=np.float32, count=weight.size, offset=self._placed[weight.name].offset)
 
     def vector(self, name: str) -> NDArray[np.float32]:
         """Norm weight (n,), read-only."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol
 
 import numpy as np
@@ -46,48 +47,74 @@ class WeightStore(Protocol):
 
 
 class Tensors:
-    """Prebuilt arrays by name: what the stores with values share."""
+    """Arrays by name, each made when it is first asked for and then kept: what the stores with values share.
 
-    def __init__(self, name: str, embed: NDArray[np.float32], arrays: dict[str, NDArray[np.float32]], matrices: frozenset[str]) -> None:
+    Parameters
+    ----------
+    name : str
+        What to call the store in messages.
+    spec : ModelSpec
+    make : callable
+        Takes a tensor of the wafer layout and returns it flat, read-only; called once for each, by one thread at a time.
+    """
+
+    def __init__(self, name: str, spec: ModelSpec, make: Callable[[WeightShape], NDArray[np.float32]]) -> None:
         self._name = name
-        self._embed: NDArray[np.float32] | None = embed
-        self._matrices = {n: a for n, a in arrays.items() if n in matrices}
-        self._vectors = {n: a for n, a in arrays.items() if n not in matrices}
+        self._embed_shape = (spec.vocab_size, spec.hidden_size)
+        self._weights = {w.name: w for w in all_weights(spec)}
+        self._make: Callable[[WeightShape], NDArray[np.float32]] | None = make
+        self._made: dict[str, NDArray[np.float32]] = {}
+        self._lock = threading.Lock()
 
     def vector(self, name: str) -> NDArray[np.float32]:
         """Norm weight (n,), read-only."""
-        try:
-            return self._vectors[name]
-        except KeyError:
-            self._unknown(name, "vector")
+        return self._array(self._weight(name, "vector", (1,)))
 
     def tiles(self, name: str) -> NDArray[np.float32]:
         """Flat tiled matrix, read-only."""
-        try:
-            return self._matrices[name]
-        except KeyError:
-            self._unknown(name, "tiled matrix")
+        return self._array(self._weight(name, "tiled matrix", (2,)))
 
     def embed(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Rows of the embedding, a new array (t, hidden)."""
-        if self._embed is None:
+        if self._make is None:
             self._unknown("embed", "embedding")
-        check_ids(ids, len(self._embed))
-        return self._embed[ids]
+        check_ids(ids, self._embed_shape[0])
+        return self._array(self._weights["embed"]).reshape(self._embed_shape)[ids]
 
     def check_names(self, names: Sequence[str]) -> None:
         """Raise `StoreError` for a name that is neither a vector nor a matrix."""
         for name in names:
-            if name not in self._vectors and name not in self._matrices:
-                self._unknown(name, "vector or tiled matrix")
+            self._weight(name, "vector or tiled matrix", (1, 2))
+
+    def make(self, names: Sequence[str]) -> None:
+        """Make what is not there yet."""
+        for name in names:
+            self._array(self._weight(name, "vector or tiled matrix", (1, 2)))
 
     def clear(self) -> None:
         """Forget every array."""
-        self._embed = None
-        self._vectors, self._matrices = {}, {}
+        self._make = None
+        self._made = {}
+
+    def _weight(self, name: str, kind: str, n_axes: tuple[int, ...]) -> WeightShape:
+        weight = self._weights.get(name)
+        if self._make is None or weight is None or name == "embed" or len(weight.shape) not in n_axes:
+            self._unknown(name, kind)
+        return weight
+
+    def _array(self, weight: WeightShape) -> NDArray[np.float32]:
+        array = self._made.get(weight.name)
+        if array is not None:
+            return array
+        with self._lock:
+            if self._make is None:
+                self._unknown(weight.name, "tensor")
+            if weight.name not in self._made:
+                self._made[weight.name] = self._make(weight)
+            return self._made[weight.name]
 
     def _unknown(self, name: str, kind: str) -> NoReturn:
-        if self._embed is None:
+        if self._make is None:
             raise StoreError(f"{self._name}: `{name}` was asked for after the store was closed")
         raise StoreError(f"{self._name}: there is no {kind} `{name}`")
 
@@ -101,40 +128,34 @@ def check_ids(ids: NDArray[np.int64], vocab_size: int) -> None:
         raise InputError(f"token id {bad} lies outside the vocabulary, 0..{vocab_size - 1}")
 
 
-def _names_of(weights: Sequence[WeightShape]) -> frozenset[str]:
-    return frozenset(w.name for w in weights if len(w.shape) == 2)
-
-
 class ArrayStore:
-    """Weights in memory; made from a checkpoint, of which no file is needed afterwards.
+    """Weights in memory, each made from the checkpoint when it is first needed: a model that is not run takes none.
 
     Parameters
     ----------
     checkpoint : Checkpoint
-        Read once, tensor by tensor.
+        Read tensor by tensor; stays in use until every weight was made.
 
     Raises
     ------
     CheckpointError
-        If a weight is not finite.
+        From `prepare` and from whatever asks for a weight, if it is not finite.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.spec = checkpoint.spec
         self.name = checkpoint.name
-        layout = Layout(checkpoint.tensors, checkpoint.spec, checkpoint.name)
-        weights = list(all_weights(checkpoint.spec))
-        arrays: dict[str, NDArray[np.float32]] = {}
-        for weight in weights:
-            flat = np.empty(weight.size, dtype=np.float32)
-            at = 0
-            for chunk in layout.chunks(weight):
-                flat[at : at + chunk.size] = chunk
-                at += chunk.size
-            flat.flags.writeable = False
-            arrays[weight.name] = flat
-        embed = arrays.pop("embed").reshape(self.spec.vocab_size, self.spec.hidden_size)
-        self._tensors = Tensors(self.name, embed, arrays, _names_of(weights))
+        self._layout = Layout(checkpoint.tensors, checkpoint.spec, checkpoint.name)
+        self._tensors = Tensors(self.name, self.spec, self._make)
+
+    def _make(self, weight: WeightShape) -> NDArray[np.float32]:
+        flat = np.empty(weight.size, dtype=np.float32)
+        at = 0
+        for chunk in self._layout.chunks(weight):
+            flat[at : at + chunk.size] = chunk
+            at += chunk.size
+        flat.flags.writeable = False
+        return flat
 
     def vector(self, name: str) -> NDArray[np.float32]:
         """Norm weight (n,), read-only."""
@@ -149,8 +170,8 @@ class ArrayStore:
         return self._tensors.embed(ids)
 
     def prepare(self, names: Sequence[str]) -> None:
-        """Check the names; everything is resident."""
-        self._tensors.check_names(names)
+        """Make the tensors, unless they are there."""
+        self._tensors.make(names)
 
     def drop(self, names: Sequence[str]) -> None:
         """Check the names; memory has nowhere to forget to."""
