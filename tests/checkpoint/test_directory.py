@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import ml_dtypes
@@ -285,3 +286,29 @@ def test_real_checkpoint_opens(name: str) -> None:
         assert checkpoint.spec.eos_token_ids == (2,)
         assert checkpoint.tokenizer_path is not None
         assert np.isfinite(checkpoint.tensors.read("model.norm.weight")).all()
+
+
+@pytest.mark.parametrize("said", [-1, 1])
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    said: int, tied: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tied, tmp_path)
+    plain = Path.stat
+
+    def stat(self: Path, **options: bool) -> os.stat_result:
+        info = plain(self, **options)
+        return os.stat_result((*info[:6], info.st_size + said, *info[7:10])) if self.name == "config.json" else info
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with pytest.raises(ConfigError, match=r"config\.json: changed while it was read; try again"):
+        open_checkpoint(tmp_path)
+
+
+def test_opening_takes_little_memory(tied: Checkpoint, tmp_path: Path) -> None:
+    write_checkpoint(tied, tmp_path, n_shards=2)
+    tracemalloc.start()
+    try:
+        open_checkpoint(tmp_path).close()
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()

@@ -23,13 +23,13 @@ def read_bytes(path: Path, *, limit: int, error: _Named) -> bytes | None:
         if info.st_size > limit:
             raise error(f"{path}: {info.st_size} bytes, at most {limit} are allowed for this file")
         with open(path, "rb") as f:
-            data = f.read(limit + 1)
+            data = f.read(info.st_size + 1)  # a read of `limit` would ask for that much memory
     except FileNotFoundError:
         return None
     except OSError as e:
         raise error(f"{path}: cannot be read: {os.strerror(e.errno) if e.errno else e}") from e
-    if len(data) > limit:
-        raise error(f"{path}: more than {limit} bytes")
+    if len(data) != info.st_size:
+        raise error(f"{path}: changed while it was read; try again")
     return data
 
 
