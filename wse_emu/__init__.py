@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         KernelError,
         PlacementError,
         RouteError,
+        SaveError,
         SpecError,
         SramOverflowError,
         SramStateError,
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "wse_emu.foundation.errors": (
-        "CheckpointError", "ConfigError", "InputError", "KernelError", "PlacementError", "RouteError", "SpecError", "SramOverflowError",
-        "SramStateError", "StoreError", "TraceError", "UninitializedReadError", "WseError",
+        "CheckpointError", "ConfigError", "InputError", "KernelError", "PlacementError", "RouteError", "SaveError", "SpecError",
+        "SramOverflowError", "SramStateError", "StoreError", "TraceError", "UninitializedReadError", "WseError",
     ),
     "wse_emu.foundation.model_spec": ("ModelSpec",),
     "wse_emu.foundation.wafer_spec": ("TINY", "WSE2", "WSE3", "WaferSpec"),
@@ -64,6 +65,7 @@ __all__ = [
     "PlacementError",
     "RouteError",
     "Sampler",
+    "SaveError",
     "SpecError",
     "SramOverflowError",
     "SramStateError",

@@ -6,13 +6,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from wse_emu.checkpoint import Checkpoint, open_checkpoint, random_checkpoint
+from wse_emu.checkpoint import MAX_SHARD_BYTES, Checkpoint, StorageType, open_checkpoint, random_checkpoint, save_checkpoint
 from wse_emu.engine.inference import Engine, EngineOptions, ForwardResult, Phase, StreamExperts
 from wse_emu.engine.plan import Workload, prompt_chunks, sequences_of, settle, smallest_square
 from wse_emu.engine.routing_trace import RoutingTrace
@@ -322,6 +323,44 @@ class WaferModel:
             result, _ = session.prefill(prompts, every=True, taps=True)
         assert result.taps is not None
         return result.taps
+
+    def save(
+        self, path: str | os.PathLike[str], *, dtype: StorageType | None = None, max_shard_bytes: int = MAX_SHARD_BYTES,
+        overwrite: bool = False, progress: Callable[[int, int], None] | None = None,
+    ) -> Path:  # fmt: skip
+        """Write the model as a Hugging Face directory that `from_pretrained` and transformers read.
+
+        Memory holds a few MB of it at a time, however large it is, and it need not have run.
+
+        Parameters
+        ----------
+        path : str or path
+            The directory: made with its parents, or empty. It appears whole or, after an error or Ctrl-C, not at all.
+        dtype : {"float32", "bfloat16", "float16"}, optional
+            Stored type; values are rounded to nearest, ties to even. By default every tensor keeps the type that it has (random weights:
+            float32).
+        max_shard_bytes : int
+            Most bytes of tensors in one file; with more, files are numbered and an index names them. A larger tensor has a file of its own.
+        overwrite : bool
+            Replace a checkpoint that is there; a directory that holds anything else is never replaced.
+        progress : callable, optional
+            Called with bytes written and bytes in all.
+
+        Returns
+        -------
+        Path
+            The directory.
+
+        Raises
+        ------
+        SpecError
+            If `dtype` or `max_shard_bytes` is not one of those.
+        SaveError
+            If `path` is taken, the file system refuses or has too little space.
+        CheckpointError
+            If a value is not finite, or is beyond the largest value of `dtype`; it is named.
+        """
+        return save_checkpoint(self.checkpoint, path, dtype=dtype, max_shard_bytes=max_shard_bytes, overwrite=overwrite, progress=progress)
 
     # ---- where it runs
 

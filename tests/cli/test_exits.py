@@ -19,6 +19,7 @@ CODES = {
     errors.ConfigError: Exit.CHECKPOINT,
     errors.CheckpointError: Exit.CHECKPOINT,
     errors.StoreError: Exit.CHECKPOINT,
+    errors.SaveError: Exit.CHECKPOINT,
     errors.InputError: Exit.USAGE,
     errors.PlacementError: Exit.DOES_NOT_FIT,
     errors.SramOverflowError: Exit.DOES_NOT_FIT,

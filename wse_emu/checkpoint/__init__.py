@@ -5,11 +5,14 @@ from wse_emu.checkpoint.directory import open_checkpoint
 from wse_emu.checkpoint.names import PublishedTensor, published_names, published_tensors
 from wse_emu.checkpoint.random_weights import random_checkpoint
 from wse_emu.checkpoint.source import Checkpoint, TensorSource
+from wse_emu.checkpoint.write import MAX_SHARD_BYTES, StorageType, save_checkpoint
 
 __all__ = [
     "MAX_PARAMETERS",
+    "MAX_SHARD_BYTES",
     "Checkpoint",
     "PublishedTensor",
+    "StorageType",
     "TensorSource",
     "open_checkpoint",
     "parse_config",
@@ -17,5 +20,6 @@ __all__ = [
     "published_tensors",
     "random_checkpoint",
     "read_config",
+    "save_checkpoint",
     "to_config",
 ]

@@ -266,7 +266,7 @@ def to_config(spec: ModelSpec) -> dict[str, Any]:
 def _moe_config(spec: ModelSpec, rules: MoeRules) -> dict[str, Any]:
     if not spec.is_moe:  # every layer is dense
         return {"mlp_only_layers": list(range(spec.num_layers))}
-    out: dict[str, Any] = {"num_local_experts": spec.num_experts, "num_experts_per_tok": spec.top_k}
+    out: dict[str, Any] = {rules.count: spec.num_experts, "num_experts_per_tok": spec.top_k}
     out[rules.width] = spec.moe_intermediate_size
     if rules.renormalize is None:
         out["norm_topk_prob"] = spec.renormalize

@@ -25,6 +25,8 @@ class MoeRules:
     up: str
     down: str
     """Names of one expert's three matrices."""
+    count: str
+    """Field that released configurations use for the number of experts; ``num_local_experts`` and ``num_experts`` are read alike."""
     default_num_experts: int
     default_top_k: int
     width: str
@@ -143,8 +145,8 @@ FAMILIES: Mapping[str, Family] = _by_type(
         model_type="mixtral", architecture="MixtralForCausalLM", num_kv_heads=8, max_position_embeddings=131_072, rms_norm_eps=1e-5,
         rope_theta=1e6, bos_token_id=1, eos_token_id=2, windows=_every_layer(None), window_config=_plain_window,
         moe=MoeRules(
-            block="block_sparse_moe.", gate="w1", up="w3", down="w2", default_num_experts=8, default_top_k=2, width="intermediate_size",
-            renormalize=True,
+            block="block_sparse_moe.", gate="w1", up="w3", down="w2", count="num_local_experts", default_num_experts=8, default_top_k=2,
+            width="intermediate_size", renormalize=True,
         ),
     ),
     Family(
@@ -155,7 +157,7 @@ FAMILIES: Mapping[str, Family] = _by_type(
         model_type="qwen3_moe", architecture="Qwen3MoeForCausalLM", num_kv_heads=4, max_position_embeddings=32_768, qk_norm=True,
         windows=_switched(first=None), window_config=_switched_window,
         moe=MoeRules(
-            block="mlp.", gate="gate_proj", up="up_proj", down="down_proj", default_num_experts=128, default_top_k=8,
+            block="mlp.", gate="gate_proj", up="up_proj", down="down_proj", count="num_experts", default_num_experts=128, default_top_k=8,
             width="moe_intermediate_size", mixed=True,
         ),
     ),

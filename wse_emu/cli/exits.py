@@ -12,6 +12,7 @@ from wse_emu.foundation.errors import (
     ConfigError,
     InputError,
     PlacementError,
+    SaveError,
     SpecError,
     SramOverflowError,
     StoreError,
@@ -53,6 +54,7 @@ _CODES: tuple[tuple[type[BaseException], Exit], ...] = (
     (ConfigError, Exit.CHECKPOINT),  # before SpecError, its base
     (CheckpointError, Exit.CHECKPOINT),
     (StoreError, Exit.CHECKPOINT),
+    (SaveError, Exit.CHECKPOINT),
     (SramOverflowError, Exit.DOES_NOT_FIT),
     (PlacementError, Exit.DOES_NOT_FIT),
     (SpecError, Exit.USAGE),

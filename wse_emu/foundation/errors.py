@@ -24,6 +24,10 @@ class CheckpointError(WseError, ValueError):
     """A checkpoint's tensors are missing, truncated, corrupt or disagree with config.json."""
 
 
+class SaveError(WseError, OSError):
+    """A checkpoint cannot be written where it was asked for."""
+
+
 class StoreError(WseError, OSError):
     """A MemoryX layout file or its cache directory cannot be made, read or trusted."""
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wse_emu.checkpoint import TensorSource, published_names
+from wse_emu.checkpoint.finite import first_not_finite
 from wse_emu.checkpoint.names import LM_HEAD, PublishedTensor
 from wse_emu.foundation.errors import CheckpointError, StoreError
 from wse_emu.foundation.model_spec import ModelSpec
@@ -159,12 +160,10 @@ class Layout:
 
     def _rows(self, tensor: PublishedTensor, start: int, stop: int) -> F32:
         rows = self._tensors.read_rows(tensor.name, start, stop)
-        finite = np.isfinite(rows)
-        if not finite.all():
-            # The first in row order.
-            at = np.unravel_index(int(np.argmin(finite)), rows.shape)
-            index = ", ".join(str(int(i) + (start if axis == 0 else 0)) for axis, i in enumerate(at))
-            raise CheckpointError(f"{self._where}: {tensor.name}[{index}] is {rows[at]}; weights must be finite, the checkpoint is damaged")
+        at = first_not_finite(rows, start)
+        if at is not None:
+            value, index = rows[at[0] - start, *at[1:]], ", ".join(map(str, at))
+            raise CheckpointError(f"{self._where}: {tensor.name}[{index}] is {value}; weights must be finite, the checkpoint is damaged")
         return rows
 
     def _embed(self) -> Iterator[F32]:
