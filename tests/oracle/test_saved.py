@@ -1,0 +1,85 @@
+"""What `save` writes, read by transformers: every tensor there, none left over, equal values, the same logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import wse_emu as wse
+from wse_emu.checkpoint import TensorSource, published_names
+from wse_emu.foundation.model_spec import ModelSpec
+
+pytestmark = pytest.mark.oracle
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+ROUNDED = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+LOGIT_TOLERANCE = 1e-4
+"""Largest difference of logits, in their standard deviations."""
+BASE: dict[str, Any] = {
+    "vocab_size": 131, "hidden_size": 24, "intermediate_size": 28, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "rope_theta": 1e4, "bos_token_id": None, "eos_token_id": None,
+    "initializer_range": 0.2,
+}  # fmt: skip
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {**BASE, "model_type": "llama", "tie_word_embeddings": True},
+    "mistral": {**BASE, "model_type": "mistral", "sliding_window": 5},
+    "mixtral": {**BASE, "model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen3": {**BASE, "model_type": "qwen3", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen3_moe": {
+        **BASE, "model_type": "qwen3_moe", "moe_intermediate_size": 12, "num_experts": 6, "num_experts_per_tok": 3, "mlp_only_layers": [1],
+        "norm_topk_prob": True, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    },
+}  # fmt: skip
+
+
+def expected_parameters(spec: ModelSpec, tensors: TensorSource, dtype: str) -> dict[str, NDArray[np.float32]]:
+    """By transformers' names: experts of a layer are fused to one array each of gate and up, and of down."""
+
+    def read(name: str) -> NDArray[np.float32]:
+        return tensors.read(name).astype(ROUNDED[dtype]).astype(np.float32)
+
+    out: dict[str, NDArray[np.float32]] = {}
+    for role, tensor in published_names(spec).items():
+        if ".experts." not in role:
+            out[tensor.name.replace("block_sparse_moe", "mlp")] = read(tensor.name)
+    for layer in spec.moe_layers:
+        names = {role: t.name for role, t in published_names(spec).items() if role.startswith(f"layers.{layer}.experts.")}
+        experts = [[read(names[f"layers.{layer}.experts.{e}.{w}"]) for w in ("w_gate", "w_up", "w_down")] for e in range(spec.num_experts)]
+        out[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = np.stack([np.concatenate([gate, up]) for gate, up, _ in experts])
+        out[f"model.layers.{layer}.mlp.experts.down_proj"] = np.stack([down for _, _, down in experts])
+    return out
+
+
+@pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 20_000])
+@pytest.mark.parametrize("dtype", list(ROUNDED))
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_transformers_reads_equal_values(family: str, dtype: Any, max_shard_bytes: int, tmp_path: Path) -> None:
+    model = wse.from_config(CONFIGS[family], seed=1)
+    directory = model.save(tmp_path / "m", dtype=dtype, max_shard_bytes=max_shard_bytes)
+    assert len(list(directory.glob("*.safetensors"))) == 1 or max_shard_bytes == 20_000
+    assert str(transformers.AutoConfig.from_pretrained(directory).dtype) == f"torch.{dtype}"
+    peer, info = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    expected = expected_parameters(model.spec, model.checkpoint.tensors, dtype)
+    found = {name: p.detach().numpy() for name, p in peer.named_parameters()}
+    assert sorted(found) == sorted(expected)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values, err_msg=name)
+
+
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_both_compute_the_same_from_it(family: str, tmp_path: Path) -> None:
+    directory = wse.from_config(CONFIGS[family], seed=1).save(tmp_path / "m", dtype="bfloat16")
+    ours = wse.from_pretrained(directory, wafer=wse.Wafer(wse.WSE3, rows=4, cols=5), cache_dir=tmp_path)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    ids = np.random.default_rng(0).integers(0, 131, (1, 17))
+    with torch.inference_mode():
+        expected = peer(torch.from_numpy(ids)).logits.numpy()
+    assert np.abs(ours(ids).logits - expected).max() <= LOGIT_TOLERANCE * expected.std()
