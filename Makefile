@@ -11,15 +11,17 @@ HERE    := $(shell pwd | cksum | cut -d' ' -f1)
 MADE    := $(VENV)/.made-$(HERE)
 RUNS    := $(VENV)/.runs-$(HERE)
 TESTS   := $(VENV)/.tests-$(HERE)
+SITE    := $(VENV)/.site-$(HERE)
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 ARGS    ?=
 
-.PHONY: help run test test-all lint bench clean setup
+.PHONY: help run test test-all lint bench docs clean setup
 
 help:
 	@echo 'make run       set up, then stream, run, generate with and verify the model that ships with the package'
 	@echo 'make test      set up, then the default tests          make test-all   with the slow ones, and without the JIT'
 	@echo 'make lint      ruff and mypy --strict                  make bench      benchmarks (pytest-benchmark)'
+	@echo 'make docs      the documentation as a site, in site/'
 	@echo 'make clean     remove .venv, build products and tool caches'
 
 run: $(RUNS)
@@ -39,6 +41,10 @@ lint: $(TESTS)
 bench: $(TESTS)
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
+docs: $(SITE)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo 'site/index.html'
+
 setup: $(TESTS)
 
 $(MADE):
@@ -57,6 +63,10 @@ $(TESTS): $(MADE) pyproject.toml
 	@$(PIP) --editable '.[dev]'
 	@touch $@ $(RUNS)
 
+$(SITE): $(MADE) pyproject.toml
+	@$(PIP) --editable '.[docs]'
+	@touch $@ $(RUNS)
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage htmlcov
+	rm -rf $(VENV) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage htmlcov
 	find wse_emu kernels tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

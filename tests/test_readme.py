@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import wse_emu as wse
+from wse_emu import reports, testing
 from wse_emu.cli.app import app, invoke
 from wse_emu.cli.exits import Exit
 from wse_emu.cli.options import shipped_model
@@ -16,19 +21,84 @@ from wse_emu.memoryx import build
 from wse_emu.wafer.ledger import KINDS, SCHEMA_VERSION, Event
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+PROGRAMS = {"README.md": 1, "docs/quick-start.md": 7}
+"""Pages whose Python blocks are one program, and how many of them say what they print."""
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and content of every block of code."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
-def test_example_prints_what_the_readme_says(capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = blocks("python")
-    (expected,) = blocks("text")
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
-    assert capsys.readouterr().out == expected
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_program_of_a_page_prints_what_the_page_says(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace, printed, compared = {"__name__": "page"}, "", 0
+    for language, text in blocks(ROOT / name):
+        if language == "python":
+            exec(compile(text, name, "exec"), namespace)
+            printed = capsys.readouterr().out
+        elif language == "text":
+            assert printed == text
+            compared += 1
+    assert compared == PROGRAMS[name]
+
+
+def test_every_page_with_python_is_run_by_some_test() -> None:
+    elsewhere = {"docs/ledger.md", "docs/reports.md"}  # below, and in tests/reports/test_page.py
+    with_python = {str(page.relative_to(ROOT)) for page in PAGES if any(language == "python" for language, _ in blocks(page))}
+    assert with_python == elsewhere | set(PROGRAMS)
+
+
+def test_program_of_the_ledger_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    wafer = wse.Wafer(wse.WSE3, rows=2, cols=2)
+    wafer.place(np.ones((2, 2), np.float32))
+    (code,) = (text for language, text in blocks(DOCS / "ledger.md") if language == "python")
+    exec(compile(code, "ledger.md", "exec"), {"wafer": wafer})
+    assert json.loads((tmp_path / "ledger.json").read_text(encoding="utf-8"))["schema"] == SCHEMA_VERSION
+
+
+def test_reference_has_every_public_name() -> None:
+    """Of the package, and of every module that the reference names."""
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
+    listed = re.findall(r"^::: ([\w.]+)$", pages, flags=re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    for name in listed:
+        assert resolves(name), name
+    homes = {f"{home}.{name}" for home, names in wse._HOME.items() for name in names}
+    covered = {name for name in homes if name in listed or name.rpartition(".")[0] in listed}
+    assert sorted(homes - covered) == []
+    for package in (reports, testing):
+        for name in package.__all__:
+            home = getattr(getattr(package, name), "__module__", "wse_emu.reports.trace")  # a constant does not know its home
+            assert home in listed or f"{home}.{name}" in listed, name
+    bodies = {f"wse_kernels.{path.stem}" for path in (ROOT / "kernels" / "wse_kernels").glob("[a-z]*.py") if public_bodies(path)}
+    assert sorted(bodies - set(listed)) == []
+
+
+def public_bodies(path: Path) -> list[str]:
+    """Kernels of a file that are not private."""
+    return re.findall(r"^@kernel\([^)]*\)\ndef ([a-z]\w*)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+def resolves(name: str) -> bool:
+    """Whether a dotted name leads to a module, or to something in one."""
+    try:
+        import_module(name)
+    except ModuleNotFoundError:
+        module, _, member = name.rpartition(".")
+        return hasattr(import_module(module), member)
+    return True
+
+
+def test_navigation_has_every_page() -> None:
+    named = re.findall(r"[\w./-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2])
+    assert sorted(named) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
 
 
 def test_make_commands_exist() -> None:
@@ -96,3 +166,17 @@ def test_makefile_explains_itself() -> None:
     done = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "make run" in done.stdout
     assert "make test" in done.stdout
+
+
+def test_pictures_are_what_the_emulator_does(tmp_path: Path) -> None:
+    """The script draws the committed files again, byte by byte, and every file is shown on some page."""
+    spec = spec_from_file_location("make_pictures", ROOT / "tools" / "make_pictures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(tmp_path)
+    drawn = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert drawn == {path.name: path.read_bytes() for path in (DOCS / "pictures").iterdir()}
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert all(f"(pictures/{name})" in pages for name in drawn)
