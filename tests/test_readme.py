@@ -36,6 +36,7 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 def test_program_of_a_page_prints_what_the_page_says(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(build, "cache_directory", lambda cache_dir=None: tmp_path)
     monkeypatch.chdir(tmp_path)
     namespace, printed, compared = {"__name__": "page"}, "", 0
     for language, text in blocks(ROOT / name):
@@ -168,15 +169,16 @@ def test_makefile_explains_itself() -> None:
     assert "make test" in done.stdout
 
 
-def test_pictures_are_what_the_emulator_does(tmp_path: Path) -> None:
+def test_pictures_are_what_the_emulator_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script draws the committed files again, byte by byte, and every file is shown on some page."""
     spec = spec_from_file_location("make_pictures", ROOT / "tools" / "make_pictures.py")
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.main(tmp_path)
-    drawn = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(build, "cache_directory", lambda cache_dir=None: tmp_path)
+    module.main(tmp_path / "pictures")
+    drawn = {path.name: path.read_bytes() for path in (tmp_path / "pictures").iterdir()}
     assert drawn == {path.name: path.read_bytes() for path in (DOCS / "pictures").iterdir()}
     pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert all(f"(pictures/{name})" in pages for name in drawn)
