@@ -169,7 +169,8 @@ def table(rows: Sequence[Row], machine: Machine) -> list[str]:
         lines.append(f"{row.name:{width}} {_time_text(row.seconds):>9} {cells}  {', '.join(others)}".rstrip())
     lines += [
         "",
-        f"Peak, measured in this run: {machine.flops / 1e9:.0f} GFLOP/s (numpy.matmul, float32), {machine.bytes / 1e9:.1f} GB/s (matrix times vector).",
+        f"Peak, measured in this run: {machine.flops / 1e9:.0f} GFLOP/s (numpy.matmul, float32), "
+        f"{machine.bytes / 1e9:.1f} GB/s (matrix times vector).",
         "Under a peer's name: how many times as fast the emulator is (its shortest round beside the peer's, taken in turns).",
         "Host seconds: they say what this emulator costs, nothing about a wafer.",
     ]  # fmt: skip
