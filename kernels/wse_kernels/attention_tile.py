@@ -61,8 +61,9 @@ def scale_tile(p: F32, x: np.float32) -> F32:
 
 
 def divide_tile(p: F32, b: F32, j: int) -> F32:
-    """``p[r, n] / b[j + n]``."""
-    return p / b[j : j + WIDTH]
+    """``p[r, n] / b[j + n]``; lanes without a query may hold anything, also 0 / 0."""
+    with np.errstate(all="ignore"):
+        return p / b[j : j + WIDTH]
 
 
 def fma_step(p: F32, a: F32, i: int, stride: int, b: F32, j: int) -> F32:
