@@ -16,7 +16,7 @@ import numpy as np
 
 import wse_emu as wse
 from wse_emu.checkpoint import random_checkpoint
-from wse_emu.engine.inference import EngineOptions
+from wse_emu.engine.options import EngineOptions
 from wse_emu.memoryx import open_store
 from wse_emu.model import WaferModel
 

@@ -12,7 +12,7 @@ import pytest
 
 import wse_emu as wse
 from wse_emu.checkpoint import random_checkpoint
-from wse_emu.engine.inference import EngineOptions
+from wse_emu.engine.options import EngineOptions
 from wse_emu.engine.plan import Workload, plan_model, smallest_square
 from wse_emu.engine.routing_trace import RoutingTrace
 from wse_emu.memoryx import ShapeStore

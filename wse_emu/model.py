@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from wse_emu.checkpoint import MAX_SHARD_BYTES, Checkpoint, StorageType, open_checkpoint, random_checkpoint, save_checkpoint
-from wse_emu.engine.inference import Engine, EngineOptions, ForwardResult, Phase, StreamExperts
+from wse_emu.engine.forward_pass import ForwardResult
+from wse_emu.engine.inference import Engine, Phase
+from wse_emu.engine.options import EngineOptions, StreamExperts
 from wse_emu.engine.plan import Workload, prompt_chunks, sequences_of, settle, smallest_square
 from wse_emu.engine.routing_trace import RoutingTrace
 from wse_emu.equivalence import VerifyReport, check_continuation, verify_record

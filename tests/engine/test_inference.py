@@ -9,7 +9,8 @@ import pytest
 
 import wse_emu as wse
 from wse_emu.checkpoint import random_checkpoint
-from wse_emu.engine.inference import CHUNKS, Engine, EngineOptions, shape_engine
+from wse_emu.engine.inference import Engine, shape_engine
+from wse_emu.engine.options import CHUNKS, EngineOptions
 from wse_emu.engine.plan import sequences_of
 from wse_emu.engine.routing_trace import RoutingTrace
 from wse_emu.layers.linear import DEFAULT_CHUNK

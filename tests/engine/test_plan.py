@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import wse_emu as wse
-from wse_emu.engine.inference import CHUNKS, EngineOptions
+from wse_emu.engine.options import CHUNKS, EngineOptions
 from wse_emu.engine.plan import Plan, Workload, peak_sram, plan_model, prompt_chunks, sequences_of, settle, smallest_square
 
 MOE = wse.ModelSpec(

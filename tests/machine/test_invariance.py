@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wse_emu.engine.inference import Engine, EngineOptions
+from wse_emu.engine.inference import Engine
+from wse_emu.engine.options import EngineOptions
 from wse_emu.engine.plan import sequences_of
 from wse_emu.memoryx import ArrayStore, open_store
 from wse_emu.model import WaferModel

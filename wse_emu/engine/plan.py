@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from wse_emu.engine.inference import CHUNKS, EngineOptions, shape_engine
+from wse_emu.engine.inference import shape_engine
+from wse_emu.engine.options import CHUNKS, EngineOptions
 from wse_emu.engine.routing_trace import RoutingTrace
 from wse_emu.foundation.errors import InputError, SpecError, SramOverflowError
 from wse_emu.foundation.model_spec import ModelSpec

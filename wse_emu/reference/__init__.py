@@ -3,6 +3,7 @@
 Nothing here is shared with the emulator except `ModelSpec` and the published tensors, which are handed in by a callable.
 """
 
-from wse_emu.reference.dense import DenseReference, Reader, Routing
+from wse_emu.reference.dense import DenseReference, Routing
+from wse_emu.reference.weights import Reader
 
 __all__ = ["DenseReference", "Reader", "Routing"]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from wse_emu.foundation.errors import CheckpointError, InputError
+from wse_emu.foundation.errors import InputError
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.taps import Stage
-from wse_emu.reference import formulas, rotary, tensors
+from wse_emu.reference import formulas, tensors
+from wse_emu.reference.attention import attention_block
+from wse_emu.reference.ffn import dense_ffn, experts_ffn
 from wse_emu.reference.formulas import Floats, Ints
-
-Reader = Callable[[str], NDArray[Any]]
-"""Published tensor name to its values, a real floating array in the published ``[out, in]`` order."""
+from wse_emu.reference.weights import PublishedWeights, Reader
 
 Routing = Mapping[int, NDArray[np.integer[Any]]]
 """Layer to the experts chosen there, (T, top_k) integers in slot order."""
@@ -43,9 +43,9 @@ class DenseReference:
     def __init__(self, spec: ModelSpec, read: Reader, *, dtype: DTypeLike = np.float64) -> None:
         self.spec = spec
         self.dtype = np.dtype(dtype)
-        self._read = read
         if self.dtype not in (np.dtype(np.float64), np.dtype(np.float32)):
             raise InputError(f"`dtype` of the reference must be float64 or float32, got {self.dtype}")
+        self._weights = PublishedWeights(spec, read, self.dtype)
 
     def forward(
         self, token_ids: NDArray[Any], seq: NDArray[Any], pos: NDArray[Any], *, routing: Routing | None = None
@@ -99,105 +99,30 @@ class DenseReference:
     def _run(
         self, token_ids: Ints, seq: Ints, pos: Ints, replay: dict[int, Ints] | None, nudge: Floats | None
     ) -> Iterator[tuple[Stage, NDArray[Any]]]:
-        spec = self.spec
-        embed = self._raw(tensors.embed_tokens(spec))
+        spec, weights = self.spec, self._weights
+        embed = weights.raw(tensors.embed_tokens(spec))
         x = formulas.cast(embed[token_ids], self.dtype)
         del embed
         if nudge is not None:
             x = formulas.cast(x * nudge, self.dtype)
         yield (None, "embedding"), x
         for layer in range(spec.num_layers):
-            for name, value in self._attention_block(layer, x, seq, pos):
+            for name, value in attention_block(weights, layer, x, seq, pos):
                 x = value if name == "attn_residual" else x
                 yield (layer, name), value
             residual = x
-            norm = formulas.rms_norm(residual, self._layer(layer, "ffn_norm"), spec.rms_norm_eps)
+            norm = formulas.rms_norm(residual, weights.layer(layer, "ffn_norm"), spec.rms_norm_eps)
             yield (layer, "ffn_norm"), norm
             moe = spec.is_moe_layer(layer)
-            ffn = self._experts(layer, norm, None if replay is None else replay[layer]) if moe else self._mlp(layer, norm)
+            ffn = experts_ffn(weights, layer, norm, None if replay is None else replay[layer]) if moe else dense_ffn(weights, layer, norm)
             for name, value in ffn:
                 yield (layer, name), value
                 x = value  # the last one is "ffn_out"
             x = residual + x
             yield (layer, "layer_out"), x
-        x = formulas.rms_norm(x, self._tensor(tensors.final_norm(spec)), spec.rms_norm_eps)
+        x = formulas.rms_norm(x, weights.tensor(tensors.final_norm(spec)), spec.rms_norm_eps)
         yield (None, "final_norm"), x
-        yield (None, "logits"), formulas.linear(x, self._tensor(tensors.lm_head(spec)))
-
-    def _attention_block(self, layer: int, x: Floats, seq: Ints, pos: Ints) -> Iterator[tuple[str, Floats]]:
-        spec, d = self.spec, self.spec.head_dim
-        norm = formulas.rms_norm(x, self._layer(layer, "attn_norm"), spec.rms_norm_eps)
-        yield "attn_norm", norm
-        q = formulas.linear(norm, self._layer(layer, "w_q")).reshape(-1, spec.num_heads, d)
-        yield "q", q
-        k = formulas.linear(norm, self._layer(layer, "w_k")).reshape(-1, spec.num_kv_heads, d)
-        yield "k", k
-        v = formulas.linear(norm, self._layer(layer, "w_v")).reshape(-1, spec.num_kv_heads, d)
-        yield "v", v
-        if spec.qk_norm:
-            q = formulas.rms_norm(q, self._layer(layer, "q_norm"), spec.rms_norm_eps)
-            yield "q_norm", q
-            k = formulas.rms_norm(k, self._layer(layer, "k_norm"), spec.rms_norm_eps)
-            yield "k_norm", k
-        angles, factor = rotary.rotary_angles(spec, seq, pos)
-        q, k = formulas.rotate(q, angles, factor), formulas.rotate(k, angles, factor)
-        yield "q_rope", q
-        yield "k_rope", k
-        maximum, denominator, context = np.empty(q.shape[:2], self.dtype), np.empty(q.shape[:2], self.dtype), np.empty_like(q)
-        for s in np.unique(seq):  # tokens of different sequences never meet, so each has a matrix of its own
-            t = np.flatnonzero(seq == s)
-            mask = formulas.visible(seq[t], pos[t], spec.window(layer))
-            maximum[t], denominator[t], context[t] = formulas.attention(q[t], k[t], v[t], mask)
-        yield "attn_max", maximum
-        yield "attn_denominator", denominator
-        flat = context.reshape(len(x), -1)
-        yield "attn_context", flat
-        out = formulas.linear(flat, self._layer(layer, "w_o"))
-        yield "attn_out", out
-        yield "attn_residual", x + out
-
-    def _mlp(self, layer: int, x: Floats, expert: int | None = None) -> Iterator[tuple[str, Floats]]:
-        gate = formulas.linear(x, self._layer(layer, "w_gate", expert))
-        hidden = formulas.swiglu(gate, formulas.linear(x, self._layer(layer, "w_up", expert)))
-        yield "ffn_hidden", hidden
-        yield "ffn_out", formulas.linear(hidden, self._layer(layer, "w_down", expert))
-
-    def _experts(self, layer: int, x: Floats, replay: Ints | None) -> Iterator[tuple[str, NDArray[Any]]]:
-        spec, n_tokens = self.spec, len(x)
-        logits = formulas.linear(x, self._layer(layer, "router"))
-        yield "router_logits", logits
-        ids = formulas.top_k(logits, spec.top_k) if replay is None else replay
-        yield "topk_ids", ids
-        weights = formulas.expert_weights(logits, ids, spec.renormalize)
-        yield "topk_weights", weights
-        hidden = np.empty((n_tokens, spec.top_k, spec.moe_intermediate_size), self.dtype)
-        outs = np.empty((n_tokens, spec.top_k, spec.hidden_size), self.dtype)
-        combined = np.zeros_like(x)
-        for expert in range(spec.num_experts):
-            mask = ids == expert  # (T, k), at most one slot of a token
-            stage = dict(self._mlp(layer, x, expert))  # every token, chosen or not
-            t, slot = np.nonzero(mask)
-            hidden[t, slot] = stage["ffn_hidden"][t]
-            outs[t, slot] = stage["ffn_out"][t]
-            share = np.where(mask, weights, 0).sum(axis=1, keepdims=True)
-            combined += np.where(mask.any(axis=1, keepdims=True), share * stage["ffn_out"], 0)
-        yield "expert_hidden", hidden
-        yield "expert_out", outs
-        yield "ffn_out", combined
-
-    def _layer(self, layer: int, role: str, expert: int | None = None) -> Floats:
-        return self._tensor(tensors.layer_tensor(self.spec, layer, role, expert))
-
-    def _tensor(self, published: tensors.Published) -> Floats:
-        return formulas.cast(self._raw(published), self.dtype)
-
-    def _raw(self, published: tensors.Published) -> NDArray[Any]:
-        value = np.asarray(self._read(published.name))
-        if value.shape != published.shape:
-            raise CheckpointError(f"tensor `{published.name}` must have shape {published.shape}, got {value.shape}")
-        if not np.issubdtype(value.dtype, np.floating):
-            raise CheckpointError(f"tensor `{published.name}` must be read as real floating values, got {value.dtype}")
-        return value
+        yield (None, "logits"), formulas.linear(x, weights.tensor(tensors.lm_head(spec)))
 
     def _check_tokens(self, token_ids: NDArray[Any], seq: NDArray[Any], pos: NDArray[Any]) -> tuple[Ints, Ints, Ints]:
         for name, a in (("token_ids", token_ids), ("seq", seq), ("pos", pos)):

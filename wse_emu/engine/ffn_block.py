@@ -1,0 +1,86 @@
+"""The feed-forward half of a layer, dense or a mixture of experts: normalise, apply, add to the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+
+import numpy as np
+
+from wse_emu.engine.forward_pass import ForwardPass
+from wse_emu.foundation.weights import layer_prefix
+from wse_emu.layers.ffn import ExpertTaps, FfnWeights, dense_ffn, experts_ffn
+from wse_emu.layers.norm import add_residual, rms_norm
+from wse_emu.layers.router import report_chosen, route
+from wse_emu.memoryx.prefetch import LayerStream
+from wse_emu.wafer.tensor import PlacedTensor
+
+
+def ffn_block(run: ForwardPass, x: PlacedTensor, stream: LayerStream) -> None:
+    """``x = x + ffn(norm(x))``, dense or a mixture of experts."""
+    wafer, spec, layer, weights = run.wafer, run.spec, run.current_layer, run.weights
+    prefix = layer_prefix(layer)
+    with wafer.empty("normalised", run.place) as normal, wafer.empty("ffn output", run.place) as y:
+        with run.scope("ffn_norm"):
+            rms_norm(wafer, x, prefix + "ffn_norm", weights.vector(prefix + "ffn_norm"), spec.rms_norm_eps, normal, run.bands)
+            run.tap("ffn_norm", normal)
+        moe = spec.is_moe_layer(layer)
+        if moe:
+            _experts(run, normal, y, stream)
+        else:
+            with run.scope("ffn"):
+                dense_ffn(
+                    wafer, normal, weights.ffn(prefix, spec.ffn_width(layer)), y, run.bands, chunk=run.options.piece,
+                    probe=run.tap if run.result.taps is not None else None,
+                )  # fmt: skip
+        with run.scope("experts" if moe else "ffn"):
+            run.tap("ffn_out", y)
+            add_residual(wafer, x, y)
+            run.tap("layer_out", x)
+
+
+def _experts(run: ForwardPass, normal: PlacedTensor, y: PlacedTensor, stream: LayerStream) -> None:
+    """Route, then let the chosen (or all) experts stream past."""
+    wafer, spec, layer, weights = run.wafer, run.spec, run.current_layer, run.weights
+    with ExitStack() as stack:
+        with run.scope("router"):
+            gate = weights.matrix(layer_prefix(layer) + "router", spec.hidden_size, spec.num_experts)
+            replay = run.trace.layer(len(run.result.topk_ids)) if run.trace is not None else None
+            routing = route(
+                wafer, normal, gate, run.bands, spec.top_k, spec.renormalize, chunk=run.options.piece, probe=run.want_router,
+                replay=replay,
+            )  # fmt: skip
+            stack.enter_context(routing)
+            run.note_routing(routing)
+            chosen: Sequence[int] = range(spec.num_experts)
+            if run.options.stream_experts == "activated":
+                chosen = report_chosen(wafer, routing, run.bands, spec.num_experts).tolist()
+        taps = _expert_taps(run)
+        with run.scope("experts"):
+            experts_ffn(
+                wafer, normal, routing, _stream_experts(run, chosen, stream), spec.moe_intermediate_size, y, run.bands,
+                n_experts=spec.num_experts, chunk=run.options.piece, taps=taps,
+            )  # fmt: skip
+    if run.result.taps is not None and taps is not None:
+        stages = run.result.taps.stages
+        stages[layer, "expert_hidden"], stages[layer, "expert_out"] = taps.hidden, taps.out
+
+
+def _expert_taps(run: ForwardPass) -> ExpertTaps | None:
+    """Room for what the experts give, if taps were asked for."""
+    if run.result.taps is None:
+        return None
+    shape = (run.bands.n_tokens, run.spec.top_k)
+    sizes = (run.spec.moe_intermediate_size, run.spec.hidden_size)
+    return ExpertTaps(*(np.zeros((*shape, n), np.float32) for n in sizes))
+
+
+def _stream_experts(run: ForwardPass, chosen: Sequence[int], stream: LayerStream) -> Iterator[tuple[int, FfnWeights]]:
+    """Experts in ascending order; those that are not resident yet are made so one at a time."""
+    layer = run.current_layer
+    resident = run.options.stream_experts == "all"
+    for expert in chosen:
+        with ExitStack() as stack:
+            if not resident:
+                stack.enter_context(stream.layer(run.weights.expert_names(layer, expert)))
+            yield expert, run.weights.ffn(f"{layer_prefix(layer)}experts.{expert}.", run.spec.moe_intermediate_size)

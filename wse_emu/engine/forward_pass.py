@@ -1,0 +1,110 @@
+"""State of one forward pass: where tokens lie, what has been asked for, and what is given back."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wse_emu.engine.routing_trace import RoutingTrace
+from wse_emu.engine.weights import ModelWeights
+from wse_emu.foundation.taps import TapRecord
+from wse_emu.layers.kv_cache import KVCache, Sequences
+from wse_emu.layers.router import Routing
+from wse_emu.memoryx.layout import qkv_to_published
+from wse_emu.wafer.placement import Split, TokenBands
+from wse_emu.wafer.tensor import PlacedTensor
+from wse_emu.wafer.wafer import Wafer
+
+
+@dataclass(slots=True)
+class ForwardResult:
+    """What one forward pass gives back, for the new tokens in the order of `Sequences`."""
+
+    logits: NDArray[np.float32]
+    """(m, vocab) of the wanted tokens."""
+    topk_ids: list[NDArray[np.int64]] = field(default_factory=list)
+    """Per MoE layer (T, top_k)."""
+    topk_weights: list[NDArray[np.float32]] = field(default_factory=list)
+    router_logits: list[NDArray[np.float32]] = field(default_factory=list)
+    """Per MoE layer (T, n_experts), if asked for."""
+    hidden_states: list[NDArray[np.float32]] = field(default_factory=list)
+    """Embedding output, then every layer's output (T, hidden), if asked for."""
+    taps: TapRecord | None = None
+
+
+class ForwardPass:
+    """State of one forward pass.
+
+    Parameters
+    ----------
+    wafer : Wafer
+    weights : ModelWeights
+    sequences : Sequences
+        The new tokens.
+    cache : KVCache
+    bands : TokenBands
+        How they lie over rows.
+    hidden_states, router_logits : bool
+        What to read over the probe channel.
+    trace : RoutingTrace, optional
+        With the ``dry`` executor: chosen experts.
+    """
+
+    def __init__(
+        self, wafer: Wafer, weights: ModelWeights, sequences: Sequences, cache: KVCache, bands: TokenBands,
+        *, hidden_states: bool, router_logits: bool, trace: RoutingTrace | None,
+    ) -> None:  # fmt: skip
+        self.wafer, self.weights, self.spec, self.options = wafer, weights, weights.spec, weights.options
+        self.sequences, self.cache, self.heads, self.bands, self.trace = sequences, cache, cache.heads, bands, trace
+        self.want_hidden, self.want_router = hidden_states, router_logits
+        self.result = ForwardResult(np.zeros((0, self.spec.vocab_size), np.float32))
+        columns = Split.balanced(self.spec.hidden_size, wafer.cols)
+        self.place = wafer.placement((bands.n_tokens, self.spec.hidden_size), ("row", bands.split), ("col", columns))
+        """Where the residual stream lies."""
+        self.layer: int | None = None
+        """Layer that runs; None before the first and after the last."""
+
+    @property
+    def current_layer(self) -> int:
+        """Layer that runs."""
+        assert self.layer is not None
+        return self.layer
+
+    def note_routing(self, routing: Routing) -> None:
+        """Keep a layer's decision."""
+        self.result.topk_ids.append(routing.topk_ids)
+        self.result.topk_weights.append(routing.topk_weights)
+        if routing.logits is None:
+            return
+        self.result.router_logits.append(routing.logits)
+        if self.result.taps is not None:
+            stages, layer = self.result.taps.stages, self.layer
+            stages[layer, "router_logits"] = routing.logits
+            stages[layer, "topk_ids"], stages[layer, "topk_weights"] = routing.topk_ids, routing.topk_weights
+
+    def scope(self, stage: str) -> AbstractContextManager[None]:
+        """Ledger scope of a stage of the current layer."""
+        return self.wafer.ledger.scope(stage, self.layer)
+
+    def tap(self, name: str, tensor: PlacedTensor) -> None:
+        """Record a stage, if taps were asked for."""
+        if self.result.taps is not None:
+            self.result.taps.stages[self.layer, name] = self.wafer.drain(tensor, kind="probe")
+
+    def tap_qkv(self, qkv: PlacedTensor, suffix: str) -> None:
+        """Record queries, keys and values in published order."""
+        if self.result.taps is not None:
+            q, k, v = qkv_to_published(self.wafer.drain(qkv, kind="probe"), self.spec)
+            self.result.taps.stages[self.layer, "q" + suffix] = q
+            self.result.taps.stages[self.layer, "k" + suffix] = k
+            if not suffix:
+                self.result.taps.stages[self.layer, "v"] = v
+
+    def note_hidden(self, x: PlacedTensor) -> None:
+        """Keep the residual stream, if hidden states were asked for."""
+        if self.want_hidden:
+            with self.wafer.ledger.scope("probe", self.layer):
+                self.result.hidden_states.append(self.wafer.drain(x, kind="probe"))

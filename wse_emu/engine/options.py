@@ -1,0 +1,38 @@
+"""How a model's program is run; no option changes a value of the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from wse_emu.foundation.errors import SpecError
+from wse_emu.layers.linear import DEFAULT_CHUNK
+
+StreamExperts = Literal["activated", "all"]
+CHUNKS = (DEFAULT_CHUNK, 16, 8, 4, 2)
+"""Sizes of streamed pieces that are tried in turn: smaller ones need less SRAM and more messages."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """How the program is run; no option changes a value of the result."""
+
+    stream_experts: StreamExperts = "activated"
+    """Stream only experts that some token chose, or all."""
+    chunk: int | None = None
+    """Most output columns of one streamed piece of a matrix; None takes the largest of `CHUNKS` that fits (see `wse_emu.engine.plan`)."""
+    prefetch_depth: int = 1
+    """Layers made resident ahead of use; 0 starts no thread."""
+
+    def __post_init__(self) -> None:
+        if self.stream_experts not in ("activated", "all"):
+            raise SpecError(f"`stream_experts` must be 'activated' or 'all', got {self.stream_experts!r}")
+        if self.chunk is not None and (type(self.chunk) is not int or self.chunk < 2):
+            raise SpecError(f"`chunk` must be an integer >= 2 or None, got {self.chunk!r}")
+        if type(self.prefetch_depth) is not int or self.prefetch_depth < 0:
+            raise SpecError(f"`prefetch_depth` must be an integer >= 0, got {self.prefetch_depth!r}")
+
+    @property
+    def piece(self) -> int:
+        """Columns of a streamed piece, with the default filled in."""
+        return DEFAULT_CHUNK if self.chunk is None else self.chunk

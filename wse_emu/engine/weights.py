@@ -1,0 +1,58 @@
+"""The weights of a model as a pass over its layers asks for them: by role, on their way to the wafer."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wse_emu.engine.options import EngineOptions
+from wse_emu.foundation.weights import layer_prefix
+from wse_emu.layers.ffn import FfnWeights
+from wse_emu.layers.stream import StreamedMatrix
+from wse_emu.memoryx.store import WeightStore
+
+
+class ModelWeights:
+    """Weights of one store.
+
+    Parameters
+    ----------
+    store : WeightStore
+    options : EngineOptions
+    shapes_only : bool
+        Whether values are never asked for (the ``dry`` executor).
+    """
+
+    def __init__(self, store: WeightStore, options: EngineOptions, *, shapes_only: bool) -> None:
+        self.store, self.spec, self.options, self.shapes_only = store, store.spec, options, shapes_only
+
+    def layer_names(self, layer: int) -> list[str]:
+        """Tensors of a layer that are needed whatever is chosen."""
+        moe = self.spec.is_moe_layer(layer)
+        names = ["attn_norm", "w_qkv", *(("q_norm", "k_norm") if self.spec.qk_norm else ()), "w_o", "ffn_norm"]
+        names += ["router"] if moe else ["w_gate_up", "w_down"]
+        prefix = layer_prefix(layer)
+        out = [prefix + name for name in names]
+        if moe and self.options.stream_experts == "all":
+            for expert in range(self.spec.num_experts):
+                out += self.expert_names(layer, expert)
+        return out
+
+    @staticmethod
+    def expert_names(layer: int, expert: int) -> list[str]:
+        """Names of one expert's matrices."""
+        prefix = f"{layer_prefix(layer)}experts.{expert}."
+        return [prefix + "w_gate_up", prefix + "w_down"]
+
+    def matrix(self, name: str, n_in: int, n_out: int) -> StreamedMatrix:
+        """A matrix of the store, on its way to the wafer."""
+        return StreamedMatrix(name, n_in, n_out, None if self.shapes_only else self.store.tiles(name))
+
+    def vector(self, name: str) -> NDArray[np.float32] | None:
+        """A vector of the store; None where only shapes are streamed."""
+        return None if self.shapes_only else self.store.vector(name)
+
+    def ffn(self, prefix: str, width: int) -> FfnWeights:
+        """Gate/up and down matrices of the network of `width` features whose names begin with `prefix`."""
+        h, f = self.spec.hidden_size, width
+        return FfnWeights(self.matrix(prefix + "w_gate_up", h, 2 * f), self.matrix(prefix + "w_down", f, h))

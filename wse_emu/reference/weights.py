@@ -1,0 +1,51 @@
+"""The weights of a model as the reference reads them: published names, published order, checked shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wse_emu.foundation.errors import CheckpointError
+from wse_emu.foundation.model_spec import ModelSpec
+from wse_emu.reference import formulas, tensors
+from wse_emu.reference.formulas import Floats
+
+Reader = Callable[[str], NDArray[Any]]
+"""Published tensor name to its values, a real floating array in the published ``[out, in]`` order."""
+
+
+class PublishedWeights:
+    """Weights of one model in one dtype, read where they are needed and not kept.
+
+    Parameters
+    ----------
+    spec : ModelSpec
+    read : callable
+        ``read(name)`` returns one published tensor.
+    dtype : dtype
+        Of the computation.
+    """
+
+    def __init__(self, spec: ModelSpec, read: Reader, dtype: np.dtype[Any]) -> None:
+        self.spec, self.dtype = spec, dtype
+        self._read = read
+
+    def layer(self, layer: int, role: str, expert: int | None = None) -> Floats:
+        """Tensor of one layer by its role; see `tensors.layer_tensor`."""
+        return self.tensor(tensors.layer_tensor(self.spec, layer, role, expert))
+
+    def tensor(self, published: tensors.Published) -> Floats:
+        """A tensor in the dtype of the computation."""
+        return formulas.cast(self.raw(published), self.dtype)
+
+    def raw(self, published: tensors.Published) -> NDArray[Any]:
+        """A tensor as it was read."""
+        value = np.asarray(self._read(published.name))
+        if value.shape != published.shape:
+            raise CheckpointError(f"tensor `{published.name}` must have shape {published.shape}, got {value.shape}")
+        if not np.issubdtype(value.dtype, np.floating):
+            raise CheckpointError(f"tensor `{published.name}` must be read as real floating values, got {value.dtype}")
+        return value
