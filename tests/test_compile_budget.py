@@ -1,4 +1,4 @@
-"""Compile time is the scarce resource: the path of ``wse-emu run`` may not grow parallel specialisations unnoticed."""
+"""Compile time is the scarce resource: the path of ``wse-emu run`` may not grow specialisations of drivers unnoticed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ try:
 except SystemExit as stop:
     assert not stop.code, stop.code
 from wse_kernels._jit import compile_count, compile_log
-parallel = [record.function for record in compile_log() if record.parallel]
-print(compile_count().parallel, len(set(parallel)), file=sys.stderr)
+drivers = [record.function for record in compile_log() if record.driver]
+print(compile_count().drivers, len(set(drivers)), file=sys.stderr)
 """
 
 
-def test_run_needs_few_parallel_specialisations_and_one_for_each_driver() -> None:
+def test_run_needs_few_drivers_and_one_specialisation_of_each() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", CODE], check=True, capture_output=True, text=True, env=environment)
     n_specialisations, n_drivers = (int(word) for word in done.stderr.split()[-2:])

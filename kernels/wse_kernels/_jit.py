@@ -51,7 +51,7 @@ class CompileRecord(NamedTuple):
     function: str
     """Module and qualified name."""
     signature: str
-    parallel: bool
+    driver: bool
     loaded: bool
     """True if it came from the disk cache, False if it was compiled."""
 
@@ -60,16 +60,16 @@ class CompileCount(NamedTuple):
     """Number of specialisations that this process made ready."""
 
     compiled: int
-    compiled_parallel: int
-    """Of those compiled, the parallel ones."""
+    compiled_drivers: int
+    """Of those compiled, the drivers."""
     loaded: int
-    loaded_parallel: int
-    """Of those loaded from disk, the parallel ones."""
+    loaded_drivers: int
+    """Of those loaded from disk, the drivers."""
 
     @property
-    def parallel(self) -> int:
+    def drivers(self) -> int:
         """Parallel specialisations, compiled or loaded: what a cold start would have to compile."""
-        return self.compiled_parallel + self.loaded_parallel
+        return self.compiled_drivers + self.loaded_drivers
 
 
 _log: list[CompileRecord] = []
@@ -84,20 +84,20 @@ def compile_count() -> CompileCount:
     """Count the specialisations that this process compiled and those it loaded from disk (helpers are part of their callers)."""
     compiled = [record for record in _log if not record.loaded]
     loaded = [record for record in _log if record.loaded]
-    return CompileCount(len(compiled), sum(r.parallel for r in compiled), len(loaded), sum(r.parallel for r in loaded))
+    return CompileCount(len(compiled), sum(r.driver for r in compiled), len(loaded), sum(r.driver for r in loaded))
 
 
-def kernel(*, parallel: bool = False, cache: bool = True, boundscheck: bool = False) -> Callable[[F], F]:
+def kernel(*, driver: bool = False, cache: bool = True, boundscheck: bool = False) -> Callable[[F], F]:
     """Compile a function with the flags of the house.
 
-    No fastmath, NumPy's error model (a division by zero gives inf or NaN), and, where serial, no allocation: a body that allocates does not
-    compile. The result has the function's own type for checkers; `plain` gives back the function itself, and so does its attribute
+    No fastmath, NumPy's error model (a division by zero gives inf or NaN), and, except in drivers, no allocation: a body that allocates
+    does not compile. The result has the function's own type for checkers; `plain` gives back the function itself, and so does its attribute
     ``py_func``. With ``NUMBA_DISABLE_JIT=1`` the function stays plain Python.
 
     Parameters
     ----------
-    parallel : bool
-        Run its ``prange`` loops on Numba's threads: for drivers only.
+    driver : bool
+        May allocate, and runs without Python's lock: for the functions that a `wse_kernels.threads.Driver` calls.
     cache : bool
         Keep the compiled code on disk. Only functions from source files of `wse_kernels` or `wse_emu` are ever kept, for only their sources
         are part of the key; a function made by `exec` or in a closure is kept if what it holds can be named (numbers, strings, kernels that
@@ -110,8 +110,8 @@ def kernel(*, parallel: bool = False, cache: bool = True, boundscheck: bool = Fa
     callable
         The decorator.
     """
-    flags: dict[str, Any] = {"error_model": "numpy", "parallel": parallel, "boundscheck": boundscheck}
-    if not parallel:
+    flags: dict[str, Any] = {"error_model": "numpy", "nogil": driver, "boundscheck": boundscheck}
+    if not driver:
         flags["_nrt"] = False
 
     def decorate(function: F) -> F:
@@ -119,7 +119,7 @@ def kernel(*, parallel: bool = False, cache: bool = True, boundscheck: bool = Fa
         if compiled is function:  # NUMBA_DISABLE_JIT
             function.__dict__["py_func"] = function
         else:
-            compiled._cache = _KernelCache(cast(FunctionType, function), parallel=parallel, keep=cache, boundscheck=boundscheck)
+            compiled._cache = _KernelCache(cast(FunctionType, function), driver=driver, keep=cache, boundscheck=boundscheck)
         return cast(F, compiled)
 
     return decorate
@@ -185,10 +185,10 @@ def _sources_of(function: FunctionType) -> _Sources | None:
 class _KernelCache(NullCache):
     """Disk cache of one kernel, in the place of Numba's own (attribute ``_cache`` of a dispatcher)."""
 
-    def __init__(self, function: FunctionType, *, parallel: bool, keep: bool, boundscheck: bool) -> None:
+    def __init__(self, function: FunctionType, *, driver: bool, keep: bool, boundscheck: bool) -> None:
         self.name = f"{function.__module__}.{function.__qualname__}"
         self._function = function
-        self._parallel = parallel
+        self._driver = driver
         self._boundscheck = boundscheck
         self._sources = _sources_of(function) if keep else None
 
@@ -235,12 +235,12 @@ class _KernelCache(NullCache):
         if folder is None or identity is None or None in arguments:
             return None
         options = [(name, str(getattr(config, name, None))) for name in _CODEGEN_OPTIONS]
-        key = repr((identity, self._parallel, self._boundscheck, arguments, codegen.magic_tuple(), options))
+        key = repr((identity, self._driver, self._boundscheck, arguments, codegen.magic_tuple(), options))
         return folder / _cache.entry_name(self.name, key)
 
     def _record(self, sig: Any, *, loaded: bool) -> None:
         signature = f"({', '.join(str(argument) for argument in _arguments(sig))})"
-        _log.append(CompileRecord(self.name, signature, self._parallel, loaded))
+        _log.append(CompileRecord(self.name, signature, self._driver, loaded))
 
 
 @lru_cache(maxsize=1)

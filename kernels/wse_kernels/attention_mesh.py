@@ -15,7 +15,6 @@ lane, rounded up to whole register tiles; lanes without a query compute with zer
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 from numpy.typing import NDArray
 
 from wse_kernels._jit import helper, kernel
@@ -32,7 +31,7 @@ from wse_kernels.attention_tile import (
     store_tile,
 )
 from wse_kernels.exp import exp32
-from wse_kernels.threads import n_threads
+from wse_kernels.threads import Driver
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -261,13 +260,13 @@ def _attend(
             denom_out[t0 + i, head * q_slots + s] = denom[n]
 
 
-@kernel(parallel=True)
+@kernel(driver=True)
 def _mesh_attention(
-    qkv: F32, unit_starts: I64, q_slots: int, head_dim: int, scale: np.float32, window: int,
+    part: int, n_parts: int, qkv: F32, unit_starts: I64, q_slots: int, head_dim: int, scale: np.float32, window: int,
     t0: I64, nt: I64, pos0: I64, kv_base: I64, cap: I64, k_cache: F32, v_cache: F32,
-    context: F32, m_out: F32, denom_out: F32, n_workers: int,
+    context: F32, m_out: F32, denom_out: F32,
 ) -> None:  # fmt: skip
-    """`mesh_attention` by `n_workers` threads: an argument, for code that asks Numba for the number cannot be kept on disk."""
+    """One part of `mesh_attention`: every n-th task, for late queries see more keys."""
     half = head_dim // 2
     n_tokens = qkv.shape[0] // (unit_starts[-1] * (q_slots + 2) * 2)
     n_heads = unit_starts[-1] // half
@@ -280,20 +279,22 @@ def _mesh_attention(
         lanes = min(_LANES, (nt[s] * q_slots + WIDTH - 1) // WIDTH * WIDTH)
         n_keys = min(pos0[s] + nt[s], window + (lanes - 1) // q_slots + 1)
         size = max(size, (2 * height + 2 + n_keys) * lanes + _KEYS * height)
-    for worker in prange(n_workers):
-        work = np.empty(size, np.float32)
-        task = 0
-        for s in range(nt.shape[0]):
-            for lane0 in range(0, nt[s] * q_slots, _LANES):
-                n_lanes = min(_LANES, nt[s] * q_slots - lane0)
-                for head in range(n_heads):
-                    if task % n_workers == worker:
-                        _attend(
-                            qkv, n_tokens, pieces[first_piece[head] : first_piece[head + 1]], q_slots, height, head, scale, window,
-                            t0[s], pos0[s], kv_base[s], cap[s],
-                            k_cache, v_cache, lane0, n_lanes, work, context, m_out, denom_out,
-                        )  # fmt: skip
-                    task += 1
+    work = np.empty(size, np.float32)
+    task = 0
+    for s in range(nt.shape[0]):
+        for lane0 in range(0, nt[s] * q_slots, _LANES):
+            n_lanes = min(_LANES, nt[s] * q_slots - lane0)
+            for head in range(n_heads):
+                if task % n_parts == part:
+                    _attend(
+                        qkv, n_tokens, pieces[first_piece[head] : first_piece[head + 1]], q_slots, height, head, scale, window,
+                        t0[s], pos0[s], kv_base[s], cap[s],
+                        k_cache, v_cache, lane0, n_lanes, work, context, m_out, denom_out,
+                    )  # fmt: skip
+                task += 1
+
+
+_driver = Driver(_mesh_attention)
 
 
 def mesh_attention(
@@ -329,22 +330,8 @@ def mesh_attention(
     m_out, denom_out : ndarray, (n_tokens, n_kv_heads * q_slots), float32
         Written: maximum of the scaled scores and denominator of every query head. Pass arrays of shape (0, 0) if not wanted.
     """
-    _mesh_attention(
-        qkv,
-        unit_starts,
-        q_slots,
-        head_dim,
-        scale,
-        window,
-        t0,
-        nt,
-        pos0,
-        kv_base,
-        cap,
-        k_cache,
-        v_cache,
-        context,
-        m_out,
-        denom_out,
-        n_threads(),
-    )
+    keys = pos0 + nt
+    units = int((nt * np.minimum(keys, window)).sum()) * int(unit_starts[-1]) * q_slots
+    _driver(
+        units, qkv, unit_starts, q_slots, head_dim, scale, window, t0, nt, pos0, kv_base, cap, k_cache, v_cache, context, m_out, denom_out
+    )  # fmt: skip

@@ -16,10 +16,6 @@ class DTypeError(TypeError):
     """An argument is not an array of the stated dtype; nothing is converted silently."""
 
 
-class ForkError(RuntimeError):
-    """A forked child asked for threads that only its parent has."""
-
-
 def check_arrays(dtype: DTypeLike, /, **named: tuple[NDArray[Any], str]) -> dict[str, int]:
     """Check arrays against the names of their axes, as the docstring of the caller states them.
 

@@ -7,14 +7,12 @@ pair units (element 0, then 1) with fma from +0; where a head is cut, the cores'
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numba import prange
 from numpy.typing import NDArray
 
 from wse_kernels._jit import helper, kernel
 from wse_kernels.fma import fma
+from wse_kernels.threads import Driver
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -134,7 +132,19 @@ def _norm_token(
                 col += 1
 
 
-@kernel(parallel=True)
+@kernel(driver=True)
+def _mesh_head_norm(
+    part: int, n_parts: int,
+    qkv: F32, n_tokens: int, unit_starts: I64, q_slots: int, half: int, q_weight: F32, k_weight: F32, size: np.float32, eps: np.float32,
+) -> None:  # fmt: skip
+    """One part of `mesh_head_norm`: its tokens."""
+    for i in range(part * n_tokens // n_parts, (part + 1) * n_tokens // n_parts):
+        _norm_token(qkv, n_tokens, i, unit_starts, q_slots, half, q_weight, k_weight, size, eps)
+
+
+_driver = Driver(_mesh_head_norm)
+
+
 def mesh_head_norm(
     qkv: F32, n_tokens: int, unit_starts: I64, q_slots: int, half: int, q_weight: F32, k_weight: F32, size: np.float32, eps: np.float32
 ) -> None:  # fmt: skip
@@ -154,6 +164,4 @@ def mesh_head_norm(
     size, eps : float32
         Elements of a head; guard against a zero head.
     """
-    for i in prange(n_tokens):
-        index: Any = np.int64(i)  # prange counts in uint64, which would need code of its own
-        _norm_token(qkv, n_tokens, index, unit_starts, q_slots, half, q_weight, k_weight, size, eps)
+    _driver(qkv.shape[0], qkv, n_tokens, unit_starts, q_slots, half, q_weight, k_weight, size, eps)

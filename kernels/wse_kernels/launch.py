@@ -1,4 +1,4 @@
-"""Spread a core's body over all cores of a launch: one compiled parallel loop per body.
+"""Spread a core's body over all cores of a launch: one compiled loop per body, run in parts.
 
 The driver reads the blocks' places from the tables of `wse_emu`'s placements: ``[m, mode0, mode1, at0, at1, starts0, stops0, starts1,
 stops1]`` with mode 0 whole, 1 indexed by row, 2 by column; a block starts at ``m * j0 + i0 * (j1 - j0)`` of its flat buffer.
@@ -11,11 +11,11 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import prange
 from numpy.typing import NDArray
 
 from wse_kernels._jit import kernel
 from wse_kernels.core import Core
+from wse_kernels.threads import Driver
 
 
 @kernel()
@@ -40,7 +40,7 @@ def locate(table: NDArray[np.int64], row: int, col: int) -> tuple[int, int, int]
 
 
 @cache
-def make_driver(body: Callable[..., None], kinds: str, *, takes_core: bool) -> Callable[..., None]:
+def make_driver(body: Callable[..., None], kinds: str, *, takes_core: bool) -> Driver:
     """Compile-on-first-use driver that runs `body` once for every listed row and column of cores.
 
     Parameters
@@ -55,9 +55,9 @@ def make_driver(body: Callable[..., None], kinds: str, *, takes_core: bool) -> C
 
     Returns
     -------
-    callable
-        ``driver(rows, cols, n_rows, n_cols, *args)`` with a flat buffer and a table for each array, a ``(n_tasks, ...)`` array for scratch,
-        and scalars as they are.
+    Driver
+        ``driver(units, rows, cols, n_rows, n_cols, *args)`` with a flat buffer and a table for each array, a ``(n_tasks, ...)`` array for
+        scratch, and scalars as they are.
     """
     params: list[str] = []
     before: list[str] = []
@@ -76,17 +76,18 @@ def make_driver(body: Callable[..., None], kinds: str, *, takes_core: bool) -> C
             values.append(block if kind == "1" else f"{block}.reshape((m{i}, n{i}))")
     source = "\n".join(
         [
-            f"def driver(rows, cols, n_rows, n_cols, {', '.join(params)}):",
-            "    for task in prange(rows.shape[0] * cols.shape[0]):",
+            f"def driver(part, n_parts, rows, cols, n_rows, n_cols, {', '.join(params)}):",
+            "    n_tasks = rows.shape[0] * cols.shape[0]",
+            "    for task in range(part * n_tasks // n_parts, (part + 1) * n_tasks // n_parts):",
             "        row = rows[task % rows.shape[0]]",
             "        col = cols[task // rows.shape[0]]",
             *(f"        {line}" for line in before),
             f"        body({', '.join(values)})",
         ]
     )
-    scope: dict[str, Any] = {"prange": prange, "locate": locate, "body": body, "Core": Core, "__name__": __name__}
+    scope: dict[str, Any] = {"locate": locate, "body": body, "Core": Core, "__name__": __name__}
     exec(compile(source, __file__, "exec"), scope)  # the text above, made from `kinds` alone
     driver: Callable[..., None] = scope["driver"]
     plain = getattr(body, "py_func", body)
     driver.__qualname__ = f"driver[{plain.__module__}.{plain.__qualname__}, {kinds}]"
-    return kernel(parallel=True, cache=plain.__module__.startswith("wse_kernels."))(driver)
+    return Driver(kernel(driver=True, cache=plain.__module__.startswith("wse_kernels."))(driver))

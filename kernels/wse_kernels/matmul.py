@@ -12,17 +12,14 @@ whole mesh: partials and totals live in registers, and only the finished output 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numba import prange
 from numpy.typing import NDArray
 
 from wse_kernels._jit import helper, kernel
 from wse_kernels.ffn import swiglu_into
 from wse_kernels.fma import fma
 from wse_kernels.matmul_tile import COLS, ROWS, add_tiles, fma_step, load_tile, read_only, store_tile, zero_tile
-from wse_kernels.threads import n_threads
+from wse_kernels.threads import Driver
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -172,22 +169,27 @@ def _write_strip(
         lo += 1
 
 
-@helper
-def _matmul_part(
-    x: F32, n_x_rows: int, k_starts: I64, rows: I64,
+@kernel(driver=True)
+def _mesh_matmul(
+    part: int, n_parts: int, x: F32, n_x_rows: int, k_starts: I64, rows: I64,
     w: F32, w_offset: int, n_in: int, n_out: int,
     out: F32, n_out_rows: int, out_starts: I64, out_rows: I64, scale: F32, mode: int,
-    part: int, n_parts: int, share_rows: bool,
-    starts: I64, a: F32, b: F32, t: F32, h: F32,
 ) -> None:  # fmt: skip
-    """One thread's share of `mesh_matmul`: its row blocks of all strips, or its piece of the sequence of (strip, row block)."""
+    """One part of `mesh_matmul`: its row blocks of all strips, or its piece of the sequence of (strip, row block)."""
     m = rows.shape[0]
     n_blocks = (m + ROWS - 1) // ROWS
     n_strips = (n_out + COLS - 1) // COLS
+    share_rows = n_blocks >= _BLOCKS_PER_THREAD * n_parts
     begin, end = part * n_blocks * n_strips // n_parts, (part + 1) * n_blocks * n_strips // n_parts
     first, last = 0, n_blocks
     if share_rows:
         first, last = part * n_blocks // n_parts, (part + 1) * n_blocks // n_parts
+    part_rows = (last - first) * ROWS
+    starts = np.empty(ROWS, np.int64)
+    a = np.empty(part_rows * n_in, np.float32)
+    b = np.empty(COLS * n_in, np.float32)
+    t = np.empty((part_rows, COLS), np.float32)
+    h = np.empty((part_rows, COLS // 2), np.float32)
     _pack_rows(x, n_x_rows, k_starts, rows, first * ROWS, min(m, last * ROWS), starts, a)
     for s in range(n_strips):
         r0, r1 = first, last
@@ -212,29 +214,7 @@ def _matmul_part(
         _write_strip(block, i0, i1, j0, j1, out, n_out_rows, out_starts, out_rows, scale, mode == COMBINE)
 
 
-@kernel(parallel=True)
-def _mesh_matmul(
-    x: F32, n_x_rows: int, k_starts: I64, rows: I64,
-    w: F32, w_offset: int, n_in: int, n_out: int,
-    out: F32, n_out_rows: int, out_starts: I64, out_rows: I64, scale: F32, mode: int, n_parts: int,
-) -> None:  # fmt: skip
-    """`mesh_matmul` in `n_parts` parts: the number comes as an argument, for code that asks Numba for it could not be kept on disk."""
-    n_blocks = (rows.shape[0] + ROWS - 1) // ROWS
-    share_rows = n_blocks >= _BLOCKS_PER_THREAD * n_parts
-    part_rows = n_blocks * ROWS
-    if share_rows:
-        part_rows = (n_blocks // n_parts + 1) * ROWS
-    starts = np.empty((n_parts, ROWS), np.int64)
-    a = np.empty((n_parts, part_rows * n_in), np.float32)
-    b = np.empty((n_parts, COLS * n_in), np.float32)
-    t = np.empty((n_parts, part_rows, COLS), np.float32)
-    h = np.empty((n_parts, part_rows, COLS // 2), np.float32)
-    for part in prange(n_parts):
-        index: Any = np.int64(part)  # prange counts in uint64, which would need code of its own
-        _matmul_part(
-            x, n_x_rows, k_starts, rows, w, w_offset, n_in, n_out, out, n_out_rows, out_starts, out_rows, scale, mode,
-            index, n_parts, share_rows, starts[part], a[part], b[part], t[part], h[part],
-        )  # fmt: skip
+_driver = Driver(_mesh_matmul)
 
 
 def mesh_matmul(
@@ -275,4 +255,5 @@ def mesh_matmul(
     -----
     Shapes and indices are the caller's to check: compiled, nothing is. The result does not depend on the number of threads.
     """
-    _mesh_matmul(x, n_x_rows, k_starts, rows, w, w_offset, n_in, n_out, out, n_out_rows, out_starts, out_rows, scale, mode, n_threads())
+    units = rows.shape[0] * n_in * n_out
+    _driver(units, x, n_x_rows, k_starts, rows, w, w_offset, n_in, n_out, out, n_out_rows, out_starts, out_rows, scale, mode)

@@ -1,45 +1,199 @@
-"""How many threads a parallel driver runs on; and the forked child in which starting them would kill the process."""
+"""Threads of the project's own: the one place through which a compiled driver runs in parts, several at a time.
+
+A driver is serial code that does one of `n` parts of its work without Python's lock. The caller works through the parts itself; helper
+threads take parts too, if they wake in time: a busy machine delays nobody, for nobody waits for a helper that has not begun. No threading
+layer of Numba's is ever started, so any number of Python threads may call drivers at once, and a forked child computes with threads of its
+own. Results never depend on any of this.
+"""
 
 from __future__ import annotations
 
 import os
-import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numba
 
-from wse_kernels.errors import ForkError
+WORTH_NS = 200_000
+"""Work below this many nanoseconds is done by the caller alone: waking a helper costs more than it brings."""
 
-_threading_layer: Any = vars(numba)["threading_layer"]  # which Numba's types do not name
-_lost_in_fork = [False]
-"""Whether this process was forked from one that had threads of GNU OpenMP: that library ends the child that uses them."""
+_config: Any = numba.config  # which Numba's types do not name
+_limit: ContextVar[int | None] = ContextVar("wse_kernels_threads", default=None)
 
 
 def n_threads() -> int:
-    """Return the number of threads for a parallel driver; every caller of one asks here first.
+    """Threads that a driver may use, the caller's included: Numba's number (``NUMBA_NUM_THREADS``, the processors), or `limit_threads`."""
+    limit = _limit.get()
+    return int(_config.NUMBA_NUM_THREADS) if limit is None else limit
+
+
+@contextmanager
+def limit_threads(n: int) -> Iterator[None]:
+    """Let the drivers called inside the block, from this thread, use `n` threads; more than there are processors is allowed.
 
     Raises
     ------
-    ForkError
-        In a process forked from one that had run a parallel driver on GNU OpenMP's threads.
+    ValueError
+        If `n` is not a positive integer.
     """
-    if _lost_in_fork[0]:
-        raise ForkError(
-            "this process was forked after kernels had run in its parent, whose OpenMP threads did not come along: "
-            "start it with multiprocessing's 'spawn' or 'forkserver', or set NUMBA_THREADING_LAYER=workqueue before the first run"
-        )
-    return int(numba.get_num_threads())
-
-
-def _note_fork() -> None:
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"`n` (threads) must be an integer >= 1, got {n!r}")
+    token = _limit.set(n)
     try:
-        layer = _threading_layer()
-    except ValueError:  # no threads were started yet
-        return
-    if layer == "omp":
-        pool = sys.modules["numba.np.ufunc.omppool"]  # loaded with the layer; there only where Numba was built with OpenMP
-        _lost_in_fork[0] = _lost_in_fork[0] or pool.openmp_vendor == "GNU"
+        yield
+    finally:
+        _limit.reset(token)
 
 
+class Driver:
+    """A compiled function that does one part of its work, and how long that takes here.
+
+    Parameters
+    ----------
+    function : callable
+        ``function(part, n_parts, *args)``. Parts write to different places; the result does not depend on their number or order.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function = function
+        self._ns_per_unit: float | None = None
+        """Of the last calls; None before the second, for the first one compiles."""
+        self._began = False
+
+    def __call__(self, units: int, *args: Any) -> None:
+        """Do all parts: in several threads if work of so many `units` took long enough lately (any unit; the same in all calls)."""
+        if not self._began:
+            self.function(0, 1, *args)
+            self._began = True
+            return
+        n_parts = n_threads() if self._ns_per_unit is None or units * self._ns_per_unit >= WORTH_NS else 1
+        measured = in_parts(self.function, n_parts, args) / max(units, 1)
+        self._ns_per_unit = measured if self._ns_per_unit is None else (self._ns_per_unit + measured) / 2
+
+
+def in_parts(function: Callable[..., None], n_parts: int, args: tuple[Any, ...]) -> int:
+    """Call ``function(part, n_parts, *args)`` once for each part; returns, or raises what a part raised, when nothing runs any more.
+
+    Returns
+    -------
+    int
+        Nanoseconds that the parts took, all together.
+    """
+    if n_parts == 1 or _config.DISABLE_JIT:
+        start = time.perf_counter_ns()
+        for part in range(n_parts):
+            function(part, n_parts, *args)
+        return time.perf_counter_ns() - start
+    job = _Job(function, n_parts, args)
+    _helpers.offer(job, n_parts - 1)
+    try:
+        job.work()
+    finally:
+        job.close()
+    if job.error is not None:
+        raise job.error
+    return sum(job.ns)
+
+
+class _Job:
+    """Parts of one call that are still to be done, and the helpers that are at it."""
+
+    def __init__(self, function: Callable[..., None], n_parts: int, args: tuple[Any, ...]) -> None:
+        self.error: BaseException | None = None
+        self.ns: list[int] = []
+        self._function, self._n_parts, self._args = function, n_parts, args
+        self._left = deque(range(n_parts))
+        self._gate = threading.Lock()
+        self._closed = False
+        self._inside = 0
+        self._leaving: SimpleQueue[None] = SimpleQueue()
+
+    def work(self) -> None:
+        """Do parts until none is left."""
+        while self._left:
+            try:
+                part = self._left.popleft()
+            except IndexError:  # another thread was faster
+                return
+            start = time.perf_counter_ns()
+            self._function(part, self._n_parts, *self._args)
+            self.ns.append(time.perf_counter_ns() - start)
+
+    def help(self) -> None:
+        """What a helper does, unless it comes too late."""
+        with self._gate:
+            if self._closed:
+                return
+            self._inside += 1
+        try:
+            self.work()
+        except BaseException as error:  # raised by the caller
+            self._left.clear()
+            self.error = error
+        finally:
+            with self._gate:
+                self._inside -= 1
+            self._leaving.put(None)
+
+    def close(self) -> None:
+        """Let nobody begin any more and wait for those who have, also when interrupted (Ctrl-C): they write to the caller's arrays."""
+        interrupt: BaseException | None = None
+        while not self._closed or self._inside:
+            try:
+                with self._gate:
+                    self._left.clear()
+                    self._closed = True
+                while self._inside:
+                    self._leaving.get(timeout=1.0)
+            except Empty:
+                continue
+            except BaseException as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
+
+class _Helpers:
+    """Threads that wait for jobs; started when first needed, gone in a forked child, which starts its own."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, without threads."""
+        self._jobs: SimpleQueue[_Job] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._n = 0
+
+    def offer(self, job: _Job, n: int) -> None:
+        """Ask `n` helpers to take part; fewer come where the system grants no more threads."""
+        if self._n < n:
+            self._start(n)
+        for _ in range(min(n, self._n)):
+            self._jobs.put(job)
+
+    def _start(self, n: int) -> None:
+        with self._lock:
+            while self._n < n:
+                thread = threading.Thread(target=_help, args=(self._jobs,), name=f"wse-kernels-{self._n + 1}", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # too many threads, or the interpreter is about to end
+                    return
+                self._n += 1
+
+
+def _help(jobs: SimpleQueue[_Job]) -> None:
+    while True:
+        jobs.get().help()
+
+
+_helpers = _Helpers()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
+    os.register_at_fork(after_in_child=_helpers.forget)

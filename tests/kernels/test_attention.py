@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import config
 
-from wse_kernels import attention_mesh, attention_tile
+from wse_kernels import attention_mesh, attention_tile, threads
 from wse_kernels._jit import plain
 from wse_kernels.attention import NO_WINDOW, finish, pack_queries, partial_scores, score_max, softmax_accumulate, store_kv
 from wse_kernels.attention_mesh import mesh_attention, mesh_store_kv
@@ -454,17 +454,14 @@ def test_a_core_without_tokens_or_keys_has_nothing_to_do() -> None:
     assert not o_t.any()
 
 
-@pytest.mark.skipif(NOJIT, reason="threads are Numba's")
-def test_number_of_threads_does_not_matter() -> None:
+@pytest.mark.skipif(NOJIT, reason="plain Python starts no threads")
+def test_number_of_threads_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "WORTH_NS", 0)
     m = make(2, 3, 16, 8, [(0, 100), (70, 3), (5, 1)], 21)
-    before = numba.get_num_threads()
     answers = []
-    try:
-        for n in {1, before, min(2, config.NUMBA_NUM_THREADS)}:
-            numba.set_num_threads(n)
+    for n in (1, 2, 3, 7):
+        with threads.limit_threads(n):
             answers.append(driver(m))
-    finally:
-        numba.set_num_threads(before)
     assert all(same(answers[0], other) for other in answers[1:])
 
 

@@ -5,9 +5,6 @@ The sum is written again here, in float64 NumPy with rounding to odd; it shares 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -18,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from wse_kernels import matmul, matmul_tile
+from wse_kernels import matmul, matmul_tile, threads
 from wse_kernels._jit import kernel, plain
 from wse_kernels.exp import silu32
 from wse_kernels.fma import count_fma
@@ -31,6 +28,7 @@ from wse_kernels.matmul import (
     mesh_matmul,
     partial_matmul,
 )
+from wse_kernels.threads import limit_threads
 
 F = np.float32
 F32 = NDArray[np.float32]
@@ -172,14 +170,6 @@ def _any_number_may_overflow():
         yield
 
 
-@pytest.fixture
-def threads():
-    """Set Numba's threads; put back afterwards."""
-    before = numba.get_num_threads()
-    yield numba.set_num_threads
-    numba.set_num_threads(before)
-
-
 MODES = st.sampled_from([STORE, SWIGLU, COMBINE])
 SIZES = st.tuples(st.integers(1, 20), st.integers(1, 40), st.integers(1, 150), st.integers(1, 50))
 if not JIT:
@@ -199,38 +189,36 @@ def test_driver_gives_the_bits_of_the_stated_sum(seed, sizes, mode, special):
 @pytest.mark.parametrize("mode", [STORE, SWIGLU, COMBINE])
 @pytest.mark.parametrize("m", [1, 2, 7, 100, 230])
 @pytest.mark.parametrize("n_cols", [5, 61])
-def test_result_does_not_depend_on_the_thread_count(threads, m, n_cols, mode):
+def test_result_does_not_depend_on_the_thread_count(monkeypatch, m, n_cols, mode):
+    monkeypatch.setattr(threads, "WORTH_NS", 0)
     case = make_case(m, m, 60, 330, n_cols, mode)
     want = case.expected()
-    for n in range(1, numba.config.NUMBA_NUM_THREADS + 1):
-        threads(n)
+    for n in (1, 2, 3, 7):
+        with limit_threads(n):
+            assert same_bits(case.run(), want)
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 8), (1, 700), (2, 130), (30, 65), (400, 8), (400, 130)])
+def test_many_threads_share_any_shape_without_gap_or_overlap(monkeypatch, m, n):
+    monkeypatch.setattr(threads, "WORTH_NS", 0)
+    case = make_case(m, m, 9, n, 4, STORE)
+    want = case.expected()
+    with limit_threads(7):
         assert same_bits(case.run(), want)
-
-
-def test_many_threads_share_any_shape_without_gap_or_overlap():
-    """Shares of seven threads, in a process of its own: Numba fixes the number at start."""
-    code = (
-        "import numba, numpy as np, test_matmul as t\n"
-        "numba.set_num_threads(7)\n"
-        "for m, n in ((1, 8), (1, 700), (2, 130), (30, 65), (400, 8), (400, 130)):\n"
-        "    case = t.make_case(m, m, 9, n, 4, t.STORE)\n"
-        "    assert t.same_bits(case.run(), case.expected()), (m, n)\n"
-    )
-    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "NUMBA_NUM_THREADS": "7", "PYTHONPATH": path})
+        assert same_bits(case.run(), want)  # a driver's first call has one part
 
 
 @pytest.mark.nojit
-@pytest.mark.parametrize("n_threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("n_parts", [1, 2, 3, 5])
 @pytest.mark.parametrize("mode", [STORE, SWIGLU, COMBINE])
 @pytest.mark.parametrize("rows_for_a_thread", [0, 16], ids=["rows shared", "strips shared"])
-def test_driver_as_plain_python_gives_the_same_bits(monkeypatch, n_threads, mode, rows_for_a_thread):
+def test_driver_as_plain_python_gives_the_same_bits(monkeypatch, n_parts, mode, rows_for_a_thread):
     case = make_case(3, 7, 3, 6, 4, mode, special=0.1)
     want = case.expected()
     assert same_bits(case.run(), want)
-    monkeypatch.setattr(matmul, "n_threads", lambda: n_threads)
     monkeypatch.setattr(matmul, "_BLOCKS_PER_THREAD", rows_for_a_thread)
-    monkeypatch.setattr(matmul, "_mesh_matmul", plain(matmul._mesh_matmul))
+    part = plain(matmul._mesh_matmul)
+    monkeypatch.setattr(matmul, "_driver", lambda units, *args: [part(i, n_parts, *args) for i in range(n_parts)])
     assert same_bits(case.run(), want)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,6 +13,7 @@ import wse_emu as wse
 from wse_emu.engine.routing_trace import RoutingTrace
 from wse_emu.foundation.errors import SramOverflowError
 from wse_emu.wafer.cores import Arena, Block
+from wse_kernels import threads
 
 from .models import CONFIGS, make_model
 
@@ -129,15 +129,13 @@ def test_a_dry_run_without_a_trace_streams_the_worst_case() -> None:
     assert sum(e.bytes for e in drawn.wafer.ledger.events() if e.kind == "stream") <= streamed[1]
 
 
-@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one thread only")
 @pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_one_thread_gives_the_bits_of_two(family: str) -> None:
+def test_one_thread_gives_the_bits_of_several(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "WORTH_NS", 0)
     ids, mask = prompt_of([17, 40, 1], CONFIGS[family]["vocab_size"])
     results = []
-    for n in (1, 2):
-        numba.set_num_threads(n)
-        try:
+    for n in (1, 2, 3):
+        with threads.limit_threads(n):
             results.append(everything(make_model(family, 5, 3), ids, mask))
-        finally:
-            numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
-    assert_same(*results)
+    for other in results[1:]:
+        assert_same(results[0], other)

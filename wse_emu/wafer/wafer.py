@@ -20,7 +20,6 @@ from wse_emu.wafer.sram import Reservation, SramTracker
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_kernels._jit import COMPILE_ERRORS
 from wse_kernels.launch import make_driver
-from wse_kernels.threads import n_threads
 
 Executor = Literal["batched", "isolated", "interpreted", "dry"]
 EXECUTORS: Final = ("batched", "isolated", "interpreted", "dry")
@@ -404,9 +403,9 @@ class Wafer:
             else:
                 kinds.append("s")
                 values.append(arg)
-        n_threads()  # a forked child learns here that it has none
         driver = make_driver(kernel.body, "".join(kinds), takes_core=kernel.takes_core)
-        driver(plan.rows, plan.used_cols, self.rows, self.cols, *values)
+        units = plan.macs + sum(value.size for value in values if isinstance(value, np.ndarray))
+        driver(units, plan.rows, plan.used_cols, self.rows, self.cols, *values)
 
     def _launch_isolated(self, kernel: Kernel, args: dict[str, Any], plan: _LaunchPlan) -> int:
         assert self.cores is not None
