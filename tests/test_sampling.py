@@ -139,7 +139,7 @@ def test_exponential_underflows_to_zero() -> None:
         ({"top_k": 2.0}, "`top_k` must be a positive integer or None, got 2.0"),
         ({"top_p": 0.0}, r"`top_p` must lie in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, r"`top_p` must lie in \(0, 1\], got 1.5"),
-        ({"seed": -1}, "`seed` must be an integer >= 0, got -1"),
+        ({"seed": -1}, r"`seed` must be an integer in 0\.\.2\*\*128 - 1, got -1"),
         ({"greedy": True, "top_k": 4}, "`greedy` takes the largest logit"),
         ({"greedy": True, "temperature": 0.5}, "`greedy` takes the largest logit"),
     ],

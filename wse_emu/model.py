@@ -20,6 +20,7 @@ from wse_emu.engine.options import EngineOptions, StreamExperts
 from wse_emu.engine.plan import Workload, prompt_chunks, sequences_of, settle, smallest_square
 from wse_emu.engine.routing_trace import RoutingTrace
 from wse_emu.equivalence import VerifyReport, check_continuation, verify_record
+from wse_emu.foundation.arguments import check_callable, check_flag, show
 from wse_emu.foundation.errors import InputError, SpecError, SramOverflowError, TraceError
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.taps import TapRecord
@@ -93,12 +94,19 @@ def from_pretrained(
     SramOverflowError
         If `max_tokens` fit no grid.
     """
+    options = _options(wafer, max_tokens, prefill_chunk, stream_experts, chunk, prefetch_depth)
+    check_callable("progress", progress)
     checkpoint = open_checkpoint(path)
     dry = wafer is not None and wafer.is_dry
     store: WeightStore = ShapeStore(checkpoint.spec)
-    if not dry:
-        store = open_store(checkpoint, cache_dir=cache_dir, progress=progress, resident_bytes=resident_bytes)
-    return WaferModel(checkpoint, store, wafer, max_tokens, prefill_chunk, _options(stream_experts, chunk, prefetch_depth))
+    try:
+        if not dry:
+            store = open_store(checkpoint, cache_dir=cache_dir, progress=progress, resident_bytes=resident_bytes)
+        return WaferModel(checkpoint, store, wafer, max_tokens, prefill_chunk, options)
+    except BaseException:
+        store.close()
+        checkpoint.close()
+        raise
 
 
 def from_config(
@@ -120,13 +128,23 @@ def from_config(
     -------
     WaferModel
     """
+    options = _options(wafer, max_tokens, prefill_chunk, stream_experts, chunk, prefetch_depth)
     checkpoint = random_checkpoint(config, seed)
     dry = wafer is not None and wafer.is_dry
     store: WeightStore = ShapeStore(checkpoint.spec) if dry else ArrayStore(checkpoint)
-    return WaferModel(checkpoint, store, wafer, max_tokens, prefill_chunk, _options(stream_experts, chunk, prefetch_depth))
+    return WaferModel(checkpoint, store, wafer, max_tokens, prefill_chunk, options)
 
 
-def _options(stream_experts: StreamExperts, chunk: int | None, prefetch_depth: int) -> EngineOptions:
+def _options(
+    wafer: Wafer | None, max_tokens: int | None, prefill_chunk: int | None, stream_experts: StreamExperts, chunk: int | None,
+    prefetch_depth: int,
+) -> EngineOptions:  # fmt: skip
+    """Options of the engine; all that a model is made with is checked before any file is touched."""
+    if wafer is not None and not isinstance(wafer, Wafer):
+        raise SpecError(f"`wafer` must be a Wafer or None, got {show(wafer)}")
+    for name, value in (("max_tokens", max_tokens), ("prefill_chunk", prefill_chunk)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise SpecError(f"`{name}` must be an integer >= 1 or None, got {show(value)}")
     return EngineOptions(stream_experts=stream_experts, chunk=chunk, prefetch_depth=prefetch_depth)
 
 
@@ -137,9 +155,6 @@ class WaferModel:
         self, checkpoint: Checkpoint, store: WeightStore, wafer: Wafer | None, max_tokens: int | None, prefill_chunk: int | None,
         options: EngineOptions,
     ) -> None:  # fmt: skip
-        for name, value in (("max_tokens", max_tokens), ("prefill_chunk", prefill_chunk)):
-            if value is not None and (type(value) is not int or value < 1):
-                raise SpecError(f"`{name}` must be an integer >= 1 or None, got {value!r}")
         self.spec = checkpoint.spec
         """Shapes and constants of the model."""
         self.checkpoint = checkpoint
@@ -205,6 +220,8 @@ class WaferModel:
         SramOverflowError
             If it does not fit, before the first layer starts.
         """
+        check_flag("output_hidden_states", output_hidden_states, InputError)
+        check_flag("output_router_logits", output_router_logits, InputError)
         prompts = _Prompts.read(input_ids, attention_mask, self.spec)
         with _Session(self, prompts.lengths, 0, routing) as session:
             result, order = session.prefill(prompts, every=True, hidden_states=output_hidden_states, router_logits=output_router_logits)
@@ -254,7 +271,9 @@ class WaferModel:
             If it does not fit, before the first layer starts.
         """
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
-            raise InputError(f"`max_new_tokens` must be an integer >= 1, got {max_new_tokens!r}")
+            raise InputError(f"`max_new_tokens` must be an integer >= 1, got {show(max_new_tokens)}")
+        _check_sampler(sampler)
+        check_callable("on_token", on_token, InputError)
         prompts = _Prompts.read(input_ids, attention_mask, self.spec, int(max_new_tokens))
         sampler = sampler or Sampler(greedy=True)
         batch = len(prompts.lengths)
@@ -305,7 +324,8 @@ class WaferModel:
         """
         prompts = _Prompts.read(input_ids, attention_mask, self.spec)
         if n_prompt is not None and (type(n_prompt) is not int or not 1 <= n_prompt <= prompts.ids.shape[1]):
-            raise InputError(f"`n_prompt` must be an integer in 1..{prompts.ids.shape[1]} (columns of `input_ids`), got {n_prompt!r}")
+            raise InputError(f"`n_prompt` must be an integer in 1..{prompts.ids.shape[1]} (columns of `input_ids`), got {show(n_prompt)}")
+        _check_sampler(sampler)
         record = self.record(input_ids, attention_mask)
         report = verify_record(record, self.spec, self.checkpoint.tensors.read)
         if n_prompt is None:
@@ -394,6 +414,11 @@ class WaferModel:
         return settle(self.spec, wafer.spec, wafer.rows, wafer.cols, work, self.options)[0]
 
 
+def _check_sampler(sampler: Any) -> None:
+    if sampler is not None and not isinstance(sampler, Sampler):
+        raise InputError(f"`sampler` must be a Sampler or None, got {show(sampler)}")
+
+
 @dataclass(frozen=True)
 class _Prompts:
     """Checked token ids of a batch."""
@@ -424,7 +449,7 @@ class _Prompts:
         """Check ids and mask."""
         try:
             ids = np.asarray(input_ids)
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise InputError(
                 "`input_ids` must be a rectangle of integers; pad shorter prompts on the left and give `attention_mask`"
             ) from error
@@ -433,12 +458,12 @@ class _Prompts:
                 f"`input_ids` must be integers (batch, tokens) or (tokens,), at least one; got {ids.dtype} of shape {ids.shape}"
             )
         batched = ids.ndim == 2
-        ids = np.atleast_2d(ids).astype(np.int64)
+        ids = np.atleast_2d(ids)
         mask = np.ones(ids.shape, np.bool_)
         if attention_mask is not None:
             try:
                 given = np.atleast_2d(np.asarray(attention_mask))
-            except ValueError as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 raise InputError(f"`attention_mask` must be a rectangle of shape {ids.shape}") from error
             if given.shape != ids.shape or given.dtype.kind not in "iub" or not np.isin(given, (0, 1)).all():
                 raise InputError(f"`attention_mask` must hold 0 or 1 and have shape {ids.shape}, got {given.dtype} of shape {given.shape}")
@@ -454,9 +479,9 @@ class _Prompts:
         longest = int(mask.sum(axis=1).max())
         if longest + new_tokens > spec.context_length:
             raise InputError(
-                f"{longest} tokens of prompt and {new_tokens} new ones are more than the model's {spec.context_length} positions"
+                f"{longest} tokens of prompt and {show(new_tokens)} new ones are more than the model's {spec.context_length} positions"
             )
-        return _Prompts(ids, mask, batched)
+        return _Prompts(ids.astype(np.int64), mask, batched)
 
 
 class _Session:
@@ -468,6 +493,9 @@ class _Session:
     ) -> None:  # fmt: skip
         if routing is not None and not (model._wafer is not None and model._wafer.is_dry):
             raise InputError("`routing` is replayed by the `dry` executor only; every other one computes its own decisions")
+        if routing is not None and not isinstance(routing, RoutingTrace):
+            if not isinstance(routing, Sequence) or not all(isinstance(trace, RoutingTrace) for trace in routing):
+                raise TraceError(f"`routing` must be a RoutingTrace or a sequence of them, got {show(routing)}")
         self._model = model
         self._engine = model._engine_for(Workload.of(lengths, new_tokens, model.prefill_chunk, probe=probe))
         self._capacity = [n + new_tokens for n in lengths]

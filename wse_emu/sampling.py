@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
 
 import numpy as np
 from numpy.typing import NDArray
 
+from wse_emu.foundation.arguments import MAX_SEED, check_flag, is_real, show
 from wse_emu.foundation.errors import InputError
 
 F64 = NDArray[np.float64]
@@ -44,18 +44,19 @@ class Sampler:
     top_p: float = 1.0
     """Keep the fewest tokens, most probable first, whose probabilities sum to at least `top_p`; in (0, 1]."""
     seed: int = 0
-    """Root of the random streams; >= 0."""
+    """Root of the random streams; from 0 to 2**128 - 1."""
 
     def __post_init__(self) -> None:
-        if not (isfinite(self.temperature) and self.temperature > 0):
+        check_flag("greedy", self.greedy, InputError)
+        if not (is_real(self.temperature) and self.temperature > 0):
             way_out = "use greedy=True (on the command line, 0) for no randomness"
-            raise InputError(f"`temperature` must be positive and finite, got {self.temperature!r}; {way_out}")
+            raise InputError(f"`temperature` must be positive and finite, got {show(self.temperature)}; {way_out}")
         if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
-            raise InputError(f"`top_k` must be a positive integer or None, got {self.top_k!r}")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"`top_p` must lie in (0, 1], got {self.top_p!r}")
-        if type(self.seed) is not int or self.seed < 0:
-            raise InputError(f"`seed` must be an integer >= 0, got {self.seed!r}")
+            raise InputError(f"`top_k` must be a positive integer or None, got {show(self.top_k)}")
+        if not (is_real(self.top_p) and 0 < self.top_p <= 1):
+            raise InputError(f"`top_p` must lie in (0, 1], got {show(self.top_p)}")
+        if type(self.seed) is not int or not 0 <= self.seed < MAX_SEED:
+            raise InputError(f"`seed` must be an integer in 0..2**128 - 1, got {show(self.seed)}")
         if self.greedy and (self.temperature != 1.0 or self.top_k is not None or self.top_p != 1.0):
             raise InputError("`greedy` takes the largest logit: `temperature`, `top_k` and `top_p` must keep their defaults")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tracemalloc
 from pathlib import Path
 
 import ml_dtypes
@@ -57,8 +56,6 @@ def test_every_tensor_is_read_and_widened_exactly(source: Checkpoint, tmp_path: 
             assert not value.flags.writeable
             np.testing.assert_array_equal(value, expected)
             np.testing.assert_array_equal(opened.tensors.read_rows(tensor.name, 1, 3), expected[1:3])
-            opened.tensors.release(tensor.name)
-            np.testing.assert_array_equal(value, expected)
 
 
 def test_bfloat16_and_float16_widen_every_code_exactly(tied: Checkpoint, tmp_path: Path) -> None:
@@ -105,12 +102,13 @@ def test_tokenizer_is_found(tied: Checkpoint, tmp_path: Path) -> None:
 
 
 def test_symbolic_links_of_a_download_cache_are_followed(tied: Checkpoint, tmp_path: Path) -> None:
-    blobs = write_checkpoint(tied, tmp_path / "blobs")
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
+    written = write_checkpoint(tied, tmp_path / "models--some--model" / "blobs")
+    snapshot = written.parent / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
     for name in ("config.json", "model.safetensors"):
-        (snapshot / name).symlink_to(blobs / name)
-    assert open_checkpoint(snapshot).fingerprint == open_checkpoint(blobs).fingerprint
+        (written / name).rename(written / f"hash-of-{name}")
+        (snapshot / name).symlink_to(f"../../blobs/hash-of-{name}")
+    assert open_checkpoint(snapshot).fingerprint == open_checkpoint(write_checkpoint(tied, tmp_path / "plain")).fingerprint
 
 
 def test_fingerprint_is_by_content_and_sees_every_file(tied: Checkpoint, tmp_path: Path) -> None:
@@ -150,7 +148,7 @@ def test_fingerprint_of_large_weights_follows_size_and_times(tied: Checkpoint, t
 
 def test_no_such_directory_says_that_nothing_is_downloaded(tmp_path: Path) -> None:
     for path in (tmp_path / "absent", "some-org/some-model", "nul\0byte"):
-        with pytest.raises(ConfigError, match=r"never downloaded|not a usable path"):
+        with pytest.raises(ConfigError, match=r"never downloaded|`path` must be a path"):
             open_checkpoint(path)
 
 
@@ -286,29 +284,3 @@ def test_real_checkpoint_opens(name: str) -> None:
         assert checkpoint.spec.eos_token_ids == (2,)
         assert checkpoint.tokenizer_path is not None
         assert np.isfinite(checkpoint.tensors.read("model.norm.weight")).all()
-
-
-@pytest.mark.parametrize("said", [-1, 1])
-def test_a_file_that_changes_while_it_is_read_is_refused(
-    said: int, tied: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_checkpoint(tied, tmp_path)
-    plain = Path.stat
-
-    def stat(self: Path, **options: bool) -> os.stat_result:
-        info = plain(self, **options)
-        return os.stat_result((*info[:6], info.st_size + said, *info[7:10])) if self.name == "config.json" else info
-
-    monkeypatch.setattr(Path, "stat", stat)
-    with pytest.raises(ConfigError, match=r"config\.json: changed while it was read; try again"):
-        open_checkpoint(tmp_path)
-
-
-def test_opening_takes_little_memory(tied: Checkpoint, tmp_path: Path) -> None:
-    write_checkpoint(tied, tmp_path, n_shards=2)
-    tracemalloc.start()
-    try:
-        open_checkpoint(tmp_path).close()
-        assert tracemalloc.get_traced_memory()[1] < 1 << 20
-    finally:
-        tracemalloc.stop()

@@ -99,7 +99,7 @@ def test_lying_header_is_refused_by_name(write: Any, content: bytes, message: st
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"absent\.safetensors: cannot be opened: No such file"):
+    with pytest.raises(CheckpointError, match=r"absent\.safetensors: there is no such file"):
         SafetensorsFile(tmp_path / "absent.safetensors")
 
 

@@ -55,7 +55,7 @@ class StandInModel:
 
     def __init__(self, request: Request, passed: bool) -> None:
         assert request.tokenizer is not None
-        self.new = list(request.tokenizer.encode(CONTINUATION).ids)
+        self.new = request.tokenizer.encode(CONTINUATION)
         self.wafer = StandInWafer()
         self.passed = passed
         self.asked: dict[str, Any] = {}

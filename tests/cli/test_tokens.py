@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wse_emu.cli import tokens as tokens_module
 from wse_emu.cli.options import shipped_model
 from wse_emu.cli.tokens import TextStream, encode, load_tokenizer, read_ids
 from wse_emu.foundation.errors import CheckpointError, InputError
@@ -58,7 +61,7 @@ def test_ids_from_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
         ("[1, -2]", "item 1 must be a token id, an integer >= 0, got -2"),
         ("[1, true]", "item 1 must be a token id, an integer >= 0, got True"),
         ("[1, 2.0]", "item 1 must be a token id, an integer >= 0, got 2.0"),
-        ("[1, 2", "begins with '[' but is not a JSON list"),
+        ("[1, 2", "not a list of token ids: neither JSON nor numbers between blanks (Expecting"),
         ("1 ²", "item 1 must be a token id"),
     ],
 )
@@ -92,6 +95,82 @@ def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer that `tokenizers` can read"):
         load_tokenizer(tmp_path)
+
+
+def with_changes(tmp_path: Path, **changes: object) -> Path:
+    """Directory with the shipped tokenizer, changed."""
+    content = json.loads((shipped_model() / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**content, **changes}))
+    return tmp_path
+
+
+def test_a_tokenizer_neither_cuts_nor_fills_up_a_prompt(tmp_path: Path) -> None:
+    padding = {
+        "strategy": {"Fixed": 1 << 40}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "x",
+    }  # fmt: skip
+    truncation = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    text = "Return the length of a list."
+    expected = encode(load_tokenizer(shipped_model()), text, shipped_model())
+    assert encode(load_tokenizer(with_changes(tmp_path, padding=padding, truncation=truncation)), text, tmp_path) == expected
+
+
+CHARSMAP = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+NO_UNK = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "z"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"normalizer": CHARSMAP}, "not a tokenizer that `tokenizers` can read"),  # the library panics
+        ({"normalizer": {"type": "x"}}, "not a tokenizer that `tokenizers` can read"),
+        ({"model": NO_UNK}, "cannot encode the prompt"),
+    ],
+)
+def test_a_tokenizer_that_fails_is_named(changes: dict[str, object], what: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"tokenizer\.json: ({what}) \(.*\); the file is damaged, or of a newer version"):
+        encode(load_tokenizer(with_changes(tmp_path, **changes)), "hello", tmp_path)
+
+
+def test_a_tokenizer_that_cannot_decode_is_named(tmp_path: Path) -> None:
+    decoder = {"type": "Strip", "content": "a", "start": 5, "stop": 100}
+    tokenizer = load_tokenizer(with_changes(tmp_path, decoder=decoder))
+    assert tokenizer is not None
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot decode the tokens \("):
+        tokenizer.decode([70, 71])
+
+
+def test_an_interrupt_in_a_tokenizer_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(shipped_model())
+    assert tokenizer is not None
+
+    class Interrupted:
+        def encode(self, text: str) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenizer, "_tokenizer", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode("a")
+
+
+def test_a_fifo_in_the_place_of_the_tokenizer_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a regular file"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000, f"[{'9' * 5000}]", "{" * 100_000])
+def test_ids_that_no_reader_should_follow(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "ids"
+    file.write_text(text)
+    with pytest.raises(InputError) as caught:
+        read_ids(file)
+    assert len(str(caught.value)) < 500
+
+
+def test_ids_without_an_end_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens_module, "_MAX_IDS_BYTES", 1000)
+    with pytest.raises(InputError, match="--ids /dev/zero: more than 1000 characters"):
+        read_ids(Path("/dev/zero"))
 
 
 def test_a_prompt_of_bytes_that_are_no_text_is_refused() -> None:

@@ -43,6 +43,12 @@ def flip(path: Path, at: int) -> None:
         f.write(bytes([old[0] ^ 0x40]))
 
 
+def content(path: Path) -> bytes:
+    """A layout file without its seal, which tells when it was made."""
+    data = path.read_bytes()
+    return data[:20] + data[24:]
+
+
 class Counter:
     """A progress callback that keeps its calls."""
 
@@ -104,7 +110,7 @@ def test_damage_to_header_or_size_is_found_at_opening_and_repaired(
     checkpoint: Checkpoint, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = built(checkpoint, tmp_path)
-    good = path.read_bytes()
+    good, before = path.read_bytes(), content(path)
     if where == "truncated":
         os.truncate(path, len(good) - 4096)
     elif where == "longer":
@@ -112,30 +118,36 @@ def test_damage_to_header_or_size_is_found_at_opening_and_repaired(
     elif where == "empty":
         os.truncate(path, 0)
     elif where == "version":
-        path.write_bytes(good.replace(b'"layout_version": 1', b'"layout_version": 2'))
+        path.write_bytes(good.replace(b'"layout_version": 2', b'"layout_version": 1'))
     else:
         flip(path, {"magic": 0, "length": 12, "crc": 17, "json": 40}[where])
     progress = Counter()
     store = open_store(checkpoint, cache_dir=tmp_path, progress=progress)
     assert progress.calls
-    assert path.read_bytes() == good
+    assert content(path) == before
     store.check()
 
 
-def test_damage_to_a_tensor_is_found_on_demand_and_repaired(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_damage_to_a_tensor_is_found_and_repaired(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """By the seal, or on demand if whoever did it set the time back."""
     path = built(checkpoint, tmp_path)
-    good = path.read_bytes()
+    good, before = path.read_bytes(), content(path)
     store = open_store(checkpoint, cache_dir=tmp_path)
     flip(path, good.index(store.tiles("layers.1.w_o").tobytes()) + 5)
     with pytest.raises(StoreError, match=r"the checksum of `layers\.1\.w_o` does not match; remove the damaged file"):
         store.check()
-    untouched = Counter()
-    open_store(checkpoint, cache_dir=tmp_path, progress=untouched)
-    assert not untouched.calls
-    progress = Counter()
-    open_store(checkpoint, cache_dir=tmp_path, progress=progress, verify=True).check()
-    assert progress.calls
-    assert path.read_bytes() == good
+    info = path.stat()
+    os.utime(path, ns=(info.st_atime_ns, store._sealed_ns))
+    for damaged in ("seal", "time set back"):
+        progress = Counter()
+        if damaged == "seal":
+            os.utime(path)
+        open_store(checkpoint, cache_dir=tmp_path, progress=progress, verify=damaged != "seal").check()
+        assert progress.calls
+        assert content(path) == before
+        other = open_store(checkpoint, cache_dir=tmp_path)
+        flip(path, good.index(other.tiles("layers.1.w_o").tobytes()) + 5)
+        os.utime(path, ns=(info.st_atime_ns, other._sealed_ns))
 
 
 def test_a_build_that_fails_leaves_nothing(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -99,8 +99,6 @@ class _Given:
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         return self.weights[name][start:stop]
 
-    def release(self, name: str) -> None: ...
-
     def close(self) -> None: ...
 
 

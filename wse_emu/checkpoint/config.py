@@ -9,9 +9,11 @@ from types import MappingProxyType
 from typing import Any
 
 from wse_emu.checkpoint.families import FAMILIES, Family, MoeRules, family_of
-from wse_emu.checkpoint.fields import ABSENT, Fields, show
-from wse_emu.checkpoint.jsonfile import parse_object, read_bytes
+from wse_emu.checkpoint.fields import ABSENT, Fields
+from wse_emu.checkpoint.files import read_bytes
+from wse_emu.checkpoint.jsonfile import parse_object
 from wse_emu.checkpoint.rope import read_rope, rope_config
+from wse_emu.foundation.arguments import show
 from wse_emu.foundation.errors import ConfigError, SpecError
 from wse_emu.foundation.model_spec import ModelSpec
 

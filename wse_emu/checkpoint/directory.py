@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wse_emu.checkpoint.config import read_config
-from wse_emu.checkpoint.jsonfile import parse_object, read_bytes
+from wse_emu.checkpoint.files import read_bytes
+from wse_emu.checkpoint.jsonfile import parse_object
 from wse_emu.checkpoint.names import LM_HEAD, PublishedTensor, published_tensors
 from wse_emu.checkpoint.safetensors_file import READABLE, SafetensorsFile, TensorEntry
 from wse_emu.checkpoint.source import Checkpoint
+from wse_emu.foundation.arguments import check_path
 from wse_emu.foundation.errors import CheckpointError, ConfigError
 from wse_emu.foundation.model_spec import ModelSpec
 
@@ -29,7 +31,7 @@ _SHOWN = 8
 
 
 class DirectoryTensors:
-    """Tensors of one or more mapped safetensors files; a `TensorSource`."""
+    """Tensors of one or more safetensors files, held open; a `TensorSource`."""
 
     def __init__(self, path: Path, files: dict[str, SafetensorsFile], where: dict[str, str]) -> None:
         self._path = path
@@ -84,10 +86,6 @@ class DirectoryTensors:
         """Entries ``start:stop`` of the first axis, float32, C-contiguous, read-only."""
         return self._entry(name)[0].read_rows(name, start, stop)
 
-    def release(self, name: str) -> None:
-        """Drop the resident pages of a tensor."""
-        self._entry(name)[0].release(name)
-
     def close(self) -> None:
         """Let go of the files; arrays handed out stay valid."""
         for file in self._files.values():
@@ -114,7 +112,7 @@ def _shards(path: Path) -> dict[str, str]:
             raise CheckpointError(f"{index_file}: {tensor!r}: file {str(shard)[:80]!r} is not a plain name of a file in this directory")
         if not shard.endswith(".safetensors"):
             raise CheckpointError(f"{index_file}: {tensor!r}: {shard[:80]!r} is not a .safetensors file; other formats are never opened")
-    absent = sorted({s for s in weight_map.values() if not os.path.exists(path / s)})
+    absent = sorted({s for s in weight_map.values() if not os.path.lexists(path / s)})
     if absent:
         raise CheckpointError(f"{index_file}: files that it names are not there: {_list(absent)}; download them again")
     return weight_map
@@ -123,7 +121,7 @@ def _shards(path: Path) -> dict[str, str]:
 def _open_tensors(path: Path) -> DirectoryTensors:
     files: dict[str, SafetensorsFile] = {}
     try:
-        if os.path.exists(path / SINGLE):
+        if os.path.lexists(path / SINGLE):
             files[SINGLE] = SafetensorsFile(path / SINGLE)
             return DirectoryTensors(path, files, dict.fromkeys(files[SINGLE].entries, SINGLE))
         weight_map = _shards(path)
@@ -192,7 +190,7 @@ def _check_against_spec(path: Path, spec: ModelSpec, tensors: DirectoryTensors) 
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a Hugging Face directory; reads headers only, the tensors stay in their mapped files.
+    """Open a Hugging Face directory; reads headers only, the tensors stay in their files.
 
     Parameters
     ----------
@@ -211,11 +209,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         If weights are missing, only pickled, truncated or inconsistent, if the index points outside the directory or to absent files, or if
         tensors' names, shapes or types are not those that config.json promises.
     """
-    directory = Path(path)
+    directory = check_path("path", path, ConfigError)
     try:
         directory = directory.resolve()
-    except (OSError, ValueError, RuntimeError) as e:
-        raise ConfigError(f"{str(path)!r}: not a usable path: {e}") from e
+    except (OSError, RuntimeError) as e:
+        raise ConfigError(f"{path}: not a usable path: {e}") from e
+    if os.path.exists(directory) and not os.path.isdir(directory):
+        raise ConfigError(f"{path}: not a directory; a checkpoint is a directory with config.json and *.safetensors files")
     if not os.path.isdir(directory):
         raise ConfigError(f"{path}: there is no such directory; checkpoints are opened from local directories and never downloaded")
     config, spec = read_config(directory)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from wse_emu.checkpoint.fields import Fields, show
+from wse_emu.checkpoint.fields import Fields
+from wse_emu.foundation.arguments import show
 from wse_emu.foundation.errors import ConfigError
 from wse_emu.foundation.model_spec import ModelSpec
 

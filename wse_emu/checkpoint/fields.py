@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from wse_emu.foundation.arguments import show
 from wse_emu.foundation.errors import ConfigError
 
 MAX_DIM = 1 << 31
@@ -90,11 +91,3 @@ def _is_number(value: object) -> bool:
     if type(value) is int:
         return abs(value) < 1 << 53
     return type(value) is float and value == value and value not in (float("inf"), float("-inf"))
-
-
-def show(value: object) -> str:
-    """``repr`` cut to a length that fits a message; never converts a huge integer to decimal."""
-    if type(value) is int and value.bit_length() > 256:
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from wse_emu.checkpoint.config import parse_config, to_config
 from wse_emu.checkpoint.names import published_tensors
 from wse_emu.checkpoint.source import Checkpoint
+from wse_emu.foundation.arguments import MAX_SEED, show
 from wse_emu.foundation.errors import CheckpointError, ConfigError
 from wse_emu.foundation.model_spec import ModelSpec
 
@@ -80,9 +81,6 @@ class RandomTensors:
         out.flags.writeable = False
         return out
 
-    def release(self, name: str) -> None:
-        """Nothing is held."""
-
     def close(self) -> None:
         """Nothing is held."""
 
@@ -95,7 +93,7 @@ def random_checkpoint(config: Mapping[str, Any] | ModelSpec, seed: int = 0) -> C
     config : mapping or ModelSpec
         config.json as parsed, or a spec. ``initializer_range`` of a mapping (default 0.02) scales the matrices.
     seed : int
-        Non-negative; equal seeds and configs give equal bits (under one NumPy version).
+        From 0 to 2**128 - 1; equal seeds and configs give equal bits (under one NumPy version).
 
     Returns
     -------
@@ -106,13 +104,15 @@ def random_checkpoint(config: Mapping[str, Any] | ModelSpec, seed: int = 0) -> C
     ConfigError
         If `parse_config` refuses the config, or seed or ``initializer_range`` are out of range.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise ConfigError(f"`seed` must be a non-negative integer, got {seed!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < MAX_SEED:
+        raise ConfigError(f"`seed` must be an integer in 0..2**128 - 1, got {show(seed)}")
+    if not isinstance(config, Mapping | ModelSpec):
+        raise ConfigError(f"config: must be a mapping (what config.json holds) or a ModelSpec, got {show(config)}")
     given = to_config(config) if isinstance(config, ModelSpec) else dict(config)
     spec = config if isinstance(config, ModelSpec) else parse_config(given, where="config")
     scale = given.get("initializer_range", 0.02)
     if type(scale) not in (int, float) or not 0 < scale <= 1:
-        raise ConfigError(f"config: `initializer_range` must lie in (0, 1], got {scale!r}")
+        raise ConfigError(f"config: `initializer_range` must lie in (0, 1], got {show(scale)}")
     tensors = RandomTensors(spec, int(seed), float(scale))
     key = json.dumps([tensors.fingerprint, repr(spec)])
     return Checkpoint(

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from wse_emu.checkpoint.fields import Fields, show
+from wse_emu.checkpoint.fields import Fields
+from wse_emu.foundation.arguments import show
 from wse_emu.foundation.errors import ConfigError, SpecError
 from wse_emu.foundation.rope_scaling import ROPE_KINDS, RopeScaling
 
@@ -68,7 +69,7 @@ def _scaling(fields: Fields, inner: Fields, max_positions: int, head_dim: int) -
     if kinds or kind not in _EXTRA or any(inner.given(key) and not isinstance(inner.get(key), str) for key in ("rope_type", "type")):
         given = " and ".join(show(inner.get(key)) for key in ("rope_type", "type") if key in inner.values)
         raise ConfigError(f"{inner.where}: rope_type {given} is not supported; known are default, {', '.join(ROPE_KINDS)}")
-    extra = sorted(set(inner.values) - _COMMON - _EXTRA[kind])
+    extra = sorted(set(inner.values) - _COMMON - _EXTRA[kind], key=str)
     if extra:
         known = ", ".join(sorted(_COMMON | _EXTRA[kind]))
         raise ConfigError(f"{inner.where}: {show(extra[0])} is not known for rope_type {kind!r}; known are {known}")

@@ -1,4 +1,4 @@
-"""One safetensors file, checked before anything is mapped: header size, names, types, shapes and offsets.
+"""One safetensors file, checked before any tensor is read: header size, names, types, shapes and offsets.
 
 Format: eight bytes of little-endian header length, a JSON header, then the data; the entries cover the data exactly, without holes
 or overlaps (https://huggingface.co/docs/safetensors).
@@ -6,11 +6,7 @@ or overlaps (https://huggingface.co/docs/safetensors).
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
-import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wse_emu.checkpoint.files import OpenFile
 from wse_emu.checkpoint.jsonfile import parse_object
 from wse_emu.foundation.errors import CheckpointError
 
@@ -48,31 +45,26 @@ class TensorEntry:
 
 
 class SafetensorsFile:
-    """One mapped file; the header has been checked, so no read can leave the file or disagree with a shape."""
+    """One open file; the header has been checked, so no read can leave the file or disagree with a shape."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            # O_NONBLOCK: a FIFO of that name must not block before it is refused.
-            fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        except OSError as e:
-            raise CheckpointError(f"{path}: cannot be opened: {os.strerror(e.errno) if e.errno else e}") from e
+            self._file = OpenFile(path, CheckpointError)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: there is no such file") from None
         try:
-            info = os.fstat(fd)
-            if not stat.S_ISREG(info.st_mode):
-                raise CheckpointError(f"{path}: not a regular file")
-            self.file_bytes = info.st_size
-            self.stat_key = f"{info.st_size}:{info.st_mtime_ns}:{info.st_ctime_ns}:{info.st_ino}"
-            self.header, data_start = self._read_header(fd)
+            self.file_bytes = self._file.n_bytes
+            self.header, data_start = self._read_header()
             self.entries = self._check_entries(data_start)
-            self._map = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
-        finally:
-            os.close(fd)
+        except BaseException:
+            self._file.close()
+            raise
 
-    def _read_header(self, fd: int) -> tuple[bytes, int]:
-        head = os.read(fd, 8)
-        if len(head) < 8:
+    def _read_header(self) -> tuple[bytes, int]:
+        if self.file_bytes < 8:
             raise CheckpointError(f"{self.path}: {self.file_bytes} bytes, too short for a safetensors file; download it again")
+        head = self._file.read(0, 8)
         n = int.from_bytes(head, "little")
         if head == _LFS_POINTER:
             raise CheckpointError(f"{self.path}: a Git LFS pointer in the place of the weights; fetch them with `git lfs pull`")
@@ -81,15 +73,12 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path}: header of {n} bytes, {rule}")
         if 8 + n > self.file_bytes:
             raise CheckpointError(f"{self.path}: truncated: header of {n} bytes in a file of {self.file_bytes}; download it again")
-        parts: list[bytes] = []
-        missing = n
-        while missing:
-            part = os.read(fd, missing)
-            if not part:
-                raise CheckpointError(f"{self.path}: ended while its header was read")
-            parts.append(part)
-            missing -= len(part)
-        return b"".join(parts), 8 + n
+        return self._file.read(8, n), 8 + n
+
+    @property
+    def stat_key(self) -> str:
+        """Size, times and number of the file when it was opened."""
+        return self._file.stat_key
 
     def _check_entries(self, data_start: int) -> dict[str, TensorEntry]:
         where = f"{self.path}: header"
@@ -133,47 +122,31 @@ class SafetensorsFile:
         return TensorEntry(dtype, tuple(shape), data_start + begin, end - begin)
 
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        """Entries ``start:stop`` of the first axis as float32, read-only; a view of the map where it is stored so and aligned."""
+        """Entries ``start:stop`` of the first axis as float32, read-only."""
         entry = self.entries[name]
         if entry.dtype not in READABLE:
             raise CheckpointError(f"{self.path}: {name!r} is stored as {entry.dtype}; readable are {', '.join(READABLE)}")
         if not entry.shape or not 0 <= start <= stop <= entry.shape[0]:
             raise CheckpointError(f"{self.path}: {name!r} has shape {entry.shape}, rows {start}:{stop} asked")
-        shape = (stop - start, *entry.shape[1:])
-        per_row = math.prod(entry.shape[1:])
-        count = (stop - start) * per_row
-        wide = entry.dtype == "F32"
-        begin = entry.begin + start * per_row * (4 if wide else 2)
-        if self._map.closed:
+        if self._file.closed:
             raise CheckpointError(f"{self.path}: {name!r} was asked for after the checkpoint was closed")
         stored = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[entry.dtype]
-        raw: NDArray[Any] = np.frombuffer(self._map, dtype=stored, count=count, offset=begin).reshape(shape)
-        if wide:
-            out = raw.astype(np.float32, copy=not raw.flags.aligned)
-        elif entry.dtype == "F16":
-            out = raw.astype(np.float32)
-        else:
+        raw: NDArray[Any] = np.empty((stop - start, *entry.shape[1:]), dtype=stored)
+        row_bytes = math.prod(entry.shape[1:]) * raw.itemsize
+        self._file.read_into(raw.reshape(-1).view(np.uint8).data, entry.begin + start * row_bytes)
+        if entry.dtype == "BF16":
             bits = raw.astype(np.uint32)
             bits <<= 16
             out = bits.view(np.float32)
+        else:
+            out = raw.astype(np.float32, copy=False)
         out.flags.writeable = False
         return out
 
-    def release(self, name: str) -> None:
-        """Drop the resident pages of one tensor."""
-        if self._map.closed or not hasattr(mmap, "MADV_DONTNEED"):
-            return
-        entry = self.entries[name]
-        begin = -(-entry.begin // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (entry.begin + entry.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if end > begin:
-            self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
-
     def hash_into(self, digest: Any) -> None:
         """Feed the whole file to a hashlib object."""
-        digest.update(self._map)
+        self._file.hash_into(digest)
 
     def close(self) -> None:
-        """Unmap, at once or when the last array that looks into the map is gone."""
-        with contextlib.suppress(BufferError):
-            self._map.close()
+        """Let go of the file; arrays handed out stay valid."""
+        self._file.close()

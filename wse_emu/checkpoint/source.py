@@ -17,7 +17,7 @@ from wse_emu.foundation.model_spec import ModelSpec
 class TensorSource(Protocol):
     """Published tensors by their Hugging Face names; values are widened exactly to float32.
 
-    Nothing is held in anonymous memory beyond the array returned; an array may be a read-only view of a mapped file.
+    Nothing is held in memory beyond the array returned. A file that changes meanwhile raises `CheckpointError`.
     """
 
     @property
@@ -38,9 +38,6 @@ class TensorSource(Protocol):
 
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Entries ``start:stop`` of the first axis, float32, C-contiguous, read-only."""
-
-    def release(self, name: str) -> None:
-        """Forget the resident pages of a tensor that has been read; a hint, never an error."""
 
     def close(self) -> None:
         """Let go of files; arrays handed out stay valid."""

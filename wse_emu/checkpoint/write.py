@@ -22,6 +22,7 @@ from wse_emu.checkpoint.finite import first_not_finite
 from wse_emu.checkpoint.names import published_tensors
 from wse_emu.checkpoint.replace import new_directory
 from wse_emu.checkpoint.source import Checkpoint
+from wse_emu.foundation.arguments import check_callable, check_flag, check_path, show
 from wse_emu.foundation.errors import CheckpointError, SaveError, SpecError
 
 StorageType = Literal["float32", "bfloat16", "float16"]
@@ -114,16 +115,19 @@ def save_checkpoint(
     Raises
     ------
     SpecError
-        If `dtype` or `max_shard_bytes` is not one of those.
+        If an argument has another type, or `dtype` or `max_shard_bytes` is not one of those.
     SaveError
         If `path` is taken, the file system refuses or has too little space.
     CheckpointError
         If a value is not finite, or is beyond the largest value of `dtype`; it is named.
     """
-    if dtype is not None and dtype not in _FORMATS:
-        raise SpecError(f"`dtype` must be one of {', '.join(_FORMATS)} or None, got {dtype!r}")
+    path = check_path("path", path)
+    check_flag("overwrite", overwrite)
+    check_callable("progress", progress)
+    if dtype is not None and not (isinstance(dtype, str) and dtype in _FORMATS):
+        raise SpecError(f"`dtype` must be one of {', '.join(_FORMATS)} or None, got {show(dtype)}")
     if type(max_shard_bytes) is not int or max_shard_bytes < 1:
-        raise SpecError(f"`max_shard_bytes` must be an integer >= 1, got {max_shard_bytes!r}")
+        raise SpecError(f"`max_shard_bytes` must be an integer >= 1, got {show(max_shard_bytes)}")
     stored = _stored_tensors(checkpoint, dtype)
     shards = _shards(stored, max_shard_bytes)
     total = sum(t.nbytes for t in stored)
@@ -142,7 +146,7 @@ def save_checkpoint(
         _copy_companions(checkpoint, part)
         with open_checkpoint(part) as written:  # names, shapes, types and sizes, before anybody finds it
             assert written.spec == checkpoint.spec, "config.json of a spec gives another spec"
-    return Path(path)
+    return path
 
 
 def _stored_tensors(checkpoint: Checkpoint, dtype: str | None) -> list[_Tensor]:
@@ -196,7 +200,6 @@ def _write_file(
                 done += codes.nbytes
                 if progress is not None:
                     progress(done, total)
-            checkpoint.tensors.release(tensor.name)
         f.flush()
         os.fsync(f.fileno())
     return done

@@ -6,10 +6,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from wse_emu.cli.options import OTHER_PROMPT, SHIPPED_PROMPT, Placing, grid, shipped_model
-from wse_emu.cli.tokens import encode, load_tokenizer, read_ids
+from wse_emu.cli.tokens import CheckpointTokenizer, encode, load_tokenizer, read_ids
+from wse_emu.foundation.arguments import show
 from wse_emu.foundation.errors import CheckpointError, InputError, SramOverflowError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Request(NamedTuple):
     ids: list[int]
     text: str | None
     """The prompt as text; None if it was given as ids."""
-    tokenizer: Any | None
+    tokenizer: CheckpointTokenizer | None
 
 
 def read_request(model: Path | None, prompt: str | None, ids: Path | None) -> Request:
@@ -61,7 +62,7 @@ def read_request(model: Path | None, prompt: str | None, ids: Path | None) -> Re
         tokens = encode(tokenizer, text, path)
     outside = [i for i in tokens if i >= spec.vocab_size]
     if outside:
-        raise InputError(f"token id {outside[0]} lies outside the model's vocabulary of {spec.vocab_size}")
+        raise InputError(f"token id {show(outside[0])} lies outside the model's vocabulary of {spec.vocab_size}")
     return Request(path, spec, tokens, text, tokenizer)
 
 
@@ -80,7 +81,7 @@ def load(request: Request, placing: Placing, *, new_tokens: int, verify: bool, q
 
     n_prompt, limit = len(request.ids), request.spec.context_length
     if n_prompt + new_tokens > limit:
-        raise InputError(f"{n_prompt} tokens of prompt and {new_tokens} new ones are more than the model's {limit} positions")
+        raise InputError(f"{n_prompt} tokens of prompt and {show(new_tokens)} new ones are more than the model's {limit} positions")
     tell_of_a_cold_start(quiet=quiet)
     rows, cols = grid(placing.rows, placing.cols)
     plan = plan_model(

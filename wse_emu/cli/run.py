@@ -151,7 +151,7 @@ def generate(outcome: Outcome, max_new_tokens: int, *, echo: bool) -> None:
     """Generate, writing the text to stdout as it settles if `echo`; fills in ids, text, ledger totals, SRAM and host seconds."""
     request, model = outcome.request, outcome.model
     tokenizer = request.tokenizer
-    stream = None if tokenizer is None else TextStream(lambda ids: str(tokenizer.decode(ids)), request.ids)
+    stream = None if tokenizer is None else TextStream(tokenizer.decode, request.ids)
     pieces: list[str] = []
     before = len(model.wafer.ledger)
     started = time.perf_counter()

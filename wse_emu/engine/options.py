@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from wse_emu.foundation.arguments import show
 from wse_emu.foundation.errors import SpecError
 from wse_emu.layers.linear import DEFAULT_CHUNK
 
@@ -25,12 +26,12 @@ class EngineOptions:
     """Layers made resident ahead of use; 0 starts no thread."""
 
     def __post_init__(self) -> None:
-        if self.stream_experts not in ("activated", "all"):
-            raise SpecError(f"`stream_experts` must be 'activated' or 'all', got {self.stream_experts!r}")
+        if not isinstance(self.stream_experts, str) or self.stream_experts not in ("activated", "all"):
+            raise SpecError(f"`stream_experts` must be 'activated' or 'all', got {show(self.stream_experts)}")
         if self.chunk is not None and (type(self.chunk) is not int or self.chunk < 2):
-            raise SpecError(f"`chunk` must be an integer >= 2 or None, got {self.chunk!r}")
+            raise SpecError(f"`chunk` must be an integer >= 2 or None, got {show(self.chunk)}")
         if type(self.prefetch_depth) is not int or self.prefetch_depth < 0:
-            raise SpecError(f"`prefetch_depth` must be an integer >= 0, got {self.prefetch_depth!r}")
+            raise SpecError(f"`prefetch_depth` must be an integer >= 0, got {show(self.prefetch_depth)}")
 
     @property
     def piece(self) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 from wse_emu.engine.inference import shape_engine
 from wse_emu.engine.options import CHUNKS, EngineOptions
 from wse_emu.engine.routing_trace import RoutingTrace
+from wse_emu.foundation.arguments import show
 from wse_emu.foundation.errors import InputError, SpecError, SramOverflowError
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.wafer_spec import WSE3, WaferSpec
@@ -180,15 +181,16 @@ def plan_model(
     """
     for name, value, least in (("prompt_tokens", prompt_tokens, 1), ("new_tokens", new_tokens, 0), ("batch", batch, 1)):
         if type(value) is not int or value < least:
-            raise SpecError(f"`{name}` must be an integer >= {least}, got {value!r}")
+            raise SpecError(f"`{name}` must be an integer >= {least}, got {show(value)}")
     if prefill_chunk is not None and (type(prefill_chunk) is not int or prefill_chunk < 1):
-        raise SpecError(f"`prefill_chunk` must be an integer >= 1 or None, got {prefill_chunk!r}")
+        raise SpecError(f"`prefill_chunk` must be an integer >= 1 or None, got {show(prefill_chunk)}")
     for name, n, most in (("rows", rows, wafer_spec.n_rows), ("cols", cols, wafer_spec.n_cols)):
         if n is not None and (type(n) is not int or not 1 <= n <= most):
-            raise SpecError(f"`{name}` must be an integer in 1..{most} or None, got {n!r}")
+            raise SpecError(f"`{name}` must be an integer in 1..{most} or None, got {show(n)}")
     if prompt_tokens + new_tokens > spec.context_length:
         raise InputError(
-            f"{prompt_tokens} tokens of prompt and {new_tokens} new ones are more than the model's {spec.context_length} positions"
+            f"{show(prompt_tokens)} tokens of prompt and {show(new_tokens)} new ones are more than the model's "
+            f"{spec.context_length} positions"
         )
     options = options or EngineOptions()
     work = Workload.of((prompt_tokens,) * batch, new_tokens, prefill_chunk, probe=verify)

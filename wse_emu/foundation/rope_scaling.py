@@ -10,6 +10,8 @@ from wse_emu.foundation.errors import SpecError
 
 RopeKind = Literal["linear", "dynamic", "yarn", "longrope", "llama3"]
 ROPE_KINDS: Final[tuple[str, ...]] = get_args(RopeKind)
+MAX_CONTEXT: Final = 1 << 40
+"""More positions than this are taken for a damaged configuration."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +57,11 @@ class RopeScaling:
             raise SpecError(
                 f"rotary scaling {self.kind}: `original_max_position_embeddings` must be a positive integer, "
                 f"got {self.original_max_position_embeddings!r}"
+            )
+        if self.factor * self.original_max_position_embeddings > MAX_CONTEXT:
+            raise SpecError(
+                f"rotary scaling {self.kind}: `factor` times `original_max_position_embeddings` must be at most {MAX_CONTEXT} positions, "
+                f"got {self.factor!r} and {self.original_max_position_embeddings!r}"
             )
         if self.attention_factor is not None and not 0 < self.attention_factor < math.inf:
             raise SpecError(f"rotary scaling {self.kind}: `attention_factor` must be positive and finite, got {self.attention_factor!r}")

@@ -15,9 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wse_emu.checkpoint import Checkpoint
+from wse_emu.foundation.arguments import check_path
 from wse_emu.foundation.errors import StoreError
 from wse_emu.memoryx.layout import LAYOUT_VERSION, Layout
-from wse_emu.memoryx.mapped import RESIDENT_BYTES, FilePlan, MappedStore, Progress, plan_file, read_header
+from wse_emu.memoryx.mapped import (
+    RESIDENT_BYTES,
+    FilePlan,
+    MappedStore,
+    Progress,
+    check_resident_bytes,
+    plan_file,
+    read_header,
+    seal_now,
+    sealed_ns,
+)
+from wse_kernels._cache import make_private
 
 CACHE_ENV = "WSE_EMU_CACHE_DIR"
 SUFFIX = ".wsew"
@@ -51,7 +63,7 @@ def cache_directory(cache_dir: str | os.PathLike[str] | None = None) -> Path:
         Absolute; it need not exist.
     """
     if cache_dir is not None:
-        root = Path(cache_dir)
+        root = check_path("cache_dir", cache_dir, StoreError)
     elif os.environ.get(CACHE_ENV):
         root = Path(os.environ[CACHE_ENV])
     else:
@@ -82,26 +94,29 @@ def open_store(
     progress : callable, optional
         Called with bytes written and bytes in all, while the file is made; never called if it is there.
     verify : bool
-        Check every tensor of a file that is there, not only its header and size; reads it whole.
+        Check every tensor of a file that is there even if its seal is whole; reads it whole.
     resident_bytes : int
         Mapped pages that may stay in the process behind the layer; see `MappedStore`.
 
     Returns
     -------
     MappedStore
-        Of a file whose header and size were verified at this opening, and every tensor when it was made.
+        Of a file whose header, size and seal were verified at this opening, and every tensor when it was made and whenever it was written
+        to since.
 
     Raises
     ------
     StoreError
-        If the cache directory cannot be made or written, or has too little space; the message names the way out.
+        If the cache directory cannot be made or written, is not the user's own or has too little space; the message names the way out.
     CheckpointError
         If a weight is not finite.
     """
+    check_resident_bytes(resident_bytes)
     folder = cache_directory(cache_dir)
     plan = plan_file(checkpoint.spec, fingerprint=checkpoint.tensors.fingerprint, source=checkpoint.name)
     path = folder / _file_name(checkpoint.name, plan)
-    if os.path.exists(path):
+    _check_private(folder)
+    if os.path.lexists(path):
         # What is damaged is made again.
         with contextlib.suppress(StoreError):
             return _open_checked(path, plan, checkpoint, verify, resident_bytes)
@@ -111,13 +126,20 @@ def open_store(
 
 def _open_checked(path: Path, plan: FilePlan, checkpoint: Checkpoint, verify: bool, resident_bytes: int) -> MappedStore:
     store = MappedStore(path, plan, checkpoint.spec, checkpoint.name, resident_bytes=resident_bytes)
-    if verify:
+    if verify or not store.is_sealed:
         try:
-            store.check()
+            store.seal()
         except BaseException:
             store.close()
             raise
     return store
+
+
+def _check_private(folder: Path) -> None:
+    """Refuse a directory that somebody else may write; one that is not there is made, or refused by whoever makes files in it."""
+    if os.path.lexists(folder) and not make_private(folder):
+        rule = "must be a directory (no link) that belongs to you and that nobody else may write (mode 700)"
+        raise StoreError(f"{folder}: {rule}, for others could change weights there; {_WAY_OUT}")
 
 
 def _file_name(name: str, plan: FilePlan) -> str:
@@ -134,6 +156,7 @@ def _build(checkpoint: Checkpoint, plan: FilePlan, path: Path, progress: Progres
     part = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{_PART}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _check_private(path.parent)
         _remove_stale(path.parent)
         free = shutil.disk_usage(path.parent).free
         if free < plan.file_bytes:
@@ -158,7 +181,7 @@ def _write(checkpoint: Checkpoint, plan: FilePlan, part: Path, progress: Progres
     total = sum(p.nbytes for p in plan.placed)
     checksums: list[int] = []
     done = 0
-    with open(part, "xb") as f:
+    with open(part, "xb", opener=_private) as f:
         for placed in plan.placed:
             f.seek(placed.offset)
             crc = 0
@@ -171,10 +194,16 @@ def _write(checkpoint: Checkpoint, plan: FilePlan, part: Path, progress: Progres
                     progress(done, total)
             checksums.append(crc)
         f.truncate(plan.file_bytes)
+        seal = seal_now()
         f.seek(0)
-        f.write(plan.header(checksums))
+        f.write(plan.header(checksums, seal))
         f.flush()
         os.fsync(f.fileno())
+    os.utime(part, ns=(time.time_ns(), sealed_ns(seal)))
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _remove_stale(folder: Path) -> None:
@@ -223,7 +252,7 @@ def _source_of(path: Path) -> str:
         return "unfinished"
     try:
         with open(path, "rb") as f:
-            return str(read_header(f, path).get("source"))
+            return str(read_header(f, path)[0].get("source"))
     except OSError:
         return "damaged"
 

@@ -19,7 +19,7 @@ from wse_emu.foundation.errors import CheckpointError, StoreError
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.weights import TILE_COLS, WeightShape, all_weights
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """Changes whenever the bytes of a layout file would change for the same checkpoint."""
 
 _EMBED_CHUNK_ELEMENTS = 1 << 20
@@ -136,24 +136,15 @@ class Layout:
         if len(weight.shape) == 1:
             values = self._rows(self._published[weight.name], 0, weight.shape[0])
             yield np.ascontiguousarray(values.reshape(2, -1).T).reshape(-1) if kind in ("q_norm", "k_norm") else values
-            used = [weight.name]
         elif kind == "embed":
             yield from self._embed()
-            used = [weight.name]
         elif kind == "w_qkv":
             yield from _tiles(self._qkv_columns(prefix), weight.shape[0], weight.shape[1])
-            used = [prefix + n for n in ("w_q", "w_k", "w_v")]
         elif kind == "w_gate_up":
             yield from _tiles(self._gate_up_columns(prefix), weight.shape[0], weight.shape[1])
-            used = [prefix + n for n in ("w_gate", "w_up")]
         else:
             order = context_order(self._spec) if kind == "w_o" else None
             yield from _tiles(self._plain_columns(weight.name, order), weight.shape[0], weight.shape[1])
-            used = [weight.name]
-        for name in used:
-            self._tensors.release(self._published[name].name)
-            if self._brings_own_head(name):
-                self._tensors.release(LM_HEAD)
 
     def _brings_own_head(self, role: str) -> bool:
         return role == "lm_head" and self._spec.tie_word_embeddings and LM_HEAD in self._tensors.names()

@@ -1,8 +1,9 @@
 """The layout file: one checkpoint in the wafer layout, checksummed, and the store that maps it.
 
-File: magic (8 bytes), length of the JSON header (8, little-endian), CRC-32 of the header (4), zeros (4), JSON header, zeros up to
+File: magic (8 bytes), length of the JSON header (8, little-endian), CRC-32 of the header (4), seal (4), JSON header, zeros up to
 ``data_start``; then every tensor at an offset that is a multiple of 4,096, float32 little-endian. The header lists name, shape, offset and
-CRC-32 of each tensor.
+CRC-32 of each tensor. The seal is the file's own modification time, set when it was finished (in units of `SEAL_SECONDS`): a file that was
+written to afterwards has another one, and every checksum is verified before it is used.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import os
 import stat
 import sys
 import threading
+import time
+import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -24,17 +27,21 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from wse_emu.foundation.arguments import show
 from wse_emu.foundation.errors import StoreError
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.weights import WeightShape, all_weights
 from wse_emu.memoryx.layout import LAYOUT_VERSION
 from wse_emu.memoryx.store import Tensors
 
-MAGIC = b"WSEMEMX1"
+MAGIC = b"WSEMEMX2"
 ALIGN = 4096
 _PREFIX = 24
 _MAX_HEADER_BYTES = 256 << 20
 _CHECK_BYTES = 16 << 20
+SEAL_SECONDS = 2
+"""Unit of the seal: a time that every file system can hold."""
+_OPEN = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
@@ -66,10 +73,10 @@ class FilePlan:
     file_bytes: int
     spec_json: str
 
-    def header(self, checksums: Sequence[int]) -> bytes:
-        """First ``data_start`` bytes of the file; their length does not depend on the checksums."""
+    def header(self, checksums: Sequence[int], seal: int) -> bytes:
+        """First ``data_start`` bytes of the file; their length depends neither on the checksums nor on the seal."""
         body = self._json(checksums)
-        prefix = MAGIC + len(body).to_bytes(8, "little") + zlib.crc32(body).to_bytes(4, "little") + bytes(4)
+        prefix = MAGIC + len(body).to_bytes(8, "little") + zlib.crc32(body).to_bytes(4, "little") + seal.to_bytes(4, "little")
         return (prefix + body).ljust(self.data_start, b"\0")
 
     def _json(self, checksums: Sequence[int]) -> bytes:
@@ -101,8 +108,18 @@ def plan_file(spec: ModelSpec, *, fingerprint: str, source: str) -> FilePlan:
     return FilePlan(fingerprint, source, tuple(Placed(p.weight, p.offset + start) for p in relative), start, at + start, spec_json)
 
 
-def read_header(f: BinaryIO, path: Path) -> dict[str, Any]:
-    """JSON header of a layout file, its checksum verified."""
+def seal_now() -> int:
+    """Seal for a file that is finished now."""
+    return int(time.time()) // SEAL_SECONDS
+
+
+def sealed_ns(seal: int) -> int:
+    """Modification time that a file with this seal has, in nanoseconds since the epoch."""
+    return seal * SEAL_SECONDS * 1_000_000_000
+
+
+def read_header(f: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
+    """JSON header of a layout file, its checksum verified, and the seal."""
     prefix = f.read(_PREFIX)
     if len(prefix) < _PREFIX or prefix[:8] != MAGIC:
         raise StoreError(f"{path}: not a layout file")
@@ -114,11 +131,11 @@ def read_header(f: BinaryIO, path: Path) -> dict[str, Any]:
         raise StoreError(f"{path}: the header's checksum does not match; the file is damaged")
     try:
         header = json.loads(body)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise StoreError(f"{path}: the header is not JSON: {e}") from e
     if not isinstance(header, dict):
         raise StoreError(f"{path}: the header is not an object")
-    return header
+    return header, int.from_bytes(prefix[20:24], "little")
 
 
 def ranges(placed: Sequence[Placed]) -> Iterator[tuple[int, int]]:
@@ -141,8 +158,19 @@ RESIDENT_BYTES = 1 << 30
 """Mapped pages that a store leaves in the process by default."""
 
 
+def check_resident_bytes(resident_bytes: int) -> None:
+    """Raise `StoreError` unless it is a number of bytes."""
+    if type(resident_bytes) is not int or resident_bytes < 0:
+        raise StoreError(f"`resident_bytes` must be an integer >= 0, got {show(resident_bytes)}")
+
+
 class MappedStore:
     """Weights in a layout file, mapped: resident only where they were touched, forgotten behind the layer.
+
+    The file is held open, so that it may be removed or replaced meanwhile. One that was written to or cut since it was opened is noticed
+    whenever a tensor is asked for and when it is let go of, and refused. What this cannot catch is a cut at the very moment at which a
+    kernel reads: the system then ends the process (SIGBUS). Only this user can do that, and nothing here does: files are made aside and
+    renamed.
 
     Parameters
     ----------
@@ -161,31 +189,35 @@ class MappedStore:
     Raises
     ------
     StoreError
-        If the file cannot be read, is damaged (header checksum, sizes) or holds another model.
+        If the file cannot be read, is damaged (header checksum, sizes), no regular file or a link, or holds another model; later, if it was
+        written to while it was open.
     """
 
     def __init__(self, path: Path, plan: FilePlan, spec: ModelSpec, name: str, *, resident_bytes: int = RESIDENT_BYTES) -> None:
-        if type(resident_bytes) is not int or resident_bytes < 0:
-            raise StoreError(f"`resident_bytes` must be an integer >= 0, got {resident_bytes!r}")
+        check_resident_bytes(resident_bytes)
         if sys.byteorder != "little":
             raise StoreError(f"{path}: layout files are little-endian, this machine is not")
         self.spec = spec
         self.name = name
         self.path = path
         try:
-            with open(path, "rb") as f:
-                info = os.fstat(f.fileno())
-                if not stat.S_ISREG(info.st_mode):
-                    raise StoreError(f"{path}: not a regular file")
-                header = read_header(f, path)
-                self._checksums = _matching_checksums(header, plan, path)
-                if info.st_size != plan.file_bytes:
-                    raise StoreError(f"{path}: {info.st_size} bytes, must have {plan.file_bytes}; the file is damaged")
-                self._map = mmap.mmap(f.fileno(), plan.file_bytes, access=mmap.ACCESS_READ)
+            self._fd = os.open(path, _OPEN)
+            self._close_file = weakref.finalize(self, os.close, self._fd)
+            info = os.fstat(self._fd)
+            if not stat.S_ISREG(info.st_mode):
+                raise StoreError(f"{path}: not a regular file")
+            with open(self._fd, "rb", closefd=False) as f:
+                header, seal = read_header(f, path)
+            self._checksums = _matching_checksums(header, plan, path)
+            if info.st_size != plan.file_bytes:
+                raise StoreError(f"{path}: {info.st_size} bytes, must have {plan.file_bytes}; the file is damaged")
+            self._map = mmap.mmap(self._fd, plan.file_bytes, access=mmap.ACCESS_READ)
         except StoreError:
             raise
-        except OSError as e:
-            raise StoreError(f"{path}: cannot be read: {os.strerror(e.errno) if e.errno else e}") from e
+        except (OSError, ValueError) as e:  # a ValueError if the file became shorter meanwhile
+            raise StoreError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
+        self._sealed_ns = sealed_ns(seal)
+        self._as_opened = info.st_size, info.st_mtime_ns
         self._placed = {p.weight.name: p for p in plan.placed}
         self._resident_bytes = resident_bytes
         self._idle: OrderedDict[str, int] = OrderedDict()
@@ -194,20 +226,53 @@ class MappedStore:
         self._bytes: NDArray[np.uint8] | None = np.frombuffer(self._map, dtype=np.uint8)
         self._tensors = Tensors(name, spec, self._view)
 
+    @property
+    def is_sealed(self) -> bool:
+        """Whether nobody wrote to the file since it was finished, as far as its modification time tells."""
+        return self._as_opened[1] == self._sealed_ns
+
+    def seal(self) -> None:
+        """Verify every checksum, then seal the file again, where its times may be set.
+
+        Raises
+        ------
+        StoreError
+            As `check`.
+        """
+        self.check()
+        self._check_untouched()
+        with contextlib.suppress(OSError):
+            os.utime(self._fd, ns=(time.time_ns(), self._sealed_ns))
+            self._as_opened = self._as_opened[0], os.fstat(self._fd).st_mtime_ns
+
+    def _check_untouched(self, *, size_only: bool = False) -> None:
+        """Raise unless the file has the size and the modification time that it had when it was opened."""
+        if not self._close_file.alive:
+            return
+        info = os.fstat(self._fd)
+        if info.st_size != self._as_opened[0] or (info.st_mtime_ns != self._as_opened[1] and not size_only):
+            way_out = "open the model again: the file is then verified, or made anew"
+            raise StoreError(f"{self.path}: was written to while it was in use; {way_out}")
+
     def _view(self, weight: WeightShape) -> NDArray[np.float32]:
         return np.frombuffer(self._map, dtype=np.float32, count=weight.size, offset=self._placed[weight.name].offset)
 
     def vector(self, name: str) -> NDArray[np.float32]:
         """Norm weight (n,), read-only."""
+        self._check_untouched()
         return self._tensors.vector(name)
 
     def tiles(self, name: str) -> NDArray[np.float32]:
         """Flat tiled matrix (n_in * n_out,), read-only."""
+        self._check_untouched()
         return self._tensors.tiles(name)
 
     def embed(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Rows of the embedding, a new array (t, hidden)."""
-        return self._tensors.embed(ids)
+        self._check_untouched()
+        rows = self._tensors.embed(ids)
+        self._check_untouched()
+        return rows
 
     def prepare(self, names: Sequence[str]) -> None:
         """Have the system read the tensors' pages ahead, unless they are mapped still.
@@ -218,6 +283,7 @@ class MappedStore:
         self._tensors.check_names(names)
         if self._bytes is None:
             return
+        self._check_untouched()
         with self._lock:
             new = [n for n in names if self._idle.pop(n, None) is None]
         if hasattr(mmap, "MADV_WILLNEED"):
@@ -227,9 +293,10 @@ class MappedStore:
     def drop(self, names: Sequence[str]) -> None:
         """Let go of the tensors: of all that were let go of, the least recently used leave this process beyond `resident_bytes`.
 
-        What leaves stays in the system's file cache while it has room.
+        What leaves stays in the system's file cache while it has room. Raises `StoreError` if what was used may have been written to.
         """
         self._tensors.check_names(names)
+        self._check_untouched()
         if self._bytes is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
         with self._lock:
@@ -265,6 +332,7 @@ class MappedStore:
         for name, placed in self._placed.items():
             crc = 0
             for begin in range(placed.offset, placed.offset + placed.nbytes, _CHECK_BYTES):
+                self._check_untouched(size_only=True)  # a page beyond the end of a file kills whoever touches it
                 end = min(begin + _CHECK_BYTES, placed.offset + placed.nbytes)
                 crc = zlib.crc32(data[begin:end].data, crc)
                 done += end - begin
@@ -280,6 +348,7 @@ class MappedStore:
         """Let go of the file; the map goes with the last array that was handed out."""
         self._tensors.clear()
         self._bytes = None
+        self._close_file()
         with contextlib.suppress(BufferError):
             self._map.close()
 

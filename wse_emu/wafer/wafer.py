@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from wse_emu.foundation.arguments import show
 from wse_emu.foundation.errors import KernelError, PlacementError, RouteError, SpecError
 from wse_emu.foundation.wafer_spec import WSE3, WaferSpec
 from wse_emu.wafer import costs
@@ -56,15 +57,17 @@ class Wafer:
     """
 
     def __init__(self, spec: WaferSpec = WSE3, *, rows: int | None = None, cols: int | None = None, executor: Executor = "batched") -> None:
+        if not isinstance(spec, WaferSpec):
+            raise SpecError(f"`spec` must be a WaferSpec (WSE3, or dataclasses.replace(WSE3, ...)), got {show(spec)}")
         rows = spec.usable_rows if rows is None else rows
         cols = spec.usable_cols if cols is None else cols
         for name, value, most in (("rows", rows, spec.n_rows), ("cols", cols, spec.n_cols)):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= most:
                 raise SpecError(
-                    f"`{name}` must be an integer in 1..{most} ({spec.name} has {spec.n_rows} x {spec.n_cols} cores), got {value!r}"
+                    f"`{name}` must be an integer in 1..{most} ({spec.name} has {spec.n_rows} x {spec.n_cols} cores), got {show(value)}"
                 )
-        if executor not in EXECUTORS:
-            raise SpecError(f"`executor` must be one of {', '.join(EXECUTORS)}, got {executor!r}")
+        if not isinstance(executor, str) or executor not in EXECUTORS:
+            raise SpecError(f"`executor` must be one of {', '.join(EXECUTORS)}, got {show(executor)}")
         self.spec = spec
         self.rows = int(rows)
         self.cols = int(cols)
