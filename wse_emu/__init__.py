@@ -16,8 +16,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from wse_emu.foundation.errors import (
+        BusyError,
         CheckpointError,
         ConfigError,
+        ForkError,
         InputError,
         KernelError,
         PlacementError,
@@ -40,8 +42,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "wse_emu.foundation.errors": (
-        "CheckpointError", "ConfigError", "InputError", "KernelError", "PlacementError", "RouteError", "SaveError", "SpecError",
-        "SramOverflowError", "SramStateError", "StoreError", "TraceError", "UninitializedReadError", "WseError",
+        "BusyError", "CheckpointError", "ConfigError", "ForkError", "InputError", "KernelError", "PlacementError", "RouteError",
+        "SaveError", "SpecError", "SramOverflowError", "SramStateError", "StoreError", "TraceError", "UninitializedReadError", "WseError",
     ),
     "wse_emu.foundation.model_spec": ("ModelSpec",),
     "wse_emu.foundation.wafer_spec": ("TINY", "WSE2", "WSE3", "WaferSpec"),
@@ -56,8 +58,10 @@ __all__ = [
     "TINY",
     "WSE2",
     "WSE3",
+    "BusyError",
     "CheckpointError",
     "ConfigError",
+    "ForkError",
     "InputError",
     "KernelError",
     "ModelOutput",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from wse_emu.foundation.wafer_spec import WSE3
 from wse_emu.layers.kv_cache import KVCache, Sequences
 from wse_emu.memoryx import RESIDENT_BYTES, ArrayStore, ShapeStore, WeightStore, open_store
 from wse_emu.sampling import Sampler
+from wse_emu.wafer.turn import Turn
 from wse_emu.wafer.wafer import Wafer
 
 Ints = NDArray[np.int64]
@@ -167,6 +167,8 @@ class WaferModel:
         """(n_layers, n_sequences, n_rows) tokens in the key/value cache at the end of the last call, by row of cores."""
         self.recorded_from = 0
         """Index of the last call's first event in the wafer's ledger."""
+        self.turn = Turn()
+        """One thread at a time runs the model; the others wait."""
         self._chosen_grid = wafer is None
         self._wafer = wafer
         self._engine: Engine | None = None
@@ -181,10 +183,11 @@ class WaferModel:
     @property
     def wafer(self) -> Wafer:
         """The wafer; if none was given and none chosen yet, the smallest square grid for 512 tokens (or the model's positions)."""
-        if self._wafer is None:
-            self._choose_grid(Workload.of((min(_DEFAULT_TOKENS, self.spec.context_length),), 0, self.prefill_chunk))
-        assert self._wafer is not None
-        return self._wafer
+        with self.turn.lock:
+            if self._wafer is None:
+                self._choose_grid(Workload.of((min(_DEFAULT_TOKENS, self.spec.context_length),), 0, self.prefill_chunk))
+            assert self._wafer is not None
+            return self._wafer
 
     def close(self) -> None:
         """Let go of the weights."""
@@ -223,7 +226,7 @@ class WaferModel:
         check_flag("output_hidden_states", output_hidden_states, InputError)
         check_flag("output_router_logits", output_router_logits, InputError)
         prompts = _Prompts.read(input_ids, attention_mask, self.spec)
-        with _Session(self, prompts.lengths, 0, routing) as session:
+        with _session(self, "a model", prompts.lengths, 0, routing) as session:
             result, order = session.prefill(prompts, every=True, hidden_states=output_hidden_states, router_logits=output_router_logits)
         spread = prompts.spread
         return ModelOutput(
@@ -281,7 +284,7 @@ class WaferModel:
         alive = list(range(batch))
         fill = self.spec.pad_token_id if self.spec.pad_token_id is not None else (self.spec.eos_token_ids or (0,))[0]
         columns: list[Ints] = []
-        with _Session(self, prompts.lengths, int(max_new_tokens), routing) as session:
+        with _session(self, "`generate`", prompts.lengths, int(max_new_tokens), routing) as session:
             result, _ = session.prefill(prompts, every=False)
             for step in range(int(max_new_tokens)):
                 if self.wafer.is_dry:
@@ -341,7 +344,7 @@ class WaferModel:
         prompts = _Prompts.read(input_ids, attention_mask, self.spec)
         if self._wafer is not None and self._wafer.is_dry:
             raise InputError("the `dry` executor computes no values to record; use another executor")
-        with _Session(self, prompts.lengths, 0, None, probe=True) as session:
+        with _session(self, "`record`", prompts.lengths, 0, None, probe=True) as session:
             result, _ = session.prefill(prompts, every=True, taps=True)
         assert result.taps is not None
         return result.taps
@@ -484,40 +487,34 @@ class _Prompts:
         return _Prompts(ids.astype(np.int64), mask, batched)
 
 
+@contextmanager
+def _session(
+    model: WaferModel, name: str, lengths: tuple[int, ...], new_tokens: int, routing: RoutingTrace | Sequence[RoutingTrace] | None,
+    *, probe: bool = False,
+) -> Iterator[_Session]:  # fmt: skip
+    """One call of a model, alone on its wafer; whatever ends it, what it placed there is gone afterwards."""
+    if routing is not None and not (model._wafer is not None and model._wafer.is_dry):
+        raise InputError("`routing` is replayed by the `dry` executor only; every other one computes its own decisions")
+    if routing is not None and not isinstance(routing, RoutingTrace):
+        if not isinstance(routing, Sequence) or not all(isinstance(trace, RoutingTrace) for trace in routing):
+            raise TraceError(f"`routing` must be a RoutingTrace or a sequence of them, got {show(routing)}")
+    traces = [routing] if isinstance(routing, RoutingTrace) else routing
+    with model.turn.program(name):
+        engine = model._engine_for(Workload.of(lengths, new_tokens, model.prefill_chunk, probe=probe))
+        with engine.wafer.turn.program(name), engine.wafer.all_or_nothing():
+            model.recorded_routing, model.recorded_kv, model.recorded_from = [], None, len(engine.wafer.ledger)
+            cache = engine.new_cache([n + new_tokens for n in lengths])
+            with engine.streaming():
+                yield _Session(model, engine, cache, traces)
+            model.recorded_kv = cache.tokens_by_row
+            cache.free()
+
+
 class _Session:
-    """One call of a model: its cache on the wafer, and the forward passes on it."""
+    """The forward passes of one call, and its cache on the wafer."""
 
-    def __init__(
-        self, model: WaferModel, lengths: tuple[int, ...], new_tokens: int, routing: RoutingTrace | Sequence[RoutingTrace] | None,
-        *, probe: bool = False,
-    ) -> None:  # fmt: skip
-        if routing is not None and not (model._wafer is not None and model._wafer.is_dry):
-            raise InputError("`routing` is replayed by the `dry` executor only; every other one computes its own decisions")
-        if routing is not None and not isinstance(routing, RoutingTrace):
-            if not isinstance(routing, Sequence) or not all(isinstance(trace, RoutingTrace) for trace in routing):
-                raise TraceError(f"`routing` must be a RoutingTrace or a sequence of them, got {show(routing)}")
-        self._model = model
-        self._engine = model._engine_for(Workload.of(lengths, new_tokens, model.prefill_chunk, probe=probe))
-        self._capacity = [n + new_tokens for n in lengths]
-        self._traces = [routing] if isinstance(routing, RoutingTrace) else routing
-        self._cache: KVCache | None = None
-        self._held = ExitStack()
-
-    def __enter__(self) -> _Session:
-        self._model.recorded_routing, self._model.recorded_kv = [], None
-        self._model.recorded_from = len(self._model.wafer.ledger)
-        with ExitStack() as stack:
-            stack.enter_context(self._engine.wafer.all_or_nothing())
-            self._cache = self._engine.new_cache(self._capacity)
-            stack.callback(self._cache.free)
-            stack.enter_context(self._engine.streaming())
-            self._held = stack.pop_all()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        assert self._cache is not None
-        self._model.recorded_kv = self._cache.tokens_by_row
-        self._held.__exit__(kind, error, trace)
+    def __init__(self, model: WaferModel, engine: Engine, cache: KVCache, traces: Sequence[RoutingTrace] | None) -> None:
+        self._model, self._engine, self._cache, self._traces = model, engine, cache, traces
 
     def prefill(
         self, prompts: _Prompts, *, every: bool, hidden_states: bool = False, router_logits: bool = False, taps: bool = False
@@ -558,7 +555,6 @@ class _Session:
 
     def decode(self, slots: list[int], tokens: Ints) -> ForwardResult:
         """One more token for each of the sequences `slots`."""
-        assert self._cache is not None
         start = self._cache.lengths[slots].tolist()
         sequences = sequences_of(slots, [1] * len(slots), start)
         return self._forward(np.asarray(tokens, np.int64), sequences, np.arange(len(slots)), phase="decode")
@@ -567,7 +563,6 @@ class _Session:
         self, tokens: Ints, sequences: Sequences, wanted: Ints, *, hidden_states: bool = False, router_logits: bool = False,
         taps: bool = False, phase: Phase = "prompt",
     ) -> ForwardResult:  # fmt: skip
-        assert self._cache is not None
         model, spec = self._model, self._model.spec
         trace = None
         if model.wafer.is_dry and spec.is_moe:

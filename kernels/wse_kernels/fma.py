@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +25,14 @@ _UNPACK_I64 = struct.Struct("<q").unpack
 # From the middle between the largest float32 and 2**128 on, rounding to nearest even gives infinity.
 _OVERFLOW = 2.0**128 - 2.0**103
 
-_n_calls = 0
+
+class _Calls(threading.local):
+    """Calls of this thread."""
+
+    n = 0
+
+
+_calls = _Calls()
 
 
 def fma(a: np.float32, b: np.float32, c: np.float32) -> np.float32:
@@ -50,8 +58,7 @@ def fma(a: np.float32, b: np.float32, c: np.float32) -> np.float32:
     Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums: proved algorithms using rounding to odd", 2008: float64 holds the
     product of two float32 exactly; the sum rounded to odd in float64 keeps what the second rounding, to float32, needs.
     """
-    global _n_calls
-    _n_calls += 1
+    _calls.n += 1
     return fma_uncounted(a, b, c)
 
 
@@ -78,21 +85,21 @@ class FmaCount:
     """How many times the plain-Python `fma` was called inside a `count_fma` block."""
 
     def __init__(self) -> None:
-        self._start = _n_calls
+        self._start = _calls.n
         self._stop: int | None = None
 
     @property
     def n(self) -> int:
         """Calls so far; fixed when the block ends."""
-        return (_n_calls if self._stop is None else self._stop) - self._start
+        return (_calls.n if self._stop is None else self._stop) - self._start
 
     def _close(self) -> None:
-        self._stop = _n_calls
+        self._stop = _calls.n
 
 
 @contextmanager
 def count_fma() -> Iterator[FmaCount]:
-    """Count the calls of the plain-Python `fma` in this process: the multiply-adds that an interpreted kernel really did.
+    """Count the calls of the plain-Python `fma` in this thread: the multiply-adds that an interpreted kernel really did.
 
     Compiled calls are not seen. Blocks may nest.
 

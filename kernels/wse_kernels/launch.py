@@ -7,7 +7,6 @@ stops1]`` with mode 0 whole, 1 indexed by row, 2 by column; a block starts at ``
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -39,7 +38,9 @@ def locate(table: NDArray[np.int64], row: int, col: int) -> tuple[int, int, int]
     return table[0] * j0 + i0 * (j1 - j0), i1 - i0, j1 - j0
 
 
-@cache
+_drivers: dict[tuple[Callable[..., None], str, bool], Driver] = {}
+
+
 def make_driver(body: Callable[..., None], kinds: str, *, takes_core: bool) -> Driver:
     """Compile-on-first-use driver that runs `body` once for every listed row and column of cores.
 
@@ -59,6 +60,12 @@ def make_driver(body: Callable[..., None], kinds: str, *, takes_core: bool) -> D
         ``driver(units, rows, cols, n_rows, n_cols, *args)`` with a flat buffer and a table for each array, a ``(n_tasks, ...)`` array for
         scratch, and scalars as they are.
     """
+    known = _drivers.get((body, kinds, takes_core))
+    # Of two threads that make the same driver at once, both get the first one's.
+    return known or _drivers.setdefault((body, kinds, takes_core), _make_driver(body, kinds, takes_core))
+
+
+def _make_driver(body: Callable[..., None], kinds: str, takes_core: bool) -> Driver:
     params: list[str] = []
     before: list[str] = []
     values: list[str] = ["Core(row, col, n_rows, n_cols)"] if takes_core else []

@@ -28,6 +28,8 @@ CODES = {
     errors.RouteError: Exit.INTERNAL,
     errors.KernelError: Exit.INTERNAL,
     errors.TraceError: Exit.USAGE,
+    errors.BusyError: Exit.INTERNAL,
+    errors.ForkError: Exit.INTERNAL,
     KeyboardInterrupt: Exit.INTERRUPTED,
     BrokenPipeError: Exit.BROKEN_PIPE,
     PermissionError: Exit.CHECKPOINT,

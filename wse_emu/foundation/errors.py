@@ -52,6 +52,14 @@ class SramStateError(WseError, RuntimeError):
     """A block is freed twice, used after it was freed, or left on the wafer at the end of a run."""
 
 
+class BusyError(WseError, RuntimeError):
+    """A run was started on a wafer by a callback of a run that is not finished."""
+
+
+class ForkError(WseError, RuntimeError):
+    """A forked child asked for what a thread of its parent was in the middle of."""
+
+
 class UninitializedReadError(WseError, RuntimeError):
     """A core read SRAM that neither a kernel nor the fabric has written."""
 

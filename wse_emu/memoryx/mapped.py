@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from wse_emu.foundation.arguments import show
 from wse_emu.foundation.errors import StoreError
+from wse_emu.foundation.forks import note_forks
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.weights import WeightShape, all_weights
 from wse_emu.memoryx.layout import LAYOUT_VERSION
@@ -222,7 +223,8 @@ class MappedStore:
         self._resident_bytes = resident_bytes
         self._idle: OrderedDict[str, int] = OrderedDict()
         """Bytes of the tensors that were used and not forgotten yet, least recently used first."""
-        self._lock = threading.Lock()
+        self.after_fork()
+        note_forks(self)
         self._bytes: NDArray[np.uint8] | None = np.frombuffer(self._map, dtype=np.uint8)
         self._tensors = Tensors(name, spec, self._view)
 
@@ -253,6 +255,10 @@ class MappedStore:
         if info.st_size != self._as_opened[0] or (info.st_mtime_ns != self._as_opened[1] and not size_only):
             way_out = "open the model again: the file is then verified, or made anew"
             raise StoreError(f"{self.path}: was written to while it was in use; {way_out}")
+
+    def after_fork(self) -> None:
+        """Begin with a free lock: no thread that may have held it came along, and what it guards is whole at any moment."""
+        self._lock = threading.Lock()
 
     def _view(self, weight: WeightShape) -> NDArray[np.float32]:
         return np.frombuffer(self._map, dtype=np.float32, count=weight.size, offset=self._placed[weight.name].offset)

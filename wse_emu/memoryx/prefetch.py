@@ -69,7 +69,7 @@ class LayerStream:
     def schedule(self, names: Sequence[str]) -> bool:
         """Ask for a group in the background; False if `depth` groups are pending already (it is then prepared when it is used)."""
         key = tuple(names)
-        if not key or key in self._pending or self._thread is None or len(self._pending) >= self._depth:
+        if not key or key in self._pending or not self._prefetching or len(self._pending) >= self._depth:
             return False
         future: Future[None] = Future()
         self._pending[key] = future
@@ -96,10 +96,8 @@ class LayerStream:
             raise StoreError(f"{self._store.name}: a LayerStream is used inside `with`")
         key = tuple(names)
         future = self._pending.pop(key, None)
-        if future is None:
+        if future is None or not self._wait(future):
             self._store.prepare(key)
-        else:
-            self._wait(future)
         self.schedule(then)
         try:
             yield
@@ -107,13 +105,19 @@ class LayerStream:
             again = {n for group in self._pending for n in group}
             self._store.drop([n for n in key if n not in again])
 
-    def _wait(self, future: Future[None]) -> None:
+    @property
+    def _prefetching(self) -> bool:
+        """Whether there is a thread: a forked child has the stream, but not its thread, and prepares every group when it is used."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def _wait(self, future: Future[None]) -> bool:
+        """Wait until the thread has prepared a group; False if there is no thread that could."""
         while not future.done():
-            # A forked child has the stream but not its thread.
-            if self._thread is None or not self._thread.is_alive():
-                raise StoreError(f"{self._store.name}: the prefetch thread is gone (after a fork?); use depth=0 there")
+            if not self._prefetching:
+                return False
             wait([future], timeout=1.0)
         future.result()
+        return True
 
 
 def _prepare_jobs(store: WeightStore, jobs: SimpleQueue[_Job | None]) -> None:

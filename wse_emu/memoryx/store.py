@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from wse_emu.checkpoint import Checkpoint
 from wse_emu.foundation.errors import InputError, StoreError
+from wse_emu.foundation.forks import note_forks
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.weights import WeightShape, all_weights
 from wse_emu.memoryx.layout import Layout
@@ -64,6 +65,11 @@ class Tensors:
         self._weights = {w.name: w for w in all_weights(spec)}
         self._make: Callable[[WeightShape], NDArray[np.float32]] | None = make
         self._made: dict[str, NDArray[np.float32]] = {}
+        self.after_fork()
+        note_forks(self)
+
+    def after_fork(self) -> None:
+        """Begin with a free lock: no thread that may have held it came along, and what it guards is whole at any moment."""
         self._lock = threading.Lock()
 
     def vector(self, name: str) -> NDArray[np.float32]:

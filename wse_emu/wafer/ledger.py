@@ -113,12 +113,21 @@ class Ledger:
     @contextmanager
     def scope(self, stage: str, layer: int | None = None) -> Iterator[None]:
         """Attribute the events recorded inside the block to `stage` of `layer`."""
-        before = (self._layer, self._stage)
+        before = self.current_scope
         try:
-            self._layer, self._stage = layer, stage
+            self.current_scope = layer, stage
             yield
         finally:
-            self._layer, self._stage = before
+            self.current_scope = before
+
+    @property
+    def current_scope(self) -> tuple[int | None, str]:
+        """Layer and stage of the events that are recorded now."""
+        return self._layer, self._stage
+
+    @current_scope.setter
+    def current_scope(self, scope: tuple[int | None, str]) -> None:
+        self._layer, self._stage = scope
 
     @contextmanager
     def forward_pass(self, phase: str, tokens: Sequence[NewTokens]) -> Iterator[None]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from wse_emu.foundation.errors import SramOverflowError, SramStateError
 from wse_emu.foundation.wafer_spec import WaferSpec
+from wse_emu.wafer.turn import Turn, in_turn
 
 Ints = NDArray[np.int64]
 
@@ -114,9 +115,12 @@ class SramTracker:
         Gives the capacity and the code that lies on every core.
     n_rows, n_cols : int
         The grid.
+    turn : Turn, optional
+        The wafer's: one thread at a time changes the account, and while a kernel's code lies there nobody else does.
     """
 
-    def __init__(self, spec: WaferSpec, n_rows: int, n_cols: int) -> None:
+    def __init__(self, spec: WaferSpec, n_rows: int, n_cols: int, turn: Turn | None = None) -> None:
+        self.turn = turn or Turn()
         self.capacity = spec.sram_bytes_per_core
         self._rows = _Classes(n_rows)
         self._cols = _Classes(n_cols)
@@ -147,6 +151,7 @@ class SramTracker:
         """Names of the tensors on the wafer, in order of allocation."""
         return tuple(entry[0] for entry in self._live.values())
 
+    @in_turn
     def allocate(self, name: str, row_factor: Ints, col_factor: Ints, itemsize: int) -> Reservation:
         """Reserve ``itemsize * row_factor[r] * col_factor[c]`` bytes on every core (r, c), rounded up to whole 4-byte words.
 
@@ -167,6 +172,7 @@ class SramTracker:
         self._note(peak)
         return reservation
 
+    @in_turn
     def free(self, reservation: Reservation) -> None:
         """Give a tensor's bytes back.
 
@@ -194,17 +200,18 @@ class SramTracker:
     @contextmanager
     def code(self, name: str, code_bytes: int) -> Iterator[None]:
         """Hold a kernel's code beside the base code while it runs."""
-        before = self._kernel_code
-        self._kernel_code = code_bytes
-        try:
-            peak = self._peak_now()
-            if peak + self._base_code + code_bytes > self.capacity:
-                self._kernel_code = 0  # the map shows what lies there without the code that is asked for
-                self._refuse(f"code of {name}", self._used + code_bytes, np.full_like(self._used, code_bytes))
-            self._note(peak)
-            yield
-        finally:
-            self._kernel_code = before
+        with self.turn.lock:
+            before = self._kernel_code
+            self._kernel_code = code_bytes
+            try:
+                peak = self._peak_now()
+                if peak + self._base_code + code_bytes > self.capacity:
+                    self._kernel_code = 0  # the map shows what lies there without the code that is asked for
+                    self._refuse(f"code of {name}", self._used + code_bytes, np.full_like(self._used, code_bytes))
+                self._note(peak)
+                yield
+            finally:
+                self._kernel_code = before
 
     def mark(self) -> SramMark:
         """What lies on the wafer now, for `back_to`."""

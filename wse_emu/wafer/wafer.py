@@ -19,6 +19,7 @@ from wse_emu.wafer.ledger import Event, Ledger
 from wse_emu.wafer.placement import GridAxis, Ints, Placement, Split, placed
 from wse_emu.wafer.sram import Reservation, SramTracker
 from wse_emu.wafer.tensor import PlacedTensor
+from wse_emu.wafer.turn import Turn, in_turn
 from wse_kernels._jit import COMPILE_ERRORS
 from wse_kernels.launch import make_driver
 
@@ -74,7 +75,9 @@ class Wafer:
         self.executor: Executor = executor
         self.ledger = Ledger()
         """What was done and moved."""
-        self.sram = SramTracker(spec, self.rows, self.cols)
+        self.turn = Turn()
+        """One thread at a time runs here; the others wait."""
+        self.sram = SramTracker(spec, self.rows, self.cols, self.turn)
         """What lies on every core."""
         self.cores: Cores | None = None
         """The arenas of the isolated and interpreted executors."""
@@ -129,6 +132,7 @@ class Wafer:
         """Placement of a two-axis tensor on this grid; see `Placement`."""
         return placed(shape, rows, cols, self.rows, self.cols)
 
+    @in_turn
     def empty(self, name: str, placement: Placement, dtype: DTypeLike = np.float32, *, ndim: int = 2) -> PlacedTensor:
         """Reserve SRAM for a tensor; its content is undefined.
 
@@ -152,6 +156,7 @@ class Wafer:
             data = np.empty(placement.shape[0] * placement.shape[1], dtype)
         return PlacedTensor(self, name, placement, dtype, ndim, reservation, data, blocks)
 
+    @in_turn
     def release(self, tensor: PlacedTensor, reservation: Reservation) -> None:
         """Give a tensor's SRAM back (`PlacedTensor.free` calls this)."""
         self.sram.free(reservation)
@@ -162,15 +167,22 @@ class Wafer:
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
         """Take what the block placed off the wafer again if it fails, even if an interrupt (Ctrl-C) fell in the middle of an allocation."""
-        sram, blocks = self.sram.mark(), None if self.cores is None else self.cores.mark()
+        sram, blocks, scope = self.sram.mark(), None if self.cores is None else self.cores.mark(), self.ledger.current_scope
         try:
             yield
         except BaseException:
-            self.sram.back_to(sram)
-            if self.cores is not None and blocks is not None:
-                self.cores.back_to(blocks)
+            while True:  # a second Ctrl-C changes nothing: the run fails already
+                try:
+                    self.sram.back_to(sram)
+                    if self.cores is not None and blocks is not None:
+                        self.cores.back_to(blocks)
+                    self.ledger.current_scope = scope
+                    break
+                except KeyboardInterrupt:
+                    continue
             raise
 
+    @in_turn
     def place(self, array: ArrayLike, *, axes: Sequence[GridAxis | None] | None = None, name: str = "x") -> PlacedTensor:
         """Bring a host array onto the wafer, balanced over the grid.
 
@@ -221,6 +233,7 @@ class Wafer:
 
     # ---- the wafer's edge
 
+    @in_turn
     def inject(self, tensor: PlacedTensor, array: NDArray[Any] | None, *, kind: str = "inject") -> None:
         """Bring host data in at the north edge: every core gets its block down its column.
 
@@ -246,6 +259,7 @@ class Wafer:
             self.cores.from_edge(traffic, host[i0:i1, j0:j1], col, [block])
         self.record(traffic.event(kind, tensor.name, costs.COLORS[kind]))
 
+    @in_turn
     def drain(self, tensor: PlacedTensor, *, kind: str = "drain") -> NDArray[Any]:
         """Take a tensor out at the north edge; replicas leave once.
 
@@ -282,6 +296,7 @@ class Wafer:
 
     # ---- launches
 
+    @in_turn
     def launch(self, kernel: Kernel, **args: Any) -> None:
         """Run a kernel on every core whose blocks are not empty.
 
@@ -318,6 +333,7 @@ class Wafer:
         count = int(plan.used_rows.size * plan.used_cols.size)
         self.record(Event(None, "", "launch", kernel.name, count=count, macs=macs))
 
+    @in_turn
     def account(self, kernel: Kernel, **args: Any) -> None:
         """Write a launch in the ledger whose work a fused driver does elsewhere; arguments as for `launch`."""
         plan = self._plan(kernel, args, self._check_args(kernel, args))
