@@ -1,17 +1,15 @@
-"""Matrix products over wafer columns beside `numpy.matmul`: the shapes of a mid-size mixture of experts, prefill and decode.
+"""Matrix products over a wafer's columns beside `numpy.matmul` and torch: grids up to a whole wafer, and the shapes of a mixture of experts.
 
-    python benchmarks/bench_mesh_matmul.py           # table, both sides in one run
-    pytest benchmarks/bench_mesh_matmul.py           # the emulator's side, under pytest-benchmark
+    pytest benchmarks/bench_mesh_matmul.py --benchmark-only
 
-Every result is checked against the float64 product before it is timed. With few rows the weights, not the arithmetic, are the work: they
-are then taken from a buffer larger than any cache, another copy for each call. The two sides run in turns, with a pause between:
-the idle threads of either library spin for a while, which slows the other down. Seconds of the host: they say nothing about a wafer.
+On grids the product is `wse_emu.layers.linear.matmul`, as a model calls it: placed tensors, SRAM held to its limit, the ledger written and
+compared. Samples of the result have the bits of the stated sum, taken with one scalar `fma` after another, and all of it lies within the
+bound around the float64 product. Shapes of a model run on the driver alone; with few rows the weights, not the arithmetic, are the work:
+they are then taken from a buffer larger than any cache, another copy for each call.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -19,17 +17,107 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import wse_emu as wse
+from benchmarks.cases import F32, normal, torch_side
+from benchmarks.mesh import gathered, put, room, streamed
+from benchmarks.racing import Call, Case, Race, Work
+from wse_emu.equivalence.tolerance import U, linear_bound
+from wse_emu.layers.linear import all_gather_bands, matmul
+from wse_emu.wafer.placement import Split, TokenBands
+from wse_kernels.fma import fma
 from wse_kernels.matmul import COMBINE, STORE, SWIGLU, WEIGHT_TILE_COLS, mesh_matmul
 
-F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
+
+
+# ---- grids
+
+
+class Grid(NamedTuple):
+    """Rows and columns of cores, and the product (tokens, n_in, n_out) on them."""
+
+    rows: int
+    cols: int
+    n_tokens: int
+    n_in: int
+    n_out: int
+    chunk: int = 32
+    """Most output columns of one streamed piece: small grids have little SRAM left for it."""
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.cols} cores, {self.n_tokens} x {self.n_in} x {self.n_out}"
+
+    @property
+    def tiny(self) -> Grid:
+        """For smoke runs: the same shape of grid, at most 5 tokens on 8 features, more columns than those where there were many."""
+        return Grid(min(self.rows, 6), min(self.cols, 12), 5, 8, 16)
+
+
+GRIDS = (
+    Grid(8, 8, 128, 1024, 1024, 8),
+    Grid(16, 16, 512, 1024, 1024, 16),
+    Grid(32, 32, 512, 1024, 1024),
+    Grid(64, 64, 512, 1024, 1024),
+    Grid(256, 256, 512, 1024, 1024),
+    Grid(762, 762, 762, 1024, 1024),
+    Grid(1172, 762, 1172, 1024, 1024),
+    Grid(1172, 762, 1172, 4096, 4096),
+    Grid(1172, 762, 1, 4096, 4096),
+)
+N_SAMPLES = 6
+
+
+def stated_sum(x: F32, w: F32, offsets: I64) -> np.float32:
+    """One output: each column's part over its own k ascending from +0, the parts west to east; columns without k are skipped."""
+    total: np.float32 | None = None
+    for k0, k1 in pairwise(offsets.tolist()):
+        if k0 < k1:
+            part = np.float32(0.0)
+            for k in range(k0, k1):
+                part = fma(x[k], w[k], part)
+            total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_grid(grid: Grid, race: Race, smoke: bool) -> None:
+    grid = grid.tiny if smoke else grid
+    wafer = wse.Wafer(wse.WSE3, rows=grid.rows, cols=grid.cols)
+    bands = TokenBands(grid.n_tokens, grid.rows)
+    x, w = normal(grid.n_tokens, grid.n_in), normal(grid.n_in, grid.n_out, seed=1, scale=grid.n_in**-0.5)
+    weight = streamed(w)
+    placed, out = put(wafer, x), room(wafer, grid.n_tokens, Split.balanced(grid.n_out, grid.cols))
+
+    def ours() -> Any:
+        matmul(wafer, placed, weight, out, bands, chunk=grid.chunk)
+        all_gather_bands(wafer, out, bands)
+        return out
+
+    wafer.ledger.clear()
+    found = gathered(ours())
+    offsets = Split.balanced(grid.n_in, grid.cols).offsets
+    rng = np.random.default_rng(2)
+    for i, j in zip(rng.integers(0, grid.n_tokens, N_SAMPLES), rng.integers(0, grid.n_out, N_SAMPLES), strict=True):
+        expected = stated_sum(x[i], w[:, j], offsets)
+        assert found[i, j].tobytes() == expected.tobytes(), f"output ({i}, {j}) is {found[i, j]!r}, the stated sum {expected!r}"
+    macs, n_bytes = grid.n_tokens * w.size, w.nbytes
+    totals = {row["kind"]: row for row in wafer.ledger.totals(("kind",))}
+    assert totals["launch"]["macs"] == macs
+    assert totals["stream"]["bytes"] == n_bytes
+
+    peers = {"numpy": lambda: x @ w, **torch_side(lambda t, of: lambda a=of(x), b=of(w): a @ b)}
+    work = Work(macs, n_bytes + x.nbytes + 4 * grid.n_tokens * grid.n_out, grid.n_tokens)
+    race.case(Case(ours, peers, (x.astype(np.float64) @ w,), (linear_bound(x, w.T),), work, look=gathered))
+
+
+# ---- shapes of a model
+
 
 COLD_BYTES = 200 << 20
 """Size of the weight buffer where weights must come from memory."""
 MOST_COLD_ROWS = 16
 """Products of no more rows than this take their weights from memory."""
-TURNS, PAUSE_SECONDS = 3, 0.2
-UNIT_ROUNDOFF = 2.0**-24
 
 
 class Shape(NamedTuple):
@@ -44,17 +132,22 @@ class Shape(NamedTuple):
     mode: int = STORE
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.m} x {self.n_in} x {self.n_out}, {self.n_cols} columns"
+        return f"{self.name}, {self.m} x {self.n_in} x {self.n_out}, {self.n_cols} columns"
+
+    @property
+    def tiny(self) -> Shape:
+        """For smoke runs."""
+        return Shape(self.name, 5, min(self.m, 3), 7, 6, min(self.n_cols, 9), self.mode)
 
 
 SHAPES = (
+    Shape("mesh_matmul", 1024, 1024, 1024, 1024, 16),
+    Shape("mesh_matmul", 1024, 1024, 1024, 1024, 762),
     Shape("prefill qkv", 512, 512, 1024, 1536, 32),
     Shape("prefill out", 512, 512, 1024, 1024, 32),
     Shape("prefill router", 512, 512, 1024, 8, 32),
     Shape("prefill gate/up", 512, 128, 1024, 3584, 32, SWIGLU),
     Shape("prefill down", 512, 128, 1792, 1024, 32, COMBINE),
-    Shape("cube", 1024, 1024, 1024, 1024, 16),
-    Shape("cube", 1024, 1024, 1024, 1024, 762),
     Shape("decode qkv", 1, 1, 1024, 1536, 32),
     Shape("decode gate/up", 1, 1, 1024, 3584, 32, SWIGLU),
     Shape("decode gate/up", 1, 1, 1024, 3584, 762, SWIGLU),
@@ -63,13 +156,6 @@ SHAPES = (
     Shape("decode of two", 2, 2, 1024, 3584, 32, SWIGLU),
     Shape("decode of eight", 8, 8, 1024, 3584, 32, SWIGLU),
 )
-
-Call = Callable[[], object]
-
-
-def split(n: int, n_cols: int) -> I64:
-    """Balanced split of n features."""
-    return np.arange(n_cols + 1, dtype=np.int64) * n // n_cols
 
 
 def place(x: F32, starts: I64) -> F32:
@@ -82,86 +168,59 @@ def unplace(flat: F32, n_rows: int, starts: I64) -> F32:
     return np.hstack([flat[n_rows * a : n_rows * b].reshape(n_rows, b - a) for a, b in pairwise(starts)])
 
 
-def check(shape: Shape, x: F32, w: F32, out: F32) -> None:
-    """Compare with the formula in float64; the bound of the sum, carried through the gate where there is one."""
-    x64, w64 = x.astype(np.float64), w.astype(np.float64)
-    want = x64 @ w64
-    bound = 2 * np.sqrt(shape.n_in) * UNIT_ROUNDOFF * (np.abs(x64) @ np.abs(w64))
-    if shape.mode == SWIGLU:
-        gate, up = want[:, ::2], want[:, 1::2]
-        silu = gate / (1 + np.exp(-gate))
-        # The slope of silu is below 1.1, and its own roundings are below 8 units.
-        bound = 1.1 * bound[:, ::2] * (np.abs(up) + bound[:, 1::2]) + np.abs(silu) * bound[:, 1::2] + 8 * UNIT_ROUNDOFF * np.abs(silu * up)
-        want = silu * up
-    assert np.all(np.abs(out - want) <= bound), f"{shape}: off by {np.max(np.abs(out - want) / bound):.2f} bounds"
+def formula(shape: Shape, x: F32, w: F32) -> tuple[Any, Any]:
+    """The product in float64, gated or not, and its bound: that of the sum, carried through the gate where there is one."""
+    right, bound = x.astype(np.float64) @ w, linear_bound(x, w.T)
+    if shape.mode != SWIGLU:
+        return right, bound
+    gate, up = right[:, ::2], right[:, 1::2]
+    silu = gate / (1 + np.exp(-gate))
+    # The slope of silu is below 1.1, and its own roundings are below 8 units.
+    bound = 1.1 * bound[:, ::2] * (np.abs(up) + bound[:, 1::2]) + np.abs(silu) * bound[:, 1::2] + 8 * U * np.abs(silu * up)
+    return silu * up, bound
 
 
-def prepare(shape: Shape) -> tuple[Call, Call]:
-    """The product on the emulator, checked, and in NumPy; each call uses the next copy of the weights."""
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((shape.n_rows, shape.n_in), np.float32)
-    w = rng.standard_normal((shape.n_in, shape.n_out), np.float32) * np.float32(shape.n_in**-0.5)
-    n_copies = max(1, COLD_BYTES // w.nbytes) if shape.m <= MOST_COLD_ROWS else 1
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shape(shape: Shape, race: Race, smoke: bool) -> None:
+    """The peers compute the product alone; gating it and adding it to the tokens is our side's extra work, and small."""
+    shape = shape.tiny if smoke else shape
+    x, w = normal(shape.n_rows, shape.n_in), normal(shape.n_in, shape.n_out, seed=1, scale=shape.n_in**-0.5)
+    n_copies = max(1, COLD_BYTES // w.nbytes) if shape.m <= MOST_COLD_ROWS and not smoke else 1
     tiles = np.concatenate([w[:, j : j + WEIGHT_TILE_COLS].ravel() for j in range(0, shape.n_out, WEIGHT_TILE_COLS)] * n_copies)
     tiles.flags.writeable = False
     matrices = [w.copy() for _ in range(n_copies)]
 
     n_placed = shape.n_out // 2 if shape.mode == SWIGLU else shape.n_out
-    k_starts, out_starts = split(shape.n_in, shape.n_cols), split(n_placed, shape.n_cols)
+    k_starts, out_starts = (Split.balanced(n, shape.n_cols).offsets for n in (shape.n_in, n_placed))
     placed, out = place(x, k_starts), np.zeros(shape.n_rows * n_placed, np.float32)
-    rows = np.sort(rng.permutation(shape.n_rows)[: shape.m])
+    rows = np.sort(np.random.default_rng(0).permutation(shape.n_rows)[: shape.m])
     scale = np.ones(shape.m, np.float32)
     turn = 0
 
-    def ours() -> None:
+    def next_copy() -> int:
         nonlocal turn
         turn = (turn + 1) % n_copies
+        return turn
+
+    def ours() -> Any:
         mesh_matmul(
-            placed, shape.n_rows, k_starts, rows, tiles, turn * w.size, shape.n_in, shape.n_out,
+            placed, shape.n_rows, k_starts, rows, tiles, next_copy() * w.size, shape.n_in, shape.n_out,
             out, shape.n_rows, out_starts, rows, scale, shape.mode,
         )  # fmt: skip
-
-    chosen, product = x[rows], np.empty((shape.m, shape.n_out), np.float32)
-
-    def peer() -> None:
-        nonlocal turn
-        turn = (turn + 1) % n_copies
-        np.matmul(chosen, matrices[turn], out=product)
+        return out
 
     ours()
-    check(shape, chosen, w, unplace(out, shape.n_rows, out_starts)[rows])
-    return ours, peer
+    chosen, product = x[rows], np.empty((shape.m, shape.n_out), np.float32)
+    right, bound = formula(shape, chosen, w)
+    error = np.abs(unplace(out, shape.n_rows, out_starts)[rows] - right)
+    assert np.all(error <= bound), f"off by {np.max(error / bound):.2f} bounds"
 
+    def torch(t: Any, of: Any) -> Call:
+        a, copies, result = of(chosen), [of(m) for m in matrices], of(np.empty_like(product))
+        return lambda: t.matmul(a, copies[next_copy()], out=result)
 
-def best_seconds(calls: tuple[Call, Call], n_calls: int) -> list[float]:
-    """Shortest of `n_calls` calls in each of several turns, for every side."""
-    best = [float("inf")] * len(calls)
-    for _ in range(TURNS):
-        for side, call in enumerate(calls):
-            time.sleep(PAUSE_SECONDS)
-            for _ in range(n_calls):
-                start = time.perf_counter()
-                call()
-                best[side] = min(best[side], time.perf_counter() - start)
-    return best
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_mesh_matmul(benchmark: Any, shape: Shape) -> None:
-    ours, _ = prepare(shape)
-    benchmark.extra_info |= {"macs": shape.m * shape.n_in * shape.n_out, "weight_bytes": 4 * shape.n_in * shape.n_out}
-    benchmark(ours)
-
-
-def main() -> None:
-    """Print the table."""
-    print(f"{'':62} {'GFLOP/s':>8} {'numpy':>7} {'ratio':>6} {'GB/s':>6} {'numpy':>6}   of weights")
-    for shape in SHAPES:
-        ours, peer = best_seconds(prepare(shape), 40 if shape.m <= MOST_COLD_ROWS else 10)
-        flops, weight_bytes = 2 * shape.m * shape.n_in * shape.n_out, 4 * shape.n_in * shape.n_out
-        speeds = f"{flops / ours / 1e9:8.1f} {flops / peer / 1e9:7.1f} {peer / ours:6.2f}"
-        print(f"{shape!s:62} {speeds} {weight_bytes / ours / 1e9:6.1f} {weight_bytes / peer / 1e9:6.1f}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    peers = {"numpy": lambda: np.matmul(chosen, matrices[next_copy()], out=product), **torch_side(torch)}
+    plain, plain_bound = chosen.astype(np.float64) @ w, linear_bound(chosen, w.T)
+    for name, call in peers.items():
+        assert np.all(np.abs(np.asarray(call()) - plain) <= plain_bound), name
+    race(ours, peers, Work(shape.m * w.size, w.nbytes + chosen.nbytes + product.nbytes, shape.m))

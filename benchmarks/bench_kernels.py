@@ -1,0 +1,663 @@
+"""Every kernel of one core beside NumPy and torch, on blocks that fit a core's SRAM: one thread, data in its cache.
+
+    pytest benchmarks/bench_kernels.py --benchmark-only
+
+NumPy's side is what one would write without a compiler. On blocks of this size a call of either library costs about a microsecond, which
+is part of what is compared.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from benchmarks.cases import F32, Cases, normal, relative, torch_side
+from benchmarks.racing import Call, Case, Race, Work
+from wse_emu.equivalence.tolerance import U, linear_bound
+from wse_kernels import attention, exp, ffn, formats, head_norm, matmul, norm, rope, routing
+from wse_kernels.attention import NO_WINDOW
+
+CASES = Cases()
+EPS = np.float32(1e-5)
+
+
+@pytest.mark.parametrize("name", CASES.keys())
+def test_kernel(name: str, race: Race, smoke: bool) -> None:
+    race.case(CASES[name](smoke))
+
+
+def _block(smoke: bool) -> tuple[int, int]:
+    """Tokens and features of a block: 16 KiB as float32."""
+    return (4, 8) if smoke else (64, 64)
+
+
+# ---- element by element
+
+
+def _elementwise(name: str, call: Any, numpy: Any, torch: Any, exact: Any, roundings: float) -> None:
+    def make(smoke: bool) -> Case:
+        x = 4 * normal(*_block(smoke)).ravel()
+        out = np.empty_like(x)
+
+        def ours() -> F32:
+            call(x, out)
+            return out
+
+        peers = {"numpy": lambda: numpy(x), **torch_side(lambda t, of: lambda v=of(x): torch(t, v))}
+        right = exact(x.astype(np.float64))
+        return Case(ours, peers, (right,), (relative(right, roundings),), Work(bytes=2 * x.nbytes), parallel=False)
+
+    CASES.add(name)(make)
+
+
+_elementwise("exp_array", exp.exp_array, np.exp, lambda t, v: t.exp(v), np.exp, 4)
+_elementwise("sigmoid_array", exp.sigmoid_array, lambda x: 1 / (1 + np.exp(-x)), lambda t, v: t.sigmoid(v), lambda x: 1 / (1 + np.exp(-x)), 8)
+_elementwise(
+    "silu_array", exp.silu_array, lambda x: x / (1 + np.exp(-x)), lambda t, v: t.nn.functional.silu(v), lambda x: x / (1 + np.exp(-x)), 10
+)
+
+
+def _decode(name: str, call: Any, fmt: formats.FloatFormat, numpy: Any, torch_dtype: str | None) -> None:
+    def make(smoke: bool) -> Case:
+        codes = formats.encode(normal(*_block(smoke)).ravel(), fmt)
+        out = np.empty(codes.size, np.float32)
+
+        def ours() -> F32:
+            call(codes, out)
+            return out
+
+        peers: dict[str, Call] = {"numpy": lambda: numpy(codes)}
+        if torch_dtype is not None:
+            peers |= torch_side(lambda t, of: lambda v=of(codes.view(np.int16)).view(getattr(t, torch_dtype)): v.float())
+        return Case(ours, peers, (formats.decode(codes, fmt),), (0,), Work(bytes=codes.nbytes + out.nbytes), parallel=False)
+
+    CASES.add(name)(make)
+
+
+def _encode(name: str, call: Any, fmt: formats.FloatFormat, numpy: Any, torch_dtype: str | None) -> None:
+    def make(smoke: bool) -> Case:
+        x = normal(*_block(smoke)).ravel()
+        out = np.empty(x.size, np.uint16)
+
+        def ours() -> Any:
+            call(x, out)
+            return out
+
+        peers: dict[str, Call] = {"numpy": lambda: numpy(x)}
+        if torch_dtype is not None:
+            # torch knows these codes as signed integers only; a view changes no bit.
+            peers |= torch_side(lambda t, of: lambda v=of(x): v.to(getattr(t, torch_dtype)).view(t.int16).numpy().view(np.uint16))
+        return Case(ours, peers, (formats.encode(x, fmt),), (0,), Work(bytes=x.nbytes + out.nbytes), parallel=False)
+
+    CASES.add(name)(make)
+
+
+_BF16 = ml_dtypes.bfloat16
+_decode("decode_bf16", formats.decode_bf16, formats.BF16, lambda c: c.view(_BF16).astype(np.float32), "bfloat16")
+_encode("encode_bf16", formats.encode_bf16, formats.BF16, lambda x: x.astype(_BF16).view(np.uint16), "bfloat16")
+_decode("decode_f16", formats.decode_f16, formats.F16, lambda c: c.view(np.float16).astype(np.float32), "float16")
+_encode("encode_f16", formats.encode_f16, formats.F16, lambda x: x.astype(np.float16).view(np.uint16), "float16")
+_decode("decode_cb16", formats.decode_cb16, formats.CB16, lambda c: formats.decode(c, formats.CB16), None)
+_encode("encode_cb16", formats.encode_cb16, formats.CB16, lambda x: formats.encode(x, formats.CB16), None)
+
+
+# ---- sums of blocks; those that work in place start from one block again and again only where it matters to the time
+
+
+@CASES.add("add_to")
+def _add_to(smoke: bool) -> Case:
+    x, y = normal(*_block(smoke)), normal(*_block(smoke), seed=1)
+    out = x.copy()
+    right = x.astype(np.float64) + y
+
+    def ours() -> F32:
+        norm.add_to(out, y)
+        return out
+
+    peers = {"numpy": lambda: x + y, **torch_side(lambda t, of: lambda a=of(x), b=of(y): a + b)}
+    return Case(ours, peers, (right,), (relative(right, 1),), Work(bytes=3 * x.nbytes), parallel=False)
+
+
+@CASES.add("chain_add")
+def _chain_add(smoke: bool) -> Case:
+    x, y = normal(*_block(smoke)), normal(*_block(smoke), seed=1)
+    out = x.copy()
+    right = x.astype(np.float64) + y
+
+    def ours() -> F32:
+        matmul.chain_add(out, y)
+        return out
+
+    peers = {"numpy": lambda: x + y, **torch_side(lambda t, of: lambda a=of(x), b=of(y): a + b)}
+    return Case(ours, peers, (right,), (relative(right, 1),), Work(bytes=3 * x.nbytes), parallel=False)
+
+
+@CASES.add("chain_max")
+def _chain_max(smoke: bool) -> Case:
+    x, y = normal(*_block(smoke)), normal(*_block(smoke), seed=1)
+    out = x.copy()
+
+    def ours() -> F32:
+        norm.chain_max(out, y)
+        return out
+
+    peers = {"numpy": lambda: np.maximum(x, y), **torch_side(lambda t, of: lambda a=of(x), b=of(y): t.maximum(a, b))}
+    return Case(ours, peers, (np.where(x > y, x, y),), (0,), Work(bytes=3 * x.nbytes), parallel=False)
+
+
+@CASES.add("chain_panels")
+def _chain_panels(smoke: bool) -> Case:
+    n_cols, size = _block(smoke)
+    partials, cols, out = normal(n_cols, size), np.arange(n_cols), np.empty(size, np.float32)
+
+    def ours() -> F32:
+        norm.chain_panels(partials.reshape(-1), size, cols, out)
+        return out
+
+    peers = {"numpy": lambda: partials.sum(axis=0), **torch_side(lambda t, of: lambda p=of(partials): p.sum(0))}
+    right = partials.astype(np.float64).sum(axis=0)
+    bound = linear_bound(np.ones((1, n_cols)), partials.T)[0]
+    return Case(ours, peers, (right,), (bound,), Work(bytes=partials.nbytes + out.nbytes), parallel=False)
+
+
+@CASES.add("fill_zero")
+def _fill_zero(smoke: bool) -> Case:
+    x = normal(*_block(smoke))
+
+    def ours() -> F32:
+        norm.fill_zero(x)
+        return x
+
+    def numpy() -> F32:
+        x[...] = 0
+        return x
+
+    peers = {"numpy": numpy, **torch_side(lambda t, of: lambda v=of(x): v.zero_())}
+    return Case(ours, peers, (np.zeros(x.shape),), (0,), Work(bytes=x.nbytes), parallel=False)
+
+
+@CASES.add("swiglu_into")
+def _swiglu_into(smoke: bool) -> Case:
+    t, n = _block(smoke)
+    y = normal(t, n)
+    h = np.empty((t, n // 2), np.float32)
+    gate, up = y[:, ::2].astype(np.float64), y[:, 1::2].astype(np.float64)
+    right = gate / (1 + np.exp(-gate)) * up
+
+    def ours() -> F32:
+        ffn.swiglu_into(y, 0, h)
+        return h
+
+    def numpy() -> F32:
+        g = y[:, ::2]
+        return g / (1 + np.exp(-g)) * y[:, 1::2]
+
+    peers = {"numpy": numpy, **torch_side(lambda t, of: lambda v=of(y): t.nn.functional.silu(v[:, ::2]) * v[:, 1::2])}
+    return Case(ours, peers, (right,), (relative(right, 10),), Work(bytes=y.nbytes + h.nbytes), parallel=False)
+
+
+@CASES.add("combine_into")
+def _combine_into(smoke: bool) -> Case:
+    t, n = _block(smoke)
+    y, before = normal(t // 2, n), normal(t, n, seed=1)
+    rows, scale = np.arange(0, t, 2), normal(t // 2, seed=2)
+    out = before.copy()
+    right = before.astype(np.float64)
+    right[rows] += scale[:, None].astype(np.float64) * y
+    bound = 2 * U * (np.abs(right) + np.abs(before))
+
+    def ours() -> F32:
+        ffn.combine_into(y, rows, scale, 0, out)
+        return out
+
+    def numpy() -> F32:
+        result = before.copy()
+        result[rows] += scale[:, None] * y
+        return result
+
+    def torch(t: Any, of: Any) -> Call:
+        a, b, r, s = of(y), of(before), of(rows), of(scale)
+        return lambda: b.index_add(0, r, s[:, None] * a)
+
+    peers = {"numpy": numpy, **torch_side(torch)}
+    return Case(ours, peers, (right,), (bound,), Work(macs=y.size, bytes=3 * y.nbytes), parallel=False)
+
+
+@CASES.add("partial_matmul")
+def _partial_matmul(smoke: bool) -> Case:
+    t, n = _block(smoke)
+    x, w, rows = normal(t, n), normal(n, n, seed=1), np.arange(t)
+    p = np.empty((t, n), np.float32)
+
+    def ours() -> F32:
+        matmul.partial_matmul(x, rows, w, p)
+        return p
+
+    peers = {"numpy": lambda: x[rows] @ w, **torch_side(lambda t, of: lambda a=of(x), b=of(w), r=of(rows): a[r] @ b)}
+    right = x.astype(np.float64) @ w
+    work = Work(macs=t * n * n, bytes=x.nbytes + w.nbytes + p.nbytes)
+    return Case(ours, peers, (right,), (linear_bound(x, w.T),), work, parallel=False)
+
+
+# ---- norms and rotation
+
+
+@CASES.add("sum_squares")
+def _sum_squares(smoke: bool) -> Case:
+    x = normal(*_block(smoke))
+    ss = np.empty((len(x), 1), np.float32)
+
+    def ours() -> F32:
+        norm.sum_squares(x, ss)
+        return ss
+
+    peers = {
+        "numpy": lambda: (x * x).sum(axis=1, keepdims=True),
+        **torch_side(lambda t, of: lambda v=of(x): (v * v).sum(1, keepdim=True)),
+    }
+    right = (x.astype(np.float64) ** 2).sum(axis=1, keepdims=True)
+    return Case(ours, peers, (right,), (relative(right, 2 * np.sqrt(x.shape[1])),), Work(macs=x.size, bytes=x.nbytes), parallel=False)
+
+
+@CASES.add("rms_scale")
+def _rms_scale(smoke: bool) -> Case:
+    t, n = _block(smoke)
+    x, weight = normal(t, n), normal(1, n, seed=1)
+    total, size = (x * x).sum(axis=1, keepdims=True), np.float32(n)
+    out = np.empty_like(x)
+
+    def ours() -> F32:
+        norm.rms_scale(x, total, weight, size, EPS, out)
+        return out
+
+    def torch(t: Any, of: Any) -> Call:
+        a, b, w = of(x), of(total), of(weight)
+        return lambda: a * t.rsqrt(b / float(size) + float(EPS)) * w
+
+    peers = {"numpy": lambda: x * (1 / np.sqrt(total / size + EPS)) * weight, **torch_side(torch)}
+    right = x.astype(np.float64) / np.sqrt(total.astype(np.float64) / n + EPS) * weight
+    return Case(ours, peers, (right,), (relative(right, 8),), Work(bytes=2 * x.nbytes), parallel=False)
+
+
+def _heads(smoke: bool) -> tuple[int, int, int]:
+    """Tokens, query slots for each key/value head, pair units of one whole head on a core."""
+    return (3, 2, 4) if smoke else (16, 4, 16)
+
+
+@CASES.add("head_squares")
+def _head_squares(smoke: bool) -> Case:
+    t, q, units = _heads(smoke)
+    qkv = normal(t, units * (q + 2) * 2)
+    split = qkv.reshape(t, units, q + 2, 2)
+    ss = np.empty((t, q + 1), np.float32)
+
+    def ours() -> F32:
+        head_norm.head_squares(qkv, q, ss)
+        return ss
+
+    peers = {
+        "numpy": lambda: (split[:, :, : q + 1] ** 2).sum(axis=(1, 3)),
+        **torch_side(lambda t, of: lambda v=of(split): (v[:, :, : q + 1] ** 2).sum((1, 3))),
+    }
+    right = (split[:, :, : q + 1].astype(np.float64) ** 2).sum(axis=(1, 3))
+    work = Work(macs=t * units * 2 * (q + 1), bytes=qkv.nbytes)
+    return Case(ours, peers, (right,), (relative(right, 2 * np.sqrt(2 * units)),), work, parallel=False)
+
+
+@CASES.add("head_scale")
+def _head_scale(smoke: bool) -> Case:
+    t, q, units = _heads(smoke)
+    before = normal(t, units * (q + 2) * 2)
+    split = before.reshape(t, units, q + 2, 2)
+    total = (split[:, :, : q + 1] ** 2).sum(axis=(1, 3))
+    q_weight, k_weight = normal(1, 2 * units, seed=1), normal(1, 2 * units, seed=2)
+    size, qkv = np.float32(2 * units), before.copy()
+    # Of each slot: the queries share a weight, the key has its own.
+    weights = np.stack([q_weight.reshape(units, 2)] * q + [k_weight.reshape(units, 2)], axis=1)
+    right = split.astype(np.float64)
+    right[:, :, : q + 1] *= (1 / np.sqrt(total.astype(np.float64) / size + EPS))[:, None, :, None] * weights
+
+    def ours() -> F32:
+        qkv[...] = before
+        head_norm.head_scale(qkv, total, q_weight, k_weight, q, size, EPS)
+        return qkv
+
+    def numpy() -> F32:
+        result = before.copy()
+        result.reshape(split.shape)[:, :, : q + 1] *= (1 / np.sqrt(total / size + EPS))[:, None, :, None] * weights
+        return result
+
+    def torch(t: Any, of: Any) -> Call:
+        source, sums, w = of(split), of(total), of(weights)
+
+        def call() -> Any:
+            result = source.clone()
+            result[:, :, : q + 1] *= t.rsqrt(sums / float(size) + float(EPS))[:, None, :, None] * w
+            return result.reshape(len(result), -1)
+
+        return call
+
+    peers = {"numpy": numpy, **torch_side(torch)}
+    right = right.reshape(qkv.shape)
+    return Case(ours, peers, (right,), (relative(right, 8),), Work(bytes=2 * qkv.nbytes), parallel=False)
+
+
+@CASES.add("rotate_qk")
+def _rotate_qk(smoke: bool) -> Case:
+    t, q, units = _heads(smoke)
+    before = normal(t, units * (q + 2) * 2)
+    angle = np.random.default_rng(1).uniform(0, 6, (t, units))
+    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    qkv, split = before.copy(), before.reshape(t, units, q + 2, 2)
+
+    def rotated(x: Any, co: Any, si: Any) -> Any:
+        out = x.clone() if hasattr(x, "clone") else x.copy()
+        a, b = x[:, :, : q + 1, 0], x[:, :, : q + 1, 1]
+        out[:, :, : q + 1, 0] = a * co[:, :, None] - b * si[:, :, None]
+        out[:, :, : q + 1, 1] = b * co[:, :, None] + a * si[:, :, None]
+        return out.reshape(t, -1)
+
+    def ours() -> F32:
+        rope.rotate_qk(qkv, cos, sin, q)
+        return qkv
+
+    peers = {
+        "numpy": lambda: rotated(split, cos, sin),
+        **torch_side(lambda t, of: lambda v=of(split), c=of(cos), s=of(sin): rotated(v, c, s)),
+    }
+    right = rotated(split.astype(np.float64), cos.astype(np.float64), sin.astype(np.float64))
+    bound = 4 * U * rotated(np.abs(split).astype(np.float64), np.abs(cos), -np.abs(sin)).max()
+    work = Work(macs=2 * t * units * (q + 1), bytes=2 * qkv.nbytes)
+    return Case(ours, peers, (right,), (bound,), work, parallel=False)
+
+
+# ---- routing
+
+
+def _scores(smoke: bool) -> tuple[F32, int]:
+    """Scores (tokens, experts), experts for each token."""
+    return (normal(4, 6), 2) if smoke else (normal(64, 32), 4)
+
+
+def _decision(smoke: bool) -> tuple[Any, F32]:
+    """Chosen experts and their weights, (tokens, top_k)."""
+    logits, k = _scores(smoke)
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    ids = np.argsort(-p, axis=1, kind="stable")[:, :k].copy()
+    return ids, np.take_along_axis(p, ids, axis=1)
+
+
+@CASES.add("softmax_topk")
+def _softmax_topk(smoke: bool) -> Case:
+    logits, k = _scores(smoke)
+    probs, ids, weights = np.empty_like(logits), np.empty((len(logits), k), np.int64), np.empty((len(logits), k), np.float32)
+
+    def ours() -> Any:
+        routing.softmax_topk(logits, True, probs, ids, weights)
+        return ids, weights
+
+    def by_formula(x: Any) -> Any:
+        p = np.exp(x - x.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        best = np.argsort(-p, axis=1, kind="stable")[:, :k]
+        chosen = np.take_along_axis(p, best, axis=1)
+        return best, chosen / chosen.sum(axis=1, keepdims=True)
+
+    def torch(t: Any, of: Any) -> Call:
+        v = of(logits)
+
+        def call() -> Any:
+            chosen, best = t.topk(t.softmax(v, 1), k, dim=1)
+            return best, chosen / chosen.sum(1, keepdim=True)
+
+        return call
+
+    right = by_formula(logits.astype(np.float64))
+    peers = {"numpy": lambda: by_formula(logits), **torch_side(torch)}
+    return Case(ours, peers, right, (0, relative(right[1], 2 * np.sqrt(logits.shape[1]) + 16)), Work(bytes=2 * logits.nbytes), parallel=False)
+
+
+@CASES.add("select_expert")
+def _select_expert(smoke: bool) -> Case:
+    ids, weights = _decision(smoke)
+    expert = int(ids[0, 0])
+    rows, scale, n = np.empty(len(ids), np.int64), np.empty(len(ids), np.float32), np.empty(1, np.int64)
+
+    def ours() -> Any:
+        routing.select_expert(ids, weights, expert, rows, scale, n)
+        return rows[: n[0]], scale[: n[0]]
+
+    def numpy() -> Any:
+        token, slot = np.nonzero(ids == expert)
+        return token, weights[token, slot]
+
+    def torch(t: Any, of: Any) -> Call:
+        i, w = of(ids), of(weights)
+
+        def call() -> Any:
+            token, slot = t.nonzero(i == expert, as_tuple=True)
+            return token, w[token, slot]
+
+        return call
+
+    chosen = [(t, s) for t in range(len(ids)) for s in range(ids.shape[1]) if ids[t, s] == expert]
+    right = np.array([t for t, _ in chosen]), np.array([weights[t, s] for t, s in chosen])
+    return Case(ours, {"numpy": numpy, **torch_side(torch)}, right, (0, 0), Work(bytes=ids.nbytes), parallel=False)
+
+
+@CASES.add("group_tokens")
+def _group_tokens(smoke: bool) -> Case:
+    ids, weights = _decision(smoke)
+    n_experts = _scores(smoke)[0].shape[1]
+    starts, rows, scale = np.empty(n_experts + 1, np.int64), np.empty(ids.size, np.int64), np.empty(ids.size, np.float32)
+
+    def ours() -> Any:
+        routing.group_tokens(ids, weights, starts, rows, scale)
+        return starts, rows, scale
+
+    def numpy() -> Any:
+        order = np.argsort(ids.ravel(), kind="stable")
+        begins = np.concatenate([[0], np.cumsum(np.bincount(ids.ravel(), minlength=n_experts))])
+        return begins, order // ids.shape[1], weights.ravel()[order]
+
+    def torch(t: Any, of: Any) -> Call:
+        i, w = of(ids).reshape(-1), of(weights).reshape(-1)
+
+        def call() -> Any:
+            order = t.argsort(i, stable=True)
+            begins = t.cat([i.new_zeros(1), t.cumsum(t.bincount(i, minlength=n_experts), 0)])
+            return begins, order // ids.shape[1], w[order]
+
+        return call
+
+    lists = [[(t, s) for t in range(len(ids)) for s in range(ids.shape[1]) if ids[t, s] == e] for e in range(n_experts)]
+    flat = [pair for pairs in lists for pair in pairs]
+    right = np.cumsum([0, *map(len, lists)]), np.array([t for t, _ in flat]), np.array([weights[t, s] for t, s in flat])
+    return Case(ours, {"numpy": numpy, **torch_side(torch)}, right, (0, 0, 0), Work(bytes=2 * ids.nbytes + 2 * weights.nbytes), parallel=False)
+
+
+@CASES.add("mark_chosen")
+def _mark_chosen(smoke: bool) -> Case:
+    ids, _ = _decision(smoke)
+    n_words = -(-_scores(smoke)[0].shape[1] // 32)
+    mask = np.empty(n_words, np.int32)
+
+    def ours() -> Any:
+        routing.mark_chosen(ids, mask)
+        return mask
+
+    def numpy() -> Any:
+        bits = np.zeros(n_words, np.uint32)
+        np.bitwise_or.at(bits, ids.ravel() // 32, np.uint32(1) << (ids.ravel() % 32).astype(np.uint32))
+        return bits.view(np.int32)
+
+    words = [sum({1 << e % 32 for e in ids.ravel().tolist() if e // 32 == w}) for w in range(n_words)]
+    right = np.array(words, np.uint32).view(np.int32)
+    return Case(ours, {"numpy": numpy}, (right,), (0,), Work(bytes=ids.nbytes), parallel=False)
+
+
+@CASES.add("merge_bits")
+def _merge_bits(smoke: bool) -> Case:
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(0, 1 << 31, np.prod(_block(smoke)), np.int32) for _ in range(2))
+    out = a.copy()
+
+    def ours() -> Any:
+        routing.merge_bits(out, b)
+        return out
+
+    peers = {"numpy": lambda: a | b, **torch_side(lambda t, of: lambda x=of(a), y=of(b): x | y)}
+    right = np.array([x | y for x, y in zip(a.tolist(), b.tolist(), strict=True)])
+    return Case(ours, peers, (right,), (0,), Work(bytes=3 * a.nbytes), parallel=False)
+
+
+# ---- attention: queries (elements, slots * tokens), keys (keys, elements)
+
+
+@CASES.add("store_kv")
+def _store_kv(smoke: bool) -> Case:
+    t, q, units = _heads(smoke)
+    qkv = normal(t, units * (q + 2) * 2)
+    split = qkv.reshape(t, units, q + 2, 2)
+    k, v = (np.empty((t, 2 * units), np.float32) for _ in range(2))
+
+    def ours() -> Any:
+        attention.store_kv(qkv, q, 0, k, v)
+        return k, v
+
+    def apart(x: Any) -> Any:
+        return x[:, :, q].reshape(t, -1), x[:, :, q + 1].reshape(t, -1)
+
+    right = tuple(
+        np.array([[qkv[i, (u * (q + 2) + s) * 2 + e] for u in range(units) for e in range(2)] for i in range(t)]) for s in (q, q + 1)
+    )
+    peers = {"numpy": lambda: apart(split), **torch_side(lambda t, of: lambda x=of(split): apart(x))}
+    return Case(ours, peers, right, (0, 0), Work(bytes=4 * k.nbytes), parallel=False)
+
+
+@CASES.add("pack_queries")
+def _pack_queries(smoke: bool) -> Case:
+    t, q, units = _heads(smoke)
+    qkv = normal(t, units * (q + 2) * 2)
+    split = qkv.reshape(t, units, q + 2, 2)
+    q_t = np.empty((2 * units, q * t), np.float32)
+
+    def ours() -> Any:
+        attention.pack_queries(qkv, q, 0, 0, q_t)
+        return q_t
+
+    right = np.array([[qkv[i, (f // 2 * (q + 2) + s) * 2 + f % 2] for s in range(q) for i in range(t)] for f in range(2 * units)])
+    peers = {
+        "numpy": lambda: split[:, :, :q].transpose(1, 3, 2, 0).reshape(2 * units, q * t),
+        **torch_side(lambda t_, of: lambda x=of(split): x[:, :, :q].permute(1, 3, 2, 0).reshape(2 * units, q * t)),
+    }
+    return Case(ours, peers, (right,), (0,), Work(bytes=2 * q_t.nbytes), parallel=False)
+
+
+def _visit(smoke: bool) -> tuple[F32, F32, F32, Any]:
+    """Keys and values (keys, elements), packed queries, positions of the query tokens; every third key is still hidden from some."""
+    t, q, units = _heads(smoke)
+    n_keys = t
+    return normal(n_keys, 2 * units), normal(n_keys, 2 * units, seed=1), normal(2 * units, q * t, seed=2), np.arange(t)
+
+
+@CASES.add("partial_scores")
+def _partial_scores(smoke: bool) -> Case:
+    k, _, q_t, _ = _visit(smoke)
+    s_t = np.empty((len(k), q_t.shape[1]), np.float32)
+
+    def ours() -> F32:
+        attention.partial_scores(k, 0, q_t, s_t)
+        return s_t
+
+    peers = {"numpy": lambda: k @ q_t, **torch_side(lambda t, of: lambda a=of(k), b=of(q_t): a @ b)}
+    right = k.astype(np.float64) @ q_t
+    work = Work(macs=s_t.size * len(q_t), bytes=k.nbytes + q_t.nbytes + s_t.nbytes)
+    return Case(ours, peers, (right,), (linear_bound(k, q_t.T),), work, parallel=False)
+
+
+def _scored(smoke: bool) -> tuple[F32, np.float32, Any, Any, F32]:
+    """Scores, their factor, positions, which keys each query admits (keys, slots * tokens), and the maxima."""
+    k, _, q_t, q_pos = _visit(smoke)
+    s_t, scale = k @ q_t, np.float32(1 / np.sqrt(len(q_t)))
+    seen = np.tile(np.arange(len(k))[:, None] <= q_pos, (1, q_t.shape[1] // q_pos.size))
+    return s_t, scale, q_pos, seen, np.where(seen, s_t * scale, np.float32(-np.inf)).max(axis=0)
+
+
+@CASES.add("score_max")
+def _score_max(smoke: bool) -> Case:
+    s_t, scale, q_pos, seen, top = _scored(smoke)
+    m = np.full(s_t.shape[1], -np.inf, np.float32)
+
+    def ours() -> F32:
+        attention.score_max(s_t, scale, 0, q_pos, NO_WINDOW, m)
+        return m
+
+    def torch(t: Any, of: Any) -> Call:
+        s, mask = of(s_t), of(~seen)
+        return lambda: (s * float(scale)).masked_fill(mask, float("-inf")).amax(0)
+
+    peers = {"numpy": lambda: np.where(seen, s_t * scale, np.float32(-np.inf)).max(axis=0), **torch_side(torch)}
+    return Case(ours, peers, (top.astype(np.float64),), (0,), Work(bytes=s_t.nbytes), parallel=False)
+
+
+@CASES.add("softmax_accumulate")
+def _softmax_accumulate(smoke: bool) -> Case:
+    s_t, scale, q_pos, seen, m = _scored(smoke)
+    _, v, _, _ = _visit(smoke)
+    weights, denom, o_t = s_t.copy(), np.zeros(m.size, np.float32), np.zeros((v.shape[1], m.size), np.float32)
+
+    def ours() -> Any:
+        weights[...], denom[...], o_t[...] = s_t, 0, 0
+        attention.softmax_accumulate(weights, scale, 0, q_pos, NO_WINDOW, m, v, 0, denom, o_t)
+        return denom, o_t
+
+    def by_formula(s: Any, top: Any, values: Any) -> Any:
+        p = np.where(seen, np.exp(np.where(seen, s * s.dtype.type(scale) - top, 0)), s.dtype.type(0))
+        return p.sum(axis=0), values.T @ p
+
+    def torch(t: Any, of: Any) -> Call:
+        s, top, values, mask = of(s_t), of(m), of(v), of(~seen)
+
+        def call() -> Any:
+            p = t.exp((s * float(scale)).masked_fill(mask, float("-inf")) - top)
+            return p.sum(0), values.T @ p
+
+        return call
+
+    right = by_formula(s_t.astype(np.float64), m.astype(np.float64), v.astype(np.float64))
+    # The argument of exp is rounded twice; its error is relative to the largest score.
+    of_exp = (4 + 2 * float(np.abs(s_t * scale).max())) * U
+    n = 2 * np.sqrt(len(s_t)) * U
+    size = by_formula(s_t.astype(np.float64), m.astype(np.float64), np.abs(v).astype(np.float64))
+    bounds = tuple((n + of_exp) * x for x in size)
+    work = Work(macs=int(seen.sum()) * v.shape[1], bytes=s_t.nbytes + v.nbytes + o_t.nbytes)
+    return Case(ours, {"numpy": lambda: by_formula(s_t, m, v), **torch_side(torch)}, right, bounds, work, parallel=False)
+
+
+@CASES.add("finish")
+def _finish(smoke: bool) -> Case:
+    t, q, units = _heads(smoke)
+    o_t, denom = normal(2 * units, q * t), np.abs(normal(q * t, seed=1)) + 1
+    context = np.empty((t, units * q * 2), np.float32)
+
+    def ours() -> F32:
+        attention.finish(o_t, denom, q, 0, 0, context)
+        return context
+
+    def numpy(o: Any = o_t, d: Any = denom) -> Any:
+        return (o / d).reshape(units, 2, q, t).transpose(3, 0, 2, 1).reshape(t, -1)
+
+    def torch(t_: Any, of: Any) -> Call:
+        o, d = of(o_t), of(denom)
+        return lambda: (o / d).reshape(units, 2, q, t).permute(3, 0, 2, 1).reshape(t, -1)
+
+    right = np.empty(context.shape)
+    for i, u, s, e in np.ndindex(t, units, q, 2):
+        right[i, (u * q + s) * 2 + e] = float(o_t[2 * u + e, s * t + i]) / float(denom[s * t + i])
+    peers = {"numpy": numpy, **torch_side(torch)}
+    return Case(ours, peers, (right,), (relative(right, 1),), Work(bytes=2 * o_t.nbytes), parallel=False)

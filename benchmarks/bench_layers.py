@@ -1,0 +1,543 @@
+"""Every mesh layer, and the drivers under them, beside NumPy and torch: a prompt of 512 tokens and one more token, on 32 x 32 cores.
+
+    pytest benchmarks/bench_layers.py --benchmark-only
+
+One layer of a mid-size mixture of experts: hidden 1024, 16 heads of 64, 4 key/value heads, 32 experts of 512, top-4, vocabulary 8192. A
+layer's call places, computes and writes in the ledger; its peers compute the same from arrays of their own layout. With one token the
+weights of a small layer stay in the CPU's cache, on every side; `bench_mesh_matmul` takes them from memory. What a layer only counts in
+the batched executor, whose replicas are stored once (gathering feature bands), has no time of its own to compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.cases import F32, Cases, composed, normal, relative, torch_side
+from benchmarks.mesh import EPS, Layer, alternate, gathered, put, room, streamed
+from benchmarks.racing import Call, Case, Race, Work
+from wse_emu.equivalence.tolerance import U, linear_bound, rms_norm_bound
+from wse_emu.foundation.model_spec import ModelSpec
+from wse_emu.layers.attention import attention
+from wse_emu.layers.edges import logits
+from wse_emu.layers.ffn import FfnWeights, dense_ffn, experts_ffn
+from wse_emu.layers.head_norm import head_norm
+from wse_emu.layers.linear import Selection, all_gather_bands, matmul
+from wse_emu.layers.norm import add_residual, rms_norm, stream_vector
+from wse_emu.layers.rotary import ROTATE_QK, place_rotary
+from wse_emu.layers.router import report_chosen, route
+from wse_emu.wafer.placement import Split
+from wse_kernels.attention import NO_WINDOW
+from wse_kernels.attention_mesh import mesh_attention, mesh_store_kv
+from wse_kernels.head_norm import mesh_head_norm
+
+CASES = Cases()
+
+
+@pytest.mark.parametrize("name", CASES.keys())
+def test_layer(name: str, race: Race, smoke: bool) -> None:
+    race.case(CASES[name](smoke))
+
+
+def both(name: str) -> Callable[[Callable[[Layer], Case]], Callable[[Layer], Case]]:
+    """Decorator: the case for a prompt and for one more token."""
+
+    def keep(make: Callable[[Layer], Case]) -> Callable[[Layer], Case]:
+        CASES.add(f"{name}, prompt")(lambda smoke: make(Layer.prefill(smoke)))
+        CASES.add(f"{name}, token")(lambda smoke: make(Layer.decode(smoke)))
+        return make
+
+    return keep
+
+
+# ---- in and out, norms, sums
+
+
+@both("inject and drain")
+def _edges(layer: Layer) -> Case:
+    wafer, x = layer.wafer(), layer.x
+    place = put(wafer, x)
+
+    def ours() -> F32:
+        wafer.inject(place, x)
+        return wafer.drain(place)
+
+    peers = {"numpy": lambda: x.copy().copy(), **torch_side(lambda t, of: lambda v=of(x): v.clone().clone())}
+    return Case(ours, peers, (x,), (0,), Work(bytes=4 * x.nbytes, tokens=layer.n_tokens))
+
+
+@both("rms_norm")
+def _rms_norm(layer: Layer) -> Case:
+    wafer, x, weight = layer.wafer(), layer.x, normal(layer.hidden, seed=1)
+    placed, out = put(wafer, x), room(wafer, layer.n_tokens, Split.balanced(layer.hidden, layer.cols))
+
+    def ours() -> Any:
+        rms_norm(wafer, placed, "norm", weight, EPS, out, layer.bands)
+        return out
+
+    def torch(t: Any, of: Any) -> Call:
+        v, w = of(x), of(weight)
+        return lambda: t.nn.functional.rms_norm(v, (layer.hidden,), w, EPS)
+
+    x64 = x.astype(np.float64)
+    right = x64 / np.sqrt((x64**2).mean(axis=1, keepdims=True) + EPS) * weight
+    peers = {"numpy": lambda: x * (1 / np.sqrt((x * x).mean(axis=1, keepdims=True) + np.float32(EPS))) * weight, **torch_side(torch)}
+    work = Work(macs=x.size, bytes=2 * x.nbytes + weight.nbytes, tokens=layer.n_tokens)
+    return Case(ours, peers, (right,), (rms_norm_bound(right),), work, look=gathered)
+
+
+@both("stream_vector")
+def _stream_vector(layer: Layer) -> Case:
+    wafer, weight, split = layer.wafer(), normal(layer.hidden), Split.balanced(layer.hidden, layer.cols)
+
+    def ours() -> Any:
+        with stream_vector(wafer, "norm", weight, split, layer.bands) as tensor:
+            return tensor.flat
+
+    peers = {"numpy": weight.copy, **torch_side(lambda t, of: of(weight).clone)}
+    return Case(ours, peers, (weight,), (0,), Work(bytes=2 * weight.nbytes))
+
+
+@both("add_residual")
+def _add_residual(layer: Layer) -> Case:
+    wafer, x, y = layer.wafer(), layer.x, normal(layer.n_tokens, layer.hidden, seed=1)
+    placed, other = put(wafer, x), put(wafer, y, name="y")
+
+    def ours() -> Any:
+        add_residual(wafer, placed, other)
+        return placed
+
+    peers = {"numpy": lambda: x + y, **torch_side(lambda t, of: lambda a=of(x), b=of(y): a + b)}
+    right = x.astype(np.float64) + y
+    return Case(ours, peers, (right,), (relative(right, 1),), Work(bytes=3 * x.nbytes, tokens=layer.n_tokens), look=gathered)
+
+
+# ---- products
+
+
+@both("matmul")
+def _matmul(layer: Layer) -> Case:
+    wafer, x, n_out = layer.wafer(), layer.x, layer.heads.qkv.total
+    w = normal(layer.hidden, n_out, seed=1, scale=layer.hidden**-0.5)
+    placed, out, weight = put(wafer, x), room(wafer, layer.n_tokens, layer.heads.qkv), streamed(w)
+
+    def ours() -> Any:
+        matmul(wafer, placed, weight, out, layer.bands)
+        all_gather_bands(wafer, out, layer.bands)
+        return out
+
+    peers = {"numpy": lambda: x @ w, **torch_side(lambda t, of: lambda a=of(x), b=of(w): a @ b)}
+    work = Work(macs=layer.n_tokens * w.size, bytes=x.nbytes + w.nbytes + 4 * layer.n_tokens * n_out, tokens=layer.n_tokens)
+    return Case(ours, peers, (x.astype(np.float64) @ w,), (linear_bound(x, w.T),), work, look=gathered)
+
+
+@both("logits")
+def _logits(layer: Layer) -> Case:
+    wafer, x = layer.wafer(), layer.x
+    w = normal(layer.hidden, layer.vocab, seed=1, scale=layer.hidden**-0.5)
+    placed, head, wanted = put(wafer, x), streamed(w), Selection.of_tokens(np.arange(layer.n_tokens), layer.bands.split)
+    peers = {"numpy": lambda: x @ w, **torch_side(lambda t, of: lambda a=of(x), b=of(w): a @ b)}
+    work = Work(macs=layer.n_tokens * w.size, bytes=x.nbytes + w.nbytes + 4 * layer.n_tokens * layer.vocab, tokens=layer.n_tokens)
+    bound = linear_bound(x, w.T)
+    return Case(lambda: logits(wafer, placed, head, wanted, layer.bands), peers, (x.astype(np.float64) @ w,), (bound,), work)
+
+
+def _silu(x: Any) -> Any:
+    return x / (1 + np.exp(-x))
+
+
+@both("dense_ffn")
+def _dense_ffn(layer: Layer) -> Case:
+    wafer, x, width = layer.wafer(), layer.x, layer.ffn * layer.top_k
+    gate, up = (normal(layer.hidden, width, seed=s, scale=layer.hidden**-0.5) for s in (1, 2))
+    down = normal(width, layer.hidden, seed=3, scale=width**-0.5)
+    weights = FfnWeights(streamed(alternate(gate, up)), streamed(down))
+    placed, out = put(wafer, x), room(wafer, layer.n_tokens, Split.balanced(layer.hidden, layer.cols))
+
+    def ours() -> Any:
+        dense_ffn(wafer, placed, weights, out, layer.bands)
+        return out
+
+    def torch(t: Any, of: Any) -> Call:
+        v, g, u, d = of(x), of(gate), of(up), of(down)
+        return lambda: (t.nn.functional.silu(v @ g) * (v @ u)) @ d
+
+    x64 = x.astype(np.float64)
+    right = (_silu(x64 @ gate) * (x64 @ up)) @ down
+    peers = {"numpy": lambda: (_silu(x @ gate) * (x @ up)) @ down, **torch_side(torch)}
+    n_weights = gate.size + up.size + down.size
+    work = Work(macs=layer.n_tokens * n_weights, bytes=4 * n_weights + 2 * x.nbytes, tokens=layer.n_tokens)
+    return Case(ours, peers, (right,), (composed(right),), work, look=gathered)
+
+
+# ---- routing and experts
+
+
+def _gate(layer: Layer) -> F32:
+    return normal(layer.hidden, layer.n_experts, seed=4, scale=layer.hidden**-0.5)
+
+
+def _route_by_formula(scores: Any, k: int) -> tuple[Any, Any]:
+    p = np.exp(scores - scores.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    ids = np.argsort(-p, axis=1, kind="stable")[:, :k]
+    chosen = np.take_along_axis(p, ids, axis=1)
+    return ids, chosen / chosen.sum(axis=1, keepdims=True)
+
+
+@both("route and report_chosen")
+def _route(layer: Layer) -> Case:
+    wafer, x, w, k = layer.wafer(), layer.x, _gate(layer), layer.top_k
+    placed, gate = put(wafer, x), streamed(w)
+
+    def ours() -> Any:
+        with route(wafer, placed, gate, layer.bands, k, True) as routing:
+            chosen = report_chosen(wafer, routing, layer.bands, layer.n_experts)
+            return routing.topk_ids, routing.topk_weights, chosen
+
+    def numpy() -> Any:
+        ids, weights = _route_by_formula(x @ w, k)
+        return ids, weights, np.unique(ids)
+
+    def torch(t: Any, of: Any) -> Call:
+        a, b = of(x), of(w)
+
+        def call() -> Any:
+            weights, ids = t.topk(t.softmax(a @ b, 1), k, dim=1)
+            return ids, weights / weights.sum(1, keepdim=True), t.unique(ids)
+
+        return call
+
+    ids, weights = _route_by_formula(x.astype(np.float64) @ w, k)
+    work = Work(macs=layer.n_tokens * w.size, bytes=x.nbytes + w.nbytes, tokens=layer.n_tokens)
+    peers = {"numpy": numpy, **torch_side(torch)}
+    return Case(ours, peers, (ids, weights, np.unique(ids)), (0, composed(weights), 0), work)
+
+
+@both("experts_ffn")
+def _experts_ffn(layer: Layer) -> Case:
+    wafer, x, k = layer.wafer(), layer.x, layer.top_k
+    ids, factors = _route_by_formula(x @ _gate(layer), k)
+    chosen = np.unique(ids).tolist()
+    gates, ups = ({e: normal(layer.hidden, layer.ffn, seed=s + e, scale=layer.hidden**-0.5) for e in chosen} for s in (100, 200))
+    downs = {e: normal(layer.ffn, layer.hidden, seed=300 + e, scale=layer.ffn**-0.5) for e in chosen}
+    experts = [(e, FfnWeights(streamed(alternate(gates[e], ups[e])), streamed(downs[e]))) for e in chosen]
+    placed, out = put(wafer, x), room(wafer, layer.n_tokens, Split.balanced(layer.hidden, layer.cols))
+    routing = route(wafer, placed, streamed(_gate(layer)), layer.bands, k, True)
+
+    def ours() -> Any:
+        experts_ffn(wafer, placed, routing, experts, layer.ffn, out, layer.bands, n_experts=layer.n_experts)
+        return out
+
+    def by_formula(v: Any, weights: Any) -> Any:
+        result = np.zeros_like(v)
+        for e in chosen:
+            token, slot = np.nonzero(ids == e)
+            some = v[token]
+            y = (_silu(some @ gates[e]) * (some @ ups[e])) @ downs[e]
+            result[token] += weights[token, slot][:, None] * y
+        return result
+
+    def torch(t: Any, of: Any) -> Call:
+        v, i, weights = of(x), of(ids), of(factors)
+        matrices = {e: (of(gates[e]), of(ups[e]), of(downs[e])) for e in chosen}
+
+        def call() -> Any:
+            result = t.zeros_like(v)
+            for e in chosen:
+                token, slot = t.nonzero(i == e, as_tuple=True)
+                g, u, d = matrices[e]
+                some = v[token]
+                y = (t.nn.functional.silu(some @ g) * (some @ u)) @ d
+                result.index_add_(0, token, weights[token, slot][:, None] * y)
+            return result
+
+        return call
+
+    right = by_formula(x.astype(np.float64), factors.astype(np.float64))
+    of_expert = 3 * layer.hidden * layer.ffn
+    work = Work(macs=ids.size * of_expert, bytes=4 * len(chosen) * of_expert + 2 * x.nbytes, tokens=layer.n_tokens)
+    peers = {"numpy": lambda: by_formula(x, factors), **torch_side(torch)}
+    return Case(ours, peers, (right,), (composed(right),), work, look=gathered)
+
+
+# ---- attention
+
+
+def _norm_weights(layer: Layer) -> tuple[F32, F32]:
+    """Of queries and of keys, (head_dim,), in published order."""
+    return normal(layer.head_dim, seed=5), normal(layer.head_dim, seed=6)
+
+
+def _in_units(layer: Layer, weight: F32) -> F32:
+    """A head's elements in the order of its pair units."""
+    return weight.reshape(2, layer.half).T.reshape(-1)
+
+
+def _head_normed(layer: Layer, rows: Any) -> tuple[Any, Any]:
+    """Queries and keys (T, heads, d), normalised."""
+    q, k, _ = layer.published(rows)
+    w_q, w_k = _norm_weights(layer)
+    eps = rows.dtype.type(EPS)
+    return tuple(v * (1 / np.sqrt((v * v).mean(axis=-1, keepdims=True) + eps)) * w for v, w in ((q, w_q), (k, w_k)))
+
+
+def _head_norm_peers(layer: Layer) -> tuple[dict[str, Call], tuple[Any, Any]]:
+    new = layer.qkv[layer.n_cached :]
+    q, k, _ = layer.published(new)
+    w_q, w_k = _norm_weights(layer)
+    eps = np.float32(EPS)
+
+    def numpy() -> Any:
+        return tuple(v * (1 / np.sqrt((v * v).mean(axis=-1, keepdims=True) + eps)) * w for v, w in ((q, w_q), (k, w_k)))
+
+    def torch(t: Any, of: Any) -> Call:
+        pairs = [(of(v), of(w)) for v, w in ((q, w_q), (k, w_k))]
+        return lambda: tuple(t.nn.functional.rms_norm(v, (layer.head_dim,), w, EPS) for v, w in pairs)
+
+    return {"numpy": numpy, **torch_side(torch)}, _head_normed(layer, new.astype(np.float64))
+
+
+def _head_norm_work(layer: Layer) -> Work:
+    n = layer.n_tokens * layer.n_kv * (layer.q + 1) * layer.head_dim
+    return Work(macs=n, bytes=8 * n, tokens=layer.n_tokens)
+
+
+@both("head_norm")
+def _head_norm(layer: Layer) -> Case:
+    wafer, new = layer.wafer(), layer.qkv[layer.n_cached :]
+    placed = put(wafer, new, layer.heads.qkv)
+    before = placed.flat.copy()
+    w_q, w_k = (_in_units(layer, w) for w in _norm_weights(layer))
+    peers, right = _head_norm_peers(layer)
+
+    def ours() -> Any:
+        placed.flat[...] = before  # as the peers do, from the same values each time
+        head_norm(wafer, placed, layer.heads, ("q_norm", "k_norm"), (w_q, w_k), EPS, layer.bands)
+        return placed
+
+    return Case(
+        ours, peers, right, tuple(rms_norm_bound(v) for v in right), _head_norm_work(layer),
+        look=lambda found: layer.published(gathered(found))[:2],
+    )  # fmt: skip
+
+
+@both("mesh_head_norm")
+def _mesh_head_norm(layer: Layer) -> Case:
+    placed = put(layer.wafer(), layer.qkv[layer.n_cached :], layer.heads.qkv)
+    before, flat = placed.flat.copy(), placed.flat
+    w_q, w_k = (_in_units(layer, w) for w in _norm_weights(layer))
+    starts, size = layer.heads.units.offsets, np.float32(layer.head_dim)
+    peers, right = _head_norm_peers(layer)
+
+    def ours() -> Any:
+        flat[...] = before
+        mesh_head_norm(flat, layer.n_tokens, starts, layer.q, layer.half, w_q, w_k, size, np.float32(EPS))
+        return placed
+
+    return Case(
+        ours, peers, right, tuple(rms_norm_bound(v) for v in right), _head_norm_work(layer),
+        look=lambda found: layer.published(gathered(found))[:2],
+    )  # fmt: skip
+
+
+def _spec(layer: Layer) -> ModelSpec:
+    return ModelSpec(
+        family="llama", vocab_size=layer.vocab, hidden_size=layer.hidden, intermediate_size=layer.ffn, num_layers=1,
+        num_heads=layer.n_kv * layer.q, num_kv_heads=layer.n_kv, head_dim=layer.head_dim, rms_norm_eps=EPS, rope_theta=1e4,
+        max_position_embeddings=4096,
+    )  # fmt: skip
+
+
+def _angles(layer: Layer) -> Any:
+    """Of every new token and rotary pair, (T, half)."""
+    positions = np.arange(layer.n_cached, layer.n_cached + layer.n_tokens)
+    return np.outer(positions, 1e4 ** -(np.arange(layer.half) / layer.half))
+
+
+@both("place_rotary")
+def _place_rotary(layer: Layer) -> Case:
+    wafer, spec, (_, sequences) = layer.wafer(), _spec(layer), layer.cache_with(layer.wafer())
+
+    def ours() -> Any:
+        cos, sin = place_rotary(wafer, spec, sequences, layer.heads, layer.bands)
+        with cos, sin:
+            return gathered(cos), gathered(sin)
+
+    def numpy() -> Any:
+        angle = _angles(layer)
+        return tuple(np.tile(f(angle).astype(np.float32), (1, layer.n_kv)) for f in (np.cos, np.sin))
+
+    def torch(t: Any, of: Any) -> Call:
+        positions = t.arange(layer.n_cached, layer.n_cached + layer.n_tokens, dtype=t.float64)
+        pairs = t.arange(layer.half, dtype=t.float64)
+
+        def call() -> Any:
+            angle = t.outer(positions, 1e4 ** -(pairs / layer.half))
+            return tuple(f(angle).float().repeat(1, layer.n_kv) for f in (t.cos, t.sin))
+
+        return call
+
+    right = tuple(np.tile(f(_angles(layer)), (1, layer.n_kv)) for f in (np.cos, np.sin))
+    work = Work(bytes=4 * 2 * right[0].size, tokens=layer.n_tokens)
+    # Half an ulp of the table, and what an ulp of the frequency turns the last position by.
+    return Case(ours, {"numpy": numpy, **torch_side(torch)}, right, (U, U), work)
+
+
+@both("rotate (launch)")
+def _rotate(layer: Layer) -> Case:
+    wafer, (_, sequences) = layer.wafer(), layer.cache_with(layer.wafer())
+    new = layer.qkv[layer.n_cached :]
+    placed = put(wafer, new, layer.heads.qkv)
+    before = placed.flat.copy()
+    cos, sin = place_rotary(wafer, _spec(layer), sequences, layer.heads, layer.bands)
+    q, k, _ = layer.published(new)
+
+    def ours() -> Any:
+        placed.flat[...] = before
+        wafer.launch(ROTATE_QK, qkv=placed, cos=cos, sin=sin, q_slots=layer.q)
+        return placed
+
+    def turned(v: Any, co: Any, si: Any, join: Any) -> Any:
+        a, b = v[..., : layer.half], v[..., layer.half :]
+        return join((a * co - b * si, b * co + a * si), -1)
+
+    tables = [np.cos(_angles(layer))[:, None], np.sin(_angles(layer))[:, None]]
+    narrow = [table.astype(np.float32) for table in tables]
+
+    def torch(t: Any, of: Any) -> Call:
+        co, si = map(of, narrow)
+        a, b = of(q), of(k)
+        return lambda: tuple(turned(v, co, si, t.cat) for v in (a, b))
+
+    peers = {"numpy": lambda: tuple(turned(v, *narrow, np.concatenate) for v in (q, k)), **torch_side(torch)}
+    right = tuple(turned(v.astype(np.float64), *tables, np.concatenate) for v in (q, k))
+    n = q.size + k.size
+    work = Work(macs=n, bytes=8 * n, tokens=layer.n_tokens)
+    bounds = tuple(6 * U * float(np.abs(v).max()) for v in (q, k))
+    return Case(ours, peers, right, bounds, work, look=lambda found: layer.published(gathered(found))[:2])
+
+
+def _append_case(layer: Layer, append: Callable[[Any, Any, Any, Any], None]) -> Case:
+    """Keys and values of the new tokens put behind those that are there."""
+    wafer = layer.wafer()
+    cache, sequences = layer.cache_with(wafer)
+    new = layer.qkv[layer.n_cached :]
+    placed = put(wafer, new, layer.heads.qkv)
+    _, k, v = layer.published(new)
+    _, k_old, v_old = layer.published(layer.qkv[: layer.n_cached])
+    n_all, stores = layer.n_cached + layer.n_tokens, []
+    for old in (k_old, v_old):
+        whole = np.empty((n_all, layer.n_kv, layer.head_dim), np.float32)
+        whole[: layer.n_cached] = old
+        stores.append(whole)
+
+    def ours() -> Any:
+        append(wafer, cache, placed, sequences)
+        return cache.buffers(0, sequences)[:2]
+
+    def read(found: Any) -> Any:
+        units, out = layer.heads.units, []
+        for flat in found:
+            panels = [flat[n_all * 2 * a : n_all * 2 * b].reshape(n_all, -1) for a, b in zip(units.starts, units.stops, strict=True)]
+            pairs = np.hstack(panels).reshape(n_all, layer.n_kv, layer.half, 2)
+            out.append(pairs.transpose(0, 1, 3, 2).reshape(n_all, layer.n_kv, layer.head_dim))
+        return tuple(out)
+
+    def numpy() -> Any:
+        for store, values in zip(stores, (k, v), strict=True):
+            store[layer.n_cached :] = values
+        return tuple(stores)
+
+    def torch(t: Any, of: Any) -> Call:
+        pairs = [(of(store.copy()), of(values)) for store, values in zip(stores, (k, v), strict=True)]
+
+        def call() -> Any:
+            for store, values in pairs:
+                store[layer.n_cached :] = values
+            return tuple(store for store, _ in pairs)
+
+        return call
+
+    _, all_k, all_v = layer.published(layer.qkv)
+    work = Work(bytes=2 * (k.nbytes + v.nbytes), tokens=layer.n_tokens)
+    return Case(ours, {"numpy": numpy, **torch_side(torch)}, (all_k, all_v), (0, 0), work, look=read)
+
+
+@both("KVCache.append")
+def _append(layer: Layer) -> Case:
+    return _append_case(layer, lambda wafer, cache, placed, sequences: cache.append(0, placed, sequences, layer.bands))
+
+
+@both("mesh_store_kv")
+def _mesh_store_kv(layer: Layer) -> Case:
+    def store(wafer: Any, cache: Any, placed: Any, sequences: Any) -> None:
+        k, v, base, cap = cache.buffers(0, sequences)
+        starts, new = layer.heads.units.offsets, sequences
+        mesh_store_kv(placed.flat, starts, layer.q, new.first_token, new.n_new, new.start, base, cap, k, v)
+
+    return _append_case(layer, store)
+
+
+def _attention_case(layer: Layer, attend: Callable[[Any, Any, Any, Any, Any], None]) -> Case:
+    wafer = layer.wafer()
+    cache, sequences = layer.cache_with(wafer)
+    placed = put(wafer, layer.qkv[layer.n_cached :], layer.heads.qkv)
+    cache.append(0, placed, sequences, layer.bands)
+    context = room(wafer, layer.n_tokens, layer.heads.context)
+    queries, _, _ = layer.published(layer.qkv[layer.n_cached :])
+    _, keys, values = layer.published(layer.qkv)
+    # Heads first, as attention is written everywhere: queries (heads, T, d), keys and values (kv heads, keys, d).
+    q, k, v = (np.ascontiguousarray(a.swapaxes(0, 1)) for a in (queries, keys, values))
+    n_keys = layer.n_cached + layer.n_tokens
+    seen = np.arange(n_keys) <= np.arange(layer.n_cached, n_keys)[:, None]
+
+    def ours() -> Any:
+        attend(wafer, cache, placed, context, sequences)
+        return context
+
+    def by_formula(q: Any, k: Any, v: Any) -> Any:
+        k, v = np.repeat(k, layer.q, axis=0), np.repeat(v, layer.q, axis=0)
+        scores = np.where(seen, q @ k.swapaxes(1, 2) * q.dtype.type(layer.head_dim**-0.5), q.dtype.type(-np.inf))
+        p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        return (p @ v) / p.sum(axis=-1, keepdims=True)
+
+    def torch(t: Any, of: Any) -> Call:
+        a, b, c = (of(x)[None] for x in (q, k, v))
+        causal = layer.n_tokens > 1
+        return lambda: t.nn.functional.scaled_dot_product_attention(a, b, c, is_causal=causal, enable_gqa=True)[0]
+
+    right = by_formula(*(x.astype(np.float64) for x in (q, k, v)))
+    work = Work(
+        macs=2 * int(seen.sum()) * layer.n_kv * layer.q * layer.head_dim, bytes=2 * q.nbytes + k.nbytes + v.nbytes, tokens=layer.n_tokens
+    )
+    return Case(
+        ours, {"numpy": lambda: by_formula(q, k, v), **torch_side(torch)}, (right,), (composed(right),), work,
+        look=lambda found: layer.context_heads(gathered(found)).swapaxes(0, 1),
+    )  # fmt: skip
+
+
+@both("attention")
+def _attention(layer: Layer) -> Case:
+    def attend(wafer: Any, cache: Any, placed: Any, context: Any, sequences: Any) -> None:
+        attention(wafer, placed, context, cache, 0, sequences, layer.bands)
+
+    return _attention_case(layer, attend)
+
+
+@both("mesh_attention")
+def _mesh_attention(layer: Layer) -> Case:
+    none = np.zeros((0, 0), np.float32)
+
+    def attend(wafer: Any, cache: Any, placed: Any, context: Any, new: Any) -> None:
+        k, v, base, cap = cache.buffers(0, new)
+        heads = layer.heads
+        mesh_attention(
+            placed.flat, heads.units.offsets, heads.queries_per_kv, heads.head_dim, heads.scale, NO_WINDOW, new.first_token, new.n_new,
+            new.start, base, cap, k, v, context.flat, none, none,
+        )  # fmt: skip
+
+    return _attention_case(layer, attend)
