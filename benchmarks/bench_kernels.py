@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from benchmarks.cases import F32, Cases, normal, relative, torch_side
+from benchmarks.cases import F32, Cases, normal, relative, torch_call, torch_side
 from benchmarks.racing import Call, Case, Race, Work
 from wse_emu.equivalence.tolerance import U, linear_bound
 from wse_kernels import attention, exp, ffn, formats, head_norm, matmul, norm, rope, routing
@@ -46,18 +46,24 @@ def _elementwise(name: str, call: Any, numpy: Any, torch: Any, exact: Any, round
             call(x, out)
             return out
 
-        peers = {"numpy": lambda: numpy(x), **torch_side(lambda t, of: lambda v=of(x): torch(t, v))}
+        peers = {"numpy": lambda: numpy(x), **torch_call(lambda t, v: torch(t, v), x)}
         right = exact(x.astype(np.float64))
         return Case(ours, peers, (right,), (relative(right, roundings),), Work(bytes=2 * x.nbytes), parallel=False)
 
     CASES.add(name)(make)
 
 
+def _logistic(x: Any) -> Any:
+    return 1 / (1 + np.exp(-x))
+
+
+def _silu(x: Any) -> Any:
+    return x / (1 + np.exp(-x))
+
+
 _elementwise("exp_array", exp.exp_array, np.exp, lambda t, v: t.exp(v), np.exp, 4)
-_elementwise("sigmoid_array", exp.sigmoid_array, lambda x: 1 / (1 + np.exp(-x)), lambda t, v: t.sigmoid(v), lambda x: 1 / (1 + np.exp(-x)), 8)
-_elementwise(
-    "silu_array", exp.silu_array, lambda x: x / (1 + np.exp(-x)), lambda t, v: t.nn.functional.silu(v), lambda x: x / (1 + np.exp(-x)), 10
-)
+_elementwise("sigmoid_array", exp.sigmoid_array, _logistic, lambda t, v: t.sigmoid(v), _logistic, 8)
+_elementwise("silu_array", exp.silu_array, _silu, lambda t, v: t.nn.functional.silu(v), _silu, 10)
 
 
 def _decode(name: str, call: Any, fmt: formats.FloatFormat, numpy: Any, torch_dtype: str | None) -> None:
@@ -71,7 +77,7 @@ def _decode(name: str, call: Any, fmt: formats.FloatFormat, numpy: Any, torch_dt
 
         peers: dict[str, Call] = {"numpy": lambda: numpy(codes)}
         if torch_dtype is not None:
-            peers |= torch_side(lambda t, of: lambda v=of(codes.view(np.int16)).view(getattr(t, torch_dtype)): v.float())
+            peers |= torch_call(lambda t, v: v.view(getattr(t, torch_dtype)).float(), codes.view(np.int16))
         return Case(ours, peers, (formats.decode(codes, fmt),), (0,), Work(bytes=codes.nbytes + out.nbytes), parallel=False)
 
     CASES.add(name)(make)
@@ -89,7 +95,7 @@ def _encode(name: str, call: Any, fmt: formats.FloatFormat, numpy: Any, torch_dt
         peers: dict[str, Call] = {"numpy": lambda: numpy(x)}
         if torch_dtype is not None:
             # torch knows these codes as signed integers only; a view changes no bit.
-            peers |= torch_side(lambda t, of: lambda v=of(x): v.to(getattr(t, torch_dtype)).view(t.int16).numpy().view(np.uint16))
+            peers |= torch_call(lambda t, v: v.to(getattr(t, torch_dtype)).view(t.int16).numpy().view(np.uint16), x)
         return Case(ours, peers, (formats.encode(x, fmt),), (0,), Work(bytes=x.nbytes + out.nbytes), parallel=False)
 
     CASES.add(name)(make)
@@ -117,7 +123,7 @@ def _add_to(smoke: bool) -> Case:
         norm.add_to(out, y)
         return out
 
-    peers = {"numpy": lambda: x + y, **torch_side(lambda t, of: lambda a=of(x), b=of(y): a + b)}
+    peers = {"numpy": lambda: x + y, **torch_call(lambda t, a, b: a + b, x, y)}
     return Case(ours, peers, (right,), (relative(right, 1),), Work(bytes=3 * x.nbytes), parallel=False)
 
 
@@ -131,7 +137,7 @@ def _chain_add(smoke: bool) -> Case:
         matmul.chain_add(out, y)
         return out
 
-    peers = {"numpy": lambda: x + y, **torch_side(lambda t, of: lambda a=of(x), b=of(y): a + b)}
+    peers = {"numpy": lambda: x + y, **torch_call(lambda t, a, b: a + b, x, y)}
     return Case(ours, peers, (right,), (relative(right, 1),), Work(bytes=3 * x.nbytes), parallel=False)
 
 
@@ -144,7 +150,7 @@ def _chain_max(smoke: bool) -> Case:
         norm.chain_max(out, y)
         return out
 
-    peers = {"numpy": lambda: np.maximum(x, y), **torch_side(lambda t, of: lambda a=of(x), b=of(y): t.maximum(a, b))}
+    peers = {"numpy": lambda: np.maximum(x, y), **torch_call(lambda t, a, b: t.maximum(a, b), x, y)}
     return Case(ours, peers, (np.where(x > y, x, y),), (0,), Work(bytes=3 * x.nbytes), parallel=False)
 
 
@@ -157,7 +163,7 @@ def _chain_panels(smoke: bool) -> Case:
         norm.chain_panels(partials.reshape(-1), size, cols, out)
         return out
 
-    peers = {"numpy": lambda: partials.sum(axis=0), **torch_side(lambda t, of: lambda p=of(partials): p.sum(0))}
+    peers = {"numpy": lambda: partials.sum(axis=0), **torch_call(lambda t, p: p.sum(0), partials)}
     right = partials.astype(np.float64).sum(axis=0)
     bound = linear_bound(np.ones((1, n_cols)), partials.T)[0]
     return Case(ours, peers, (right,), (bound,), Work(bytes=partials.nbytes + out.nbytes), parallel=False)
@@ -175,7 +181,7 @@ def _fill_zero(smoke: bool) -> Case:
         x[...] = 0
         return x
 
-    peers = {"numpy": numpy, **torch_side(lambda t, of: lambda v=of(x): v.zero_())}
+    peers = {"numpy": numpy, **torch_call(lambda t, v: v.zero_(), x)}
     return Case(ours, peers, (np.zeros(x.shape),), (0,), Work(bytes=x.nbytes), parallel=False)
 
 
@@ -195,7 +201,7 @@ def _swiglu_into(smoke: bool) -> Case:
         g = y[:, ::2]
         return g / (1 + np.exp(-g)) * y[:, 1::2]
 
-    peers = {"numpy": numpy, **torch_side(lambda t, of: lambda v=of(y): t.nn.functional.silu(v[:, ::2]) * v[:, 1::2])}
+    peers = {"numpy": numpy, **torch_call(lambda t, v: t.nn.functional.silu(v[:, ::2]) * v[:, 1::2], y)}
     return Case(ours, peers, (right,), (relative(right, 10),), Work(bytes=y.nbytes + h.nbytes), parallel=False)
 
 
@@ -236,7 +242,7 @@ def _partial_matmul(smoke: bool) -> Case:
         matmul.partial_matmul(x, rows, w, p)
         return p
 
-    peers = {"numpy": lambda: x[rows] @ w, **torch_side(lambda t, of: lambda a=of(x), b=of(w), r=of(rows): a[r] @ b)}
+    peers = {"numpy": lambda: x[rows] @ w, **torch_call(lambda t, a, b, r: a[r] @ b, x, w, rows)}
     right = x.astype(np.float64) @ w
     work = Work(macs=t * n * n, bytes=x.nbytes + w.nbytes + p.nbytes)
     return Case(ours, peers, (right,), (linear_bound(x, w.T),), work, parallel=False)
@@ -256,7 +262,7 @@ def _sum_squares(smoke: bool) -> Case:
 
     peers = {
         "numpy": lambda: (x * x).sum(axis=1, keepdims=True),
-        **torch_side(lambda t, of: lambda v=of(x): (v * v).sum(1, keepdim=True)),
+        **torch_call(lambda t, v: (v * v).sum(1, keepdim=True), x),
     }
     right = (x.astype(np.float64) ** 2).sum(axis=1, keepdims=True)
     return Case(ours, peers, (right,), (relative(right, 2 * np.sqrt(x.shape[1])),), Work(macs=x.size, bytes=x.nbytes), parallel=False)
@@ -300,7 +306,7 @@ def _head_squares(smoke: bool) -> Case:
 
     peers = {
         "numpy": lambda: (split[:, :, : q + 1] ** 2).sum(axis=(1, 3)),
-        **torch_side(lambda t, of: lambda v=of(split): (v[:, :, : q + 1] ** 2).sum((1, 3))),
+        **torch_call(lambda t, v: (v[:, :, : q + 1] ** 2).sum((1, 3)), split),
     }
     right = (split[:, :, : q + 1].astype(np.float64) ** 2).sum(axis=(1, 3))
     work = Work(macs=t * units * 2 * (q + 1), bytes=qkv.nbytes)
@@ -366,7 +372,7 @@ def _rotate_qk(smoke: bool) -> Case:
 
     peers = {
         "numpy": lambda: rotated(split, cos, sin),
-        **torch_side(lambda t, of: lambda v=of(split), c=of(cos), s=of(sin): rotated(v, c, s)),
+        **torch_call(lambda t, v, c, s: rotated(v, c, s), split, cos, sin),
     }
     right = rotated(split.astype(np.float64), cos.astype(np.float64), sin.astype(np.float64))
     bound = 4 * U * rotated(np.abs(split).astype(np.float64), np.abs(cos), -np.abs(sin)).max()
@@ -418,7 +424,9 @@ def _softmax_topk(smoke: bool) -> Case:
 
     right = by_formula(logits.astype(np.float64))
     peers = {"numpy": lambda: by_formula(logits), **torch_side(torch)}
-    return Case(ours, peers, right, (0, relative(right[1], 2 * np.sqrt(logits.shape[1]) + 16)), Work(bytes=2 * logits.nbytes), parallel=False)
+    return Case(
+        ours, peers, right, (0, relative(right[1], 2 * np.sqrt(logits.shape[1]) + 16)), Work(bytes=2 * logits.nbytes), parallel=False
+    )
 
 
 @CASES.add("select_expert")
@@ -477,7 +485,9 @@ def _group_tokens(smoke: bool) -> Case:
     lists = [[(t, s) for t in range(len(ids)) for s in range(ids.shape[1]) if ids[t, s] == e] for e in range(n_experts)]
     flat = [pair for pairs in lists for pair in pairs]
     right = np.cumsum([0, *map(len, lists)]), np.array([t for t, _ in flat]), np.array([weights[t, s] for t, s in flat])
-    return Case(ours, {"numpy": numpy, **torch_side(torch)}, right, (0, 0, 0), Work(bytes=2 * ids.nbytes + 2 * weights.nbytes), parallel=False)
+    return Case(
+        ours, {"numpy": numpy, **torch_side(torch)}, right, (0, 0, 0), Work(bytes=2 * ids.nbytes + 2 * weights.nbytes), parallel=False
+    )
 
 
 @CASES.add("mark_chosen")
@@ -510,7 +520,7 @@ def _merge_bits(smoke: bool) -> Case:
         routing.merge_bits(out, b)
         return out
 
-    peers = {"numpy": lambda: a | b, **torch_side(lambda t, of: lambda x=of(a), y=of(b): x | y)}
+    peers = {"numpy": lambda: a | b, **torch_call(lambda t, x, y: x | y, a, b)}
     right = np.array([x | y for x, y in zip(a.tolist(), b.tolist(), strict=True)])
     return Case(ours, peers, (right,), (0,), Work(bytes=3 * a.nbytes), parallel=False)
 
@@ -535,7 +545,7 @@ def _store_kv(smoke: bool) -> Case:
     right = tuple(
         np.array([[qkv[i, (u * (q + 2) + s) * 2 + e] for u in range(units) for e in range(2)] for i in range(t)]) for s in (q, q + 1)
     )
-    peers = {"numpy": lambda: apart(split), **torch_side(lambda t, of: lambda x=of(split): apart(x))}
+    peers = {"numpy": lambda: apart(split), **torch_call(lambda t, x: apart(x), split)}
     return Case(ours, peers, right, (0, 0), Work(bytes=4 * k.nbytes), parallel=False)
 
 
@@ -553,7 +563,7 @@ def _pack_queries(smoke: bool) -> Case:
     right = np.array([[qkv[i, (f // 2 * (q + 2) + s) * 2 + f % 2] for s in range(q) for i in range(t)] for f in range(2 * units)])
     peers = {
         "numpy": lambda: split[:, :, :q].transpose(1, 3, 2, 0).reshape(2 * units, q * t),
-        **torch_side(lambda t_, of: lambda x=of(split): x[:, :, :q].permute(1, 3, 2, 0).reshape(2 * units, q * t)),
+        **torch_call(lambda t_, x: x[:, :, :q].permute(1, 3, 2, 0).reshape(2 * units, q * t), split),
     }
     return Case(ours, peers, (right,), (0,), Work(bytes=2 * q_t.nbytes), parallel=False)
 
@@ -574,7 +584,7 @@ def _partial_scores(smoke: bool) -> Case:
         attention.partial_scores(k, 0, q_t, s_t)
         return s_t
 
-    peers = {"numpy": lambda: k @ q_t, **torch_side(lambda t, of: lambda a=of(k), b=of(q_t): a @ b)}
+    peers = {"numpy": lambda: k @ q_t, **torch_call(lambda t, a, b: a @ b, k, q_t)}
     right = k.astype(np.float64) @ q_t
     work = Work(macs=s_t.size * len(q_t), bytes=k.nbytes + q_t.nbytes + s_t.nbytes)
     return Case(ours, peers, (right,), (linear_bound(k, q_t.T),), work, parallel=False)

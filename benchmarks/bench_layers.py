@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.cases import F32, Cases, composed, normal, relative, torch_side
+from benchmarks.cases import F32, Cases, composed, normal, relative, torch_call, torch_side
 from benchmarks.mesh import EPS, Layer, alternate, gathered, put, room, streamed
 from benchmarks.racing import Call, Case, Race, Work
 from wse_emu.equivalence.tolerance import U, linear_bound, rms_norm_bound
@@ -65,7 +65,7 @@ def _edges(layer: Layer) -> Case:
         wafer.inject(place, x)
         return wafer.drain(place)
 
-    peers = {"numpy": lambda: x.copy().copy(), **torch_side(lambda t, of: lambda v=of(x): v.clone().clone())}
+    peers = {"numpy": lambda: x.copy().copy(), **torch_call(lambda t, v: v.clone().clone(), x)}
     return Case(ours, peers, (x,), (0,), Work(bytes=4 * x.nbytes, tokens=layer.n_tokens))
 
 
@@ -110,7 +110,7 @@ def _add_residual(layer: Layer) -> Case:
         add_residual(wafer, placed, other)
         return placed
 
-    peers = {"numpy": lambda: x + y, **torch_side(lambda t, of: lambda a=of(x), b=of(y): a + b)}
+    peers = {"numpy": lambda: x + y, **torch_call(lambda t, a, b: a + b, x, y)}
     right = x.astype(np.float64) + y
     return Case(ours, peers, (right,), (relative(right, 1),), Work(bytes=3 * x.nbytes, tokens=layer.n_tokens), look=gathered)
 
@@ -129,7 +129,7 @@ def _matmul(layer: Layer) -> Case:
         all_gather_bands(wafer, out, layer.bands)
         return out
 
-    peers = {"numpy": lambda: x @ w, **torch_side(lambda t, of: lambda a=of(x), b=of(w): a @ b)}
+    peers = {"numpy": lambda: x @ w, **torch_call(lambda t, a, b: a @ b, x, w)}
     work = Work(macs=layer.n_tokens * w.size, bytes=x.nbytes + w.nbytes + 4 * layer.n_tokens * n_out, tokens=layer.n_tokens)
     return Case(ours, peers, (x.astype(np.float64) @ w,), (linear_bound(x, w.T),), work, look=gathered)
 
@@ -139,7 +139,7 @@ def _logits(layer: Layer) -> Case:
     wafer, x = layer.wafer(), layer.x
     w = normal(layer.hidden, layer.vocab, seed=1, scale=layer.hidden**-0.5)
     placed, head, wanted = put(wafer, x), streamed(w), Selection.of_tokens(np.arange(layer.n_tokens), layer.bands.split)
-    peers = {"numpy": lambda: x @ w, **torch_side(lambda t, of: lambda a=of(x), b=of(w): a @ b)}
+    peers = {"numpy": lambda: x @ w, **torch_call(lambda t, a, b: a @ b, x, w)}
     work = Work(macs=layer.n_tokens * w.size, bytes=x.nbytes + w.nbytes + 4 * layer.n_tokens * layer.vocab, tokens=layer.n_tokens)
     bound = linear_bound(x, w.T)
     return Case(lambda: logits(wafer, placed, head, wanted, layer.bands), peers, (x.astype(np.float64) @ w,), (bound,), work)

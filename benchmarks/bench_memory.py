@@ -1,20 +1,17 @@
 """Anonymous memory of a run: the same for 4 and for 12 layers but for their keys and values, since weights stay in the mapped layout file.
 
-Run as a script: ``python benchmarks/bench_memory.py``. Each size runs in a process of its own; needs Linux and about 3 GB of disk.
+Run as a script: ``python -m benchmarks.bench_memory``. Each size runs in a process of its own; needs Linux and about 3 GB of disk.
 """
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tempfile
-import threading
-import time
-from pathlib import Path
 
 import numpy as np
 
 import wse_emu as wse
+from benchmarks.processes import AnonymousPeak, python
 from wse_emu.checkpoint import random_checkpoint
 from wse_emu.engine.options import EngineOptions
 from wse_emu.memoryx import open_store
@@ -35,35 +32,6 @@ def config(n_layers: int) -> dict[str, object]:
     }  # fmt: skip
 
 
-def anonymous_mb() -> float:
-    """Anonymous resident memory of this process, in MB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError("/proc/self/status has no RssAnon: this needs Linux")
-
-
-class Peak(threading.Thread):
-    """Samples anonymous memory until stopped."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.mb = 0.0
-        self._stop_now = threading.Event()
-
-    def run(self) -> None:
-        """Sample every 2 ms."""
-        while not self._stop_now.is_set():
-            self.mb = max(self.mb, anonymous_mb())
-            time.sleep(0.002)
-
-    def stop(self) -> float:
-        """Peak in MB."""
-        self._stop_now.set()
-        self.join()
-        return self.mb
-
-
 def measure(n_layers: int, cache_dir: str) -> float:
     """Peak anonymous memory while 512 tokens are read and 8 generated, on 32 x 32 cores."""
     checkpoint = random_checkpoint(config(n_layers), seed=0)
@@ -71,10 +39,9 @@ def measure(n_layers: int, cache_dir: str) -> float:
     model = WaferModel(checkpoint, store, wse.Wafer(wse.WSE3, rows=32, cols=32), None, None, EngineOptions())
     ids = np.random.default_rng(0).integers(0, 8192, N_PROMPT)
     model.generate(ids[:4], max_new_tokens=2)  # kernels are loaded
-    peak = Peak()
-    peak.start()
-    model.generate(ids, max_new_tokens=N_NEW)
-    return peak.stop()
+    with AnonymousPeak() as peak:
+        model.generate(ids, max_new_tokens=N_NEW)
+    return peak.mb
 
 
 def main() -> int:
@@ -84,8 +51,8 @@ def main() -> int:
         for n_layers in LAYERS:
             # The layout file is made in a process of its own: what building it takes is no part of a run.
             for _ in ("build", "run"):
-                out = subprocess.run([sys.executable, __file__, str(n_layers), cache_dir], check=True, capture_output=True, text=True)
-            peaks.append(float(out.stdout))
+                out = python(["-m", "benchmarks.bench_memory", str(n_layers), cache_dir])
+            peaks.append(float(out))
             keys_and_values = n_layers * (N_PROMPT + N_NEW) * 2 * 4 * 64 * 4 / 2**20
             bare.append(peaks[-1] - keys_and_values)
             print(f"{n_layers:>3} layers: {peaks[-1]:.1f} MB anonymous at most, {keys_and_values:.1f} MB of them keys and values")

@@ -1,4 +1,4 @@
-"""Matrix products over a wafer's columns beside `numpy.matmul` and torch: grids up to a whole wafer, and the shapes of a mixture of experts.
+"""Matrix products over a wafer's columns beside NumPy and torch: grids up to a whole wafer, and the shapes of a mixture of experts.
 
     pytest benchmarks/bench_mesh_matmul.py --benchmark-only
 
@@ -18,7 +18,7 @@ import pytest
 from numpy.typing import NDArray
 
 import wse_emu as wse
-from benchmarks.cases import F32, normal, torch_side
+from benchmarks.cases import F32, normal, torch_call, torch_side
 from benchmarks.mesh import gathered, put, room, streamed
 from benchmarks.racing import Call, Case, Race, Work
 from wse_emu.equivalence.tolerance import U, linear_bound
@@ -49,8 +49,8 @@ class Grid(NamedTuple):
 
     @property
     def tiny(self) -> Grid:
-        """For smoke runs: the same shape of grid, at most 5 tokens on 8 features, more columns than those where there were many."""
-        return Grid(min(self.rows, 6), min(self.cols, 12), 5, 8, 16)
+        """For smoke runs: the same shape of grid, 5 tokens, and at most 12 columns of cores."""
+        return Grid(min(self.rows, 6), min(self.cols, 12), 5, 40, 16)
 
 
 GRIDS = (
@@ -106,7 +106,7 @@ def test_grid(grid: Grid, race: Race, smoke: bool) -> None:
     assert totals["launch"]["macs"] == macs
     assert totals["stream"]["bytes"] == n_bytes
 
-    peers = {"numpy": lambda: x @ w, **torch_side(lambda t, of: lambda a=of(x), b=of(w): a @ b)}
+    peers = {"numpy": lambda: x @ w, **torch_call(lambda t, a, b: a @ b, x, w)}
     work = Work(macs, n_bytes + x.nbytes + 4 * grid.n_tokens * grid.n_out, grid.n_tokens)
     race.case(Case(ours, peers, (x.astype(np.float64) @ w,), (linear_bound(x, w.T),), work, look=gathered))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,11 @@ def relative(values: Any, roundings: float) -> F64:
 def composed(values: Any) -> float:
     """Error allowed where several products follow each other: 2e-5 of the values' standard deviation. A wrong formula is off by about 1."""
     return 2e-5 * float(np.std(np.asarray(values, np.float64)))
+
+
+def torch_call(function: Callable[..., object], *arrays: Any) -> dict[str, Call]:
+    """The peer ``function(torch, *arrays)``, the arrays as tensors; none where torch is not installed."""
+    return torch_side(lambda torch, of: partial(function, torch, *map(of, arrays)))
 
 
 def torch_side(make: Callable[[Any, Any], Call]) -> dict[str, Call]:

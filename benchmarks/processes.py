@@ -13,11 +13,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def python(arguments: Sequence[str], *, environment: dict[str, str] | None = None) -> str:
+def environment(**changes: str) -> dict[str, str]:
+    """Of a process that imports this checkout, with changes."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))), **changes}
+
+
+def python(arguments: Sequence[str], **changes: str) -> str:
     """Standard output of this interpreter, run on this checkout with `arguments`; raises with its errors if it fails."""
-    path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
-    env = {**os.environ, "PYTHONPATH": path, **(environment or {})}
-    done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, *arguments], env=environment(**changes), capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"python {' '.join(arguments)} failed with exit code {done.returncode}:\n{done.stderr}")
     return done.stdout

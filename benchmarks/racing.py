@@ -108,7 +108,8 @@ class Race:
         return self(case.ours, case.peers, case.work, parallel=case.parallel)
 
     def __call__(
-        self, ours: Call, peers: Mapping[str, Call], work: Work, *, parallel: bool = True, before: Call | None = None, rounds: int | None = None
+        self, ours: Call, peers: Mapping[str, Call], work: Work, *, parallel: bool = True, before: Call | None = None,
+        rounds: int | None = None,
     ) -> Row:  # fmt: skip
         """Warm all sides up, then let them run in turns; the shortest round of each counts.
 
@@ -207,10 +208,10 @@ def table(rows: Sequence[Row], machine: Machine) -> list[str]:
         "",
         "ours, peer: seconds of one call, the shortest round of each side; the sides took turns in this run.",
         "ratio: the peer's seconds divided by ours; above 1 the emulator is faster. against: which peer.",
-        "of peak: least time for the call's multiply-adds (flops) or for its bytes, each read or written once (bytes), whichever is longer,",
-        "  divided by its time. Bytes that stay in a cache come faster than the peak, which is memory's: more than 100% is then no error.",
-        f"Peaks measured in this run: all threads {whole.flops / 1e9:.0f} GFLOP/s (the better of numpy.matmul and multiply-adds in registers)",
-        f"  and {whole.bytes / 1e9:.1f} GB/s (reading memory); a kernel of one core, which has one thread and a block in its cache:",
-        f"  {core.flops / 1e9:.0f} GFLOP/s and {core.bytes / 1e9:.0f} GB/s (reading 16 KiB again and again).",
+        "of peak: the least time for the call's multiply-adds (flops) or for its bytes, each read or written once (bytes), whichever is",
+        "  longer, divided by its time. Bytes that stay in a cache come faster than memory's peak: more than 100% is then no error.",
+        f"peaks, measured in this run: all threads {whole.flops / 1e9:.0f} GFLOP/s (the better of numpy.matmul and multiply-adds in",
+        f"  registers) and {whole.bytes / 1e9:.1f} GB/s (reading memory); for a kernel of one core, which has one thread and a block in",
+        f"  its cache, {core.flops / 1e9:.0f} GFLOP/s and {core.bytes / 1e9:.0f} GB/s (reading 16 KiB again and again).",
         "Host seconds: they say what this emulator costs, nothing about a wafer.",
     ]  # fmt: skip
