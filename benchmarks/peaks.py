@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numba import prange
 from numpy.typing import NDArray
 
 from wse_kernels._jit import kernel
 from wse_kernels.matmul_tile import COLS, ROWS, add_tiles, fma_step, load_tile, store_tile, zero_tile
-from wse_kernels.threads import n_threads
+from wse_kernels.threads import in_parts, n_threads
 
 F32 = NDArray[np.float32]
 
@@ -55,29 +54,25 @@ class Machine(NamedTuple):
         return Machine(self.core.better(other.core), self.whole.better(other.whole))
 
 
-@kernel(parallel=True)
-def _multiply(a: F32, w: F32, out: F32, n_rounds: int, n_parts: int) -> None:
-    """Multiply-adds of a register tile with operands that stay in the first-level cache."""
-    for part in prange(n_parts):
-        index: Any = np.int64(part)
-        p = zero_tile()
-        for _ in range(n_rounds):
-            for k in range(_STEPS):
-                p = fma_step(p, a, k * ROWS, w, k * COLS)
-        store_tile(p, out, index * _TILE)
+@kernel()
+def _multiply(part: int, n_parts: int, a: F32, w: F32, out: F32, n_rounds: int) -> None:
+    """Multiply-adds of a register tile with operands that stay in the first-level cache; every part does them all."""
+    p = zero_tile()
+    for _ in range(n_rounds):
+        for k in range(_STEPS):
+            p = fma_step(p, a, k * ROWS, w, k * COLS)
+    store_tile(p, out, part * _TILE)
 
 
-@kernel(parallel=True)
-def _read(x: F32, out: F32, n_rounds: int, n_parts: int) -> None:
+@kernel()
+def _read(part: int, n_parts: int, x: F32, out: F32, n_rounds: int) -> None:
     """Add up whole tiles of `x`, each part its own share of them."""
     n_tiles = x.shape[0] // _TILE
-    for part in prange(n_parts):
-        index: Any = np.int64(part)
-        total = zero_tile()
-        for _ in range(n_rounds):
-            for i in range(index * n_tiles // n_parts, (index + 1) * n_tiles // n_parts):
-                total = add_tiles(total, load_tile(x, i * _TILE))
-        store_tile(total, out, index * _TILE)
+    total = zero_tile()
+    for _ in range(n_rounds):
+        for i in range(part * n_tiles // n_parts, (part + 1) * n_tiles // n_parts):
+            total = add_tiles(total, load_tile(x, i * _TILE))
+    store_tile(total, out, part * _TILE)
 
 
 def measure_machine(*, smoke: bool) -> Machine:
@@ -96,10 +91,10 @@ def measure_machine(*, smoke: bool) -> Machine:
         return amount / min(_seconds(call) for _ in range(repeats))
 
     def in_registers(parts: int) -> float:
-        return rate(lambda: _multiply(a, w, out, rounds, parts), 2 * _TILE * _STEPS * rounds * parts)
+        return rate(lambda: in_parts(_multiply, parts, (a, w, out, rounds)), 2 * _TILE * _STEPS * rounds * parts)
 
     def reading(x: F32, n_rounds: int, parts: int) -> float:
-        return rate(lambda: _read(x, out, n_rounds, parts), 4 * (x.size // _TILE) * _TILE * n_rounds)
+        return rate(lambda: in_parts(_read, parts, (x, out, n_rounds)), 4 * (x.size // _TILE) * _TILE * n_rounds)
 
     of_matmul = rate(lambda: np.matmul(matrix, matrix, out=product), 2 * n**3)
     return Machine(
