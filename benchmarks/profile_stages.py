@@ -1,7 +1,7 @@
 """Where the time of a prompt and of one more token goes, stage by stage, and what bounds each stage.
 
     python -m benchmarks.profile_stages                    # Qwen3-MoE's form; --model Mixtral
-    python -m benchmarks.profile_stages --turns 30         # more turns: the shortest of each stage counts
+    python -m benchmarks.profile_stages --turns 30         # more turns: of each stage of each layer the shortest counts
 
 A stage is what the ledger calls one; its time runs while the ledger attributes events to it. Beside it stand three figures of the same run:
 its time with the ``dry`` executor, which walks the same Python with the same routing and computes nothing, and the least time that its
@@ -33,13 +33,17 @@ OUTSIDE = "between stages"
 """Time of a forward pass that belongs to no stage: waiting for weights, handing tensors from stage to stage."""
 
 
+Seconds = dict[tuple[int | None, str], float]
+"""Host seconds by layer and stage."""
+
+
 class TimedLedger(Ledger):
     """A ledger that also keeps the seconds of every stage of every forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seconds: list[dict[str, float]] = []
-        """Of each forward pass, by stage."""
+        self.seconds: list[Seconds] = []
+        """Of each forward pass."""
 
     @contextmanager
     def scope(self, stage: str, layer: int | None = None) -> Iterator[None]:
@@ -48,7 +52,7 @@ class TimedLedger(Ledger):
             began = perf_counter()
             yield
             if self.seconds:
-                self.seconds[-1][stage] += perf_counter() - began
+                self.seconds[-1][layer, stage] += perf_counter() - began
 
     @contextmanager
     def forward_pass(self, phase: str, tokens: Sequence[NewTokens]) -> Iterator[None]:
@@ -58,7 +62,7 @@ class TimedLedger(Ledger):
             began = perf_counter()
             yield
             whole = perf_counter() - began
-        self.seconds[-1][OUTSIDE] = whole - sum(self.seconds[-1].values())
+        self.seconds[-1][None, OUTSIDE] = whole - sum(self.seconds[-1].values())
 
     def clear(self) -> None:
         """Forget everything."""
@@ -79,28 +83,29 @@ class Stage(NamedTuple):
     """Least, for reading its weights once from memory."""
 
 
-def stages_of(wafer: wse.Wafer, machine: Machine, best: list[dict[str, float]], python: list[dict[str, float]],
+def stages_of(wafer: wse.Wafer, machine: Machine, best: list[Seconds], python: list[Seconds],
               which: list[int]) -> list[Stage]:  # fmt: skip
-    """Stages of the forward passes `which` (alike), each at its shortest."""
+    """Stages of the forward passes `which` (alike), each layer's at its shortest."""
     assert isinstance(wafer.ledger, TimedLedger)
     one: ForwardPass = wafer.ledger.passes()[which[0]]
     totals = wafer.ledger.totals(("stage", "kind"), one.start, one.stop)
     found = []
-    for name in best[which[0]]:
+    for name in dict.fromkeys(stage for _, stage in best[which[0]]):
         rows = [row for row in totals if row["stage"] == name]
         macs, n_bytes = sum(row["macs"] for row in rows), sum(row["bytes"] for row in rows if row["kind"] == "stream")
-        times = (min(times[i].get(name, 0.0) for i in which) for times in (best, python))
+        keys = [key for key in best[which[0]] if key[1] == name]
+        times = (sum(min(passes[i].get(key, 0.0) for i in which) for key in keys) for passes in (best, python))
         found.append(Stage(name, *times, 2 * macs / machine.whole.flops, n_bytes / machine.whole.bytes))
     return found
 
 
-def keep_shortest(best: list[dict[str, float]], seconds: list[dict[str, float]]) -> None:
+def keep_shortest(best: list[Seconds], seconds: list[Seconds]) -> None:
     """Lower `best` to what one more turn took."""
     if not best:
         best.extend(dict.fromkeys(times, math.inf) for times in seconds)
     for shortest, times in zip(best, seconds, strict=True):
-        for stage, took in times.items():
-            shortest[stage] = min(shortest[stage], took)
+        for key, took in times.items():
+            shortest[key] = min(shortest[key], took)
 
 
 def lines(title: str, stages: Sequence[Stage]) -> Iterator[str]:
@@ -142,8 +147,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         batched, dry = models["batched"], models["dry"]
         batched.generate(ids, max_new_tokens=sizes.n_new)  # compiles
         routing = batched.recorded_routing
-        best: list[dict[str, float]] = []
-        python: list[dict[str, float]] = []
+        best: list[Seconds] = []
+        python: list[Seconds] = []
         for _ in range(args.turns):
             for wafer in wafers.values():
                 wafer.ledger.clear()
