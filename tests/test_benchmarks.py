@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import wse_emu as wse
 from benchmarks import bench_kernels, bench_large, bench_layers, profile_stages
+from benchmarks.bench_models import CONFIGS, work_of
 from benchmarks.peaks import Machine, Peak
 from benchmarks.processes import ROOT, environment
 from benchmarks.racing import Case, Row, Work, table
@@ -89,6 +91,23 @@ def test_profile_names_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for stage in ("embedding", "qkv", "head_norm", "attention", "router", "experts", "lm_head", profile_stages.OUTSIDE, "all"):
         assert out.count(f"\n  {stage} ") == 2, stage
+
+
+def test_the_page_says_what_there_is_to_do() -> None:
+    config = CONFIGS["Qwen3-MoE"]
+    wafer = wse.Wafer(wse.WSE3, rows=32, cols=32, executor="dry")
+    wse.from_config(config, wafer=wafer).generate(np.zeros(512, np.int64), max_new_tokens=2)
+    prompt, token = wafer.ledger.passes()
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    rows = {cells[1].strip(): cells[2:4] for cells in (line.split("|") for line in page.splitlines()) if len(cells) == 5}
+    for column, one in enumerate((prompt, token)):
+        work = work_of(wafer, one)
+        says = {name: cells[column].strip() for name, cells in rows.items()}
+        macs = f"{work.macs / 1e9:.1f} billion" if one is prompt else f"{work.macs / 1e6:.0f} million"
+        assert says["multiply-adds"] == macs
+        assert says["weights streamed"].startswith(f"{work.bytes / 1e6:.0f} MB: ")
+        assert float(says["multiply-adds for each weight"]) == float(f"{4 * work.macs / work.bytes:.2g}")
+        assert says["kinds of launches and moves, one entry in the ledger each"] == str(one.stop - one.start)
 
 
 # ---- the tools
