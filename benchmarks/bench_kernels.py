@@ -8,6 +8,7 @@ is part of what is compared.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -17,7 +18,9 @@ import pytest
 from benchmarks.cases import F32, Cases, normal, relative, torch_call, torch_side
 from benchmarks.racing import Call, Case, Race, Work
 from wse_emu.equivalence.tolerance import U, linear_bound
-from wse_kernels import attention, exp, ffn, formats, head_norm, matmul, norm, rope, routing
+from wse_emu.foundation.routing_rule import ROUTING_PRESETS
+from wse_emu.layers.router import router_code
+from wse_kernels import attention, exp, ffn, formats, head_norm, log, matmul, norm, rope, routing
 from wse_kernels.attention import NO_WINDOW
 
 CASES = Cases()
@@ -64,6 +67,24 @@ def _silu(x: Any) -> Any:
 _elementwise("exp_array", exp.exp_array, np.exp, lambda t, v: t.exp(v), np.exp, 4)
 _elementwise("sigmoid_array", exp.sigmoid_array, _logistic, lambda t, v: t.sigmoid(v), _logistic, 8)
 _elementwise("silu_array", exp.silu_array, _silu, lambda t, v: t.nn.functional.silu(v), _silu, 10)
+_elementwise(
+    "softplus_array", log.softplus_array, lambda x: np.logaddexp(np.float32(0), x), lambda t, v: t.nn.functional.softplus(v),
+    lambda x: np.logaddexp(0, x), 8,
+)  # fmt: skip
+
+
+@CASES.add("log_array")
+def _log_array(smoke: bool) -> Case:
+    x = np.abs(normal(*_block(smoke)).ravel()) + np.float32(2.0)  # away from 1, where the relative error of the peers has no bound
+    out = np.empty_like(x)
+
+    def ours() -> F32:
+        log.log_array(x, out)
+        return out
+
+    peers = {"numpy": lambda: np.log(x), **torch_call(lambda t, v: t.log(v), x)}
+    right = np.log(x.astype(np.float64))
+    return Case(ours, peers, (right,), (relative(right, 4),), Work(bytes=2 * x.nbytes), parallel=False)
 
 
 def _decode(name: str, call: Any, fmt: formats.FloatFormat, numpy: Any, torch_dtype: str | None) -> None:
@@ -427,6 +448,65 @@ def _softmax_topk(smoke: bool) -> Case:
     return Case(
         ours, peers, right, (0, relative(right[1], 2 * np.sqrt(logits.shape[1]) + 16)), Work(bytes=2 * logits.nbytes), parallel=False
     )
+
+
+@CASES.add("route_tokens")
+def _route_tokens(smoke: bool) -> Case:
+    """Sigmoid scores, a correction bias, groups: DeepSeek-V3's rule, with four groups."""
+    logits, k = (normal(4, 8), 2) if smoke else _scores(smoke)
+    n = logits.shape[1]
+    correction, none = normal(1, n, seed=5) * np.float32(0.1), np.zeros((1, 1), np.float32)
+    rule = replace(ROUTING_PRESETS["deepseek_v3"], n_group=4, topk_group=2)
+    code, work = router_code(rule), np.empty((routing.WORK_ROWS, n), np.float32)
+    ids, weights = np.empty((len(logits), k), np.int64), np.empty((len(logits), k), np.float32)
+
+    def ours() -> Any:
+        routing.route_tokens(logits, none, correction, code, work, ids, weights)
+        return ids, weights
+
+    def by_formula(x: Any) -> Any:
+        s = 1 / (1 + np.exp(-x))
+        c = (s + correction).reshape(len(x), 4, -1)
+        best = np.argsort(-np.sort(c, axis=2)[:, :, -2:].sum(axis=2), axis=1, kind="stable")[:, :2]
+        is_open = np.zeros((len(x), 4, 1), np.bool_)
+        np.put_along_axis(is_open[:, :, 0], best, True, axis=1)
+        chosen = np.argsort(-np.where(is_open, c, -np.inf).reshape(x.shape), axis=1, kind="stable")[:, :k]
+        w = np.take_along_axis(s, chosen, axis=1)
+        return chosen, 2.5 * w / (w.sum(axis=1, keepdims=True) + 1e-20)
+
+    def torch(t: Any, of: Any) -> Call:
+        v, b = of(logits), of(correction)
+
+        def call() -> Any:
+            s = t.sigmoid(v)
+            c = (s + b).view(len(logits), 4, -1)
+            best = t.topk(t.topk(c, 2, dim=2).values.sum(2), 2, dim=1).indices
+            is_open = t.zeros(len(logits), 4, dtype=t.bool).scatter_(1, best, True)
+            chosen = t.topk(c.masked_fill(~is_open[:, :, None], float("-inf")).flatten(1), k, dim=1).indices
+            w = s.gather(1, chosen)
+            return chosen, 2.5 * w / (w.sum(1, keepdim=True) + 1e-20)
+
+        return call
+
+    right = by_formula(logits.astype(np.float64))
+    peers = {"numpy": lambda: by_formula(logits), **torch_side(torch)}
+    return Case(ours, peers, right, (0, relative(right[1], 2 * np.sqrt(k) + 24)), Work(bytes=2 * logits.nbytes), parallel=False)
+
+
+@CASES.add("assign_experts")
+def _assign_experts(smoke: bool) -> Case:
+    logits, k = _scores(smoke)
+    numbers, n = np.arange(len(logits)) * 7, logits.shape[1]
+    ids, weights = np.empty((len(logits), k), np.int64), np.empty((len(logits), k), np.float32)
+
+    def ours() -> Any:
+        routing.assign_experts(numbers, n, np.float32(1 / k), ids, weights)
+        return ids
+
+    def numpy() -> Any:
+        return (numbers[:, None] + np.arange(k)) % n
+
+    return Case(ours, {"numpy": numpy}, (numpy(),), (0,), Work(bytes=ids.nbytes), parallel=False)
 
 
 @CASES.add("select_expert")

@@ -21,6 +21,8 @@ from benchmarks.mesh import EPS, Layer, alternate, gathered, put, room, streamed
 from benchmarks.racing import Call, Case, Race, Work
 from wse_emu.equivalence.tolerance import U, linear_bound, rms_norm_bound
 from wse_emu.foundation.model_spec import ModelSpec
+from wse_emu.foundation.routing_rule import MIXTRAL_ROUTING, RoutingRule
+from wse_emu.layers.assigned_routing import assign
 from wse_emu.layers.attention import attention
 from wse_emu.layers.edges import logits
 from wse_emu.layers.ffn import FfnWeights, dense_ffn, experts_ffn
@@ -28,7 +30,7 @@ from wse_emu.layers.head_norm import head_norm
 from wse_emu.layers.linear import Selection, all_gather_bands, matmul
 from wse_emu.layers.norm import add_residual, rms_norm, stream_vector
 from wse_emu.layers.rotary import ROTATE_QK, place_rotary
-from wse_emu.layers.router import report_chosen, route
+from wse_emu.layers.router import RouterWeights, report_chosen, route
 from wse_emu.wafer.placement import Split
 from wse_kernels.attention import NO_WINDOW
 from wse_kernels.attention_mesh import mesh_attention, mesh_store_kv
@@ -191,10 +193,10 @@ def _route_by_formula(scores: Any, k: int) -> tuple[Any, Any]:
 @both("route and report_chosen")
 def _route(layer: Layer) -> Case:
     wafer, x, w, k = layer.wafer(), layer.x, _gate(layer), layer.top_k
-    placed, gate = put(wafer, x), streamed(w)
+    placed, gate = put(wafer, x), RouterWeights(streamed(w))
 
     def ours() -> Any:
-        with route(wafer, placed, gate, layer.bands, k, True) as routing:
+        with route(wafer, placed, gate, layer.bands, k, MIXTRAL_ROUTING) as routing:
             chosen = report_chosen(wafer, routing, layer.bands, layer.n_experts)
             return routing.topk_ids, routing.topk_weights, chosen
 
@@ -217,6 +219,21 @@ def _route(layer: Layer) -> Case:
     return Case(ours, peers, (ids, weights, np.unique(ids)), (0, composed(weights), 0), work)
 
 
+@both("assign")
+def _assign(layer: Layer) -> Case:
+    wafer, numbers, k = layer.wafer(), np.arange(layer.n_tokens) * 5, layer.top_k
+    rule = RoutingRule(routing_algorithm="uniform")
+
+    def ours() -> Any:
+        with assign(wafer, numbers, layer.bands, layer.n_experts, k, rule) as routing:
+            return routing.topk_ids
+
+    def numpy() -> Any:
+        return (numbers[:, None] + np.arange(k)) % layer.n_experts
+
+    return Case(ours, {"numpy": numpy}, (numpy(),), (0,), Work(tokens=layer.n_tokens))
+
+
 @both("experts_ffn")
 def _experts_ffn(layer: Layer) -> Case:
     wafer, x, k = layer.wafer(), layer.x, layer.top_k
@@ -226,7 +243,7 @@ def _experts_ffn(layer: Layer) -> Case:
     downs = {e: normal(layer.ffn, layer.hidden, seed=300 + e, scale=layer.ffn**-0.5) for e in chosen}
     experts = [(e, FfnWeights(streamed(alternate(gates[e], ups[e])), streamed(downs[e]))) for e in chosen]
     placed, out = put(wafer, x), room(wafer, layer.n_tokens, Split.balanced(layer.hidden, layer.cols))
-    routing = route(wafer, placed, streamed(_gate(layer)), layer.bands, k, True)
+    routing = route(wafer, placed, RouterWeights(streamed(_gate(layer))), layer.bands, k, MIXTRAL_ROUTING)
 
     def ours() -> Any:
         experts_ffn(wafer, placed, routing, experts, layer.ffn, out, layer.bands, n_experts=layer.n_experts)

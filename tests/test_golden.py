@@ -17,6 +17,7 @@ from wse_emu.checkpoint import open_checkpoint
 from wse_emu.checkpoint.families import FAMILIES
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.rope_scaling import ROPE_KINDS
+from wse_emu.foundation.routing_rule import RoutingRule
 from wse_emu.reference import DenseReference
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -78,7 +79,7 @@ def test_there_is_a_golden_file_for_every_variant() -> None:
             assert spec.rope_scaling.original_max_position_embeddings < 96 or spec.rope_scaling.kind == "linear"
     windows = {(spec.family, len(spec.sliding_layers) == spec.num_layers) for spec in specs if spec.sliding_window is not None}
     assert windows == {("mistral", True), ("qwen3", False), ("qwen3_moe", True)}
-    moe = {(spec.renormalize, bool(spec.dense_layers)) for spec in specs if spec.family == "qwen3_moe"}
+    moe = {(spec.routing.expert_weighting_normalization, bool(spec.dense_layers)) for spec in specs if spec.family == "qwen3_moe"}
     assert moe == {(True, False), (False, False), (True, True)}
 
 
@@ -203,10 +204,11 @@ def spoilt(spec: ModelSpec) -> Iterator[tuple[str, ModelSpec]]:
         yield "attention: window ignored", dataclasses.replace(spec, sliding_window=None, sliding_layers=())
         yield "attention: window one longer", dataclasses.replace(spec, sliding_window=spec.sliding_window + 1)
         yield "attention: window one shorter", dataclasses.replace(spec, sliding_window=spec.sliding_window - 1)
-    if spec.is_moe and spec.renormalize:
-        yield "experts: weights not divided by their sum", dataclasses.replace(spec, renormalize=False)
+    if spec.is_moe and spec.routing.expert_weighting_normalization:
+        rule = RoutingRule(expert_weighting_normalization=False)
+        yield "experts: weights not divided by their sum", dataclasses.replace(spec, routing=rule)
     elif spec.is_moe:
-        yield "experts: weights divided by their sum (softmax after the choice)", dataclasses.replace(spec, renormalize=True)
+        yield "experts: weights divided by their sum (softmax after the choice)", dataclasses.replace(spec, routing=RoutingRule())
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

@@ -29,11 +29,13 @@ if TYPE_CHECKING:
         SramOverflowError,
         SramStateError,
         StoreError,
+        TieError,
         TraceError,
         UninitializedReadError,
         WseError,
     )
     from wse_emu.foundation.model_spec import ModelSpec
+    from wse_emu.foundation.routing_rule import ROUTING_PRESETS, RoutingRule
     from wse_emu.foundation.wafer_spec import TINY, WSE2, WSE3, WaferSpec
     from wse_emu.model import ModelOutput, WaferModel, from_config, from_pretrained
     from wse_emu.sampling import Sampler
@@ -43,9 +45,11 @@ if TYPE_CHECKING:
 _HOME = {
     "wse_emu.foundation.errors": (
         "BusyError", "CheckpointError", "ConfigError", "ForkError", "InputError", "KernelError", "PlacementError", "RouteError",
-        "SaveError", "SpecError", "SramOverflowError", "SramStateError", "StoreError", "TraceError", "UninitializedReadError", "WseError",
+        "SaveError", "SpecError", "SramOverflowError", "SramStateError", "StoreError", "TieError", "TraceError", "UninitializedReadError",
+        "WseError",
     ),
     "wse_emu.foundation.model_spec": ("ModelSpec",),
+    "wse_emu.foundation.routing_rule": ("ROUTING_PRESETS", "RoutingRule"),
     "wse_emu.foundation.wafer_spec": ("TINY", "WSE2", "WSE3", "WaferSpec"),
     "wse_emu.model": ("ModelOutput", "WaferModel", "from_config", "from_pretrained"),
     "wse_emu.sampling": ("Sampler",),
@@ -55,6 +59,7 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "ROUTING_PRESETS",
     "TINY",
     "WSE2",
     "WSE3",
@@ -68,12 +73,14 @@ __all__ = [
     "ModelSpec",
     "PlacementError",
     "RouteError",
+    "RoutingRule",
     "Sampler",
     "SaveError",
     "SpecError",
     "SramOverflowError",
     "SramStateError",
     "StoreError",
+    "TieError",
     "TraceError",
     "UninitializedReadError",
     "Wafer",

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from wse_emu.checkpoint import parse_config, read_config, to_config
 from wse_emu.foundation.errors import ConfigError
 from wse_emu.foundation.model_spec import ModelSpec
+from wse_emu.foundation.routing_rule import RoutingRule
 from wse_emu.testing import contract_specs
 
 LLAMA: dict[str, Any] = {
@@ -247,8 +248,10 @@ def test_qwen3_has_head_norms_and_a_window_where_it_says_so() -> None:
 
 def test_qwen3_moe_mixes_dense_layers_and_mixtures() -> None:
     spec = parse_config(QWEN_MOE)
-    assert (spec.num_experts, spec.top_k, spec.moe_intermediate_size, spec.renormalize, spec.dense_layers) == (6, 3, 24, False, ())
-    assert parse_config({**QWEN_MOE, "norm_topk_prob": True}).renormalize
+    assert (spec.num_experts, spec.top_k, spec.moe_intermediate_size, spec.routing, spec.dense_layers) == (
+        6, 3, 24, RoutingRule(expert_weighting_normalization=False), (),
+    )  # fmt: skip
+    assert parse_config({**QWEN_MOE, "norm_topk_prob": True}).routing == RoutingRule()
     mixed = {**QWEN_MOE, "intermediate_size": 40, "num_hidden_layers": 4}
     assert parse_config({**mixed, "mlp_only_layers": [2, 0, 2]}).dense_layers == (0, 2)
     sparse = parse_config({**mixed, "decoder_sparse_step": 2, "mlp_only_layers": [3]})

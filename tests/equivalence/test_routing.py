@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from wse_emu.equivalence.routing import judge_routing, probability_tolerance
+from wse_emu.equivalence.routing import judge_routing
+from wse_emu.equivalence.routing_bounds import probability_tolerance
 from wse_emu.foundation.taps import TapRecord
 
 
@@ -56,7 +57,7 @@ def test_a_set_that_float64_would_not_choose_is_excused_up_to_the_tolerance(gap,
         assert tie.tolerance == pytest.approx(2e-6 + 2 * 3.5 * 2**-24, rel=1e-6)
     else:
         assert found.fault.expert == 0
-        assert "float64 logits put expert 1 above expert 0" in found.fault.message
+        assert "float64 scores put expert 1 above expert 0" in found.fault.message
 
 
 def test_scores_whose_float32_probabilities_are_equal_may_stand_in_either_order():

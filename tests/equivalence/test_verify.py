@@ -10,7 +10,9 @@ from wse_emu.equivalence import tolerance, verify, verify_record
 from wse_emu.equivalence.local import StageLocal
 from wse_emu.equivalence.stages import expected_stages
 from wse_emu.foundation.errors import InputError
+from wse_emu.foundation.routing_rule import RoutingRule
 from wse_emu.reference import DenseReference, formulas, tensors
+from wse_emu.reference import routing as routing_reference
 
 VALUES = [
     "attn_norm", "q", "k", "v", "q_rope", "k_rope", "attn_max", "attn_denominator", "attn_context", "attn_out", "attn_residual", "ffn_norm",
@@ -32,7 +34,7 @@ def first(report):
     [
         {},
         {"family": "llama"},
-        {"renormalize": False},
+        {"routing": RoutingRule(expert_weighting_normalization=False)},
         {"top_k": 6},
         {"top_k": 1},
         {"tie_word_embeddings": True},
@@ -223,7 +225,7 @@ def test_a_swapped_expert_id_names_token_and_expert(case):
     report = case.verify()
     assert first(report) == (1, "topk_ids", "routing", (2, 5), wrong, (1,))
     assert (report.routing.swaps, report.routing.misordered) == (1, 1)
-    assert "float64 logits put expert" in report.first_failure.check.message
+    assert "float64 scores put expert" in report.first_failure.check.message
 
 
 def test_experts_in_ascending_order_of_probability_fail(case):
@@ -272,12 +274,12 @@ def test_a_near_tie_is_excused_counted_and_listed(make, pristine):
     for t in tokens:
         best = logits[t, [1, 4]].max()
         logits[t, 1], logits[t, 4] = (np.nextafter(best, np.float32(99)), best) if truth[t] else (best, np.nextafter(best, np.float32(99)))
-    stages[0, "topk_ids"][:] = formulas.top_k(logits, 1)
+    stages[0, "topk_ids"][:] = routing_reference.highest(logits, 1, "lowest_id")
     twin = DenseReference(case.spec, case.weights.__getitem__, dtype=np.float32)
     routing = {layer: stages[layer, "topk_ids"] for layer in (0, 1)}
     again = twin.forward(r.token_ids, r.seq, r.pos, routing=routing)
     again[0, "router_logits"] = logits
-    routing[1] = formulas.top_k(again[1, "router_logits"], 1)
+    routing[1] = routing_reference.highest(again[1, "router_logits"], 1, "lowest_id")
     stages.update(twin.forward(r.token_ids, r.seq, r.pos, routing=routing))
     stages[0, "router_logits"] = logits
     report = case.verify()

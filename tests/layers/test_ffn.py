@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import wse_emu as wse
+from wse_emu.foundation.routing_rule import RoutingRule
 from wse_emu.layers.ffn import ExpertTaps, FfnWeights, dense_ffn, experts_ffn
-from wse_emu.layers.router import route
+from wse_emu.layers.router import RouterWeights, route
 from wse_emu.wafer.placement import Split, TokenBands
 from wse_emu.wafer.tensor import PlacedTensor
 
@@ -99,7 +100,10 @@ def run(
     taps = ExpertTaps(*(np.zeros((m, mix.top_k, n), np.float32) for n in (mix.width, hidden))) if probe else None
     with tokens(wafer, mix.x, bands) as x, room(wafer, bands, Split.balanced(hidden, wafer.cols)) as out:
         gate = streamed(wafer, mix.gate, "router")
-        with route(wafer, x, gate, bands, mix.top_k, mix.renormalize, chunk=mix.chunk, replay=replay if wafer.is_dry else None) as routing:
+        with route(
+            wafer, x, RouterWeights(gate), bands, mix.top_k, RoutingRule(expert_weighting_normalization=mix.renormalize), chunk=mix.chunk,
+            replay=replay if wafer.is_dry else None,
+        ) as routing:  # fmt: skip
             names = np.unique(routing.topk_ids) if streaming == "activated" else range(len(mix.experts))
 
             def weights() -> Iterator[tuple[int, FfnWeights]]:

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import wse_emu as wse
-from wse_emu.equivalence.tolerance import expert_weights_bound
-from wse_emu.layers.router import report_chosen, route
+from wse_emu.equivalence.routing_bounds import expert_weights_bound
+from wse_emu.foundation.routing_rule import RoutingRule
+from wse_emu.layers.router import RouterWeights, report_chosen, route
 from wse_emu.wafer.placement import Split, TokenBands
 
 from . import definitions
@@ -19,6 +20,10 @@ from .programs import agree, any_split, assert_same_bits, look, streamed, tokens
 
 F32 = NDArray[np.float32]
 GRIDS = st.tuples(st.integers(1, 5), st.integers(1, 5))
+
+
+def rule_of(renormalize: bool) -> RoutingRule:
+    return RoutingRule(expert_weighting_normalization=renormalize)
 
 
 def decide(
@@ -30,7 +35,9 @@ def decide(
     matrix = streamed(wafer, gate, "router")
     with tokens(wafer, x, bands, split) as placed:
         given_trace = replay if wafer.is_dry else None
-        with route(wafer, placed, matrix, bands, top_k, renormalize, chunk=chunk, probe=probe, replay=given_trace) as routing:
+        with route(
+            wafer, placed, RouterWeights(matrix), bands, top_k, rule_of(renormalize), chunk=chunk, probe=probe, replay=given_trace
+        ) as routing:
             chosen = report_chosen(wafer, routing, bands, gate.shape[1])
             values = [routing.topk_ids, routing.topk_weights, look(routing.ids), look(routing.weights), chosen]
             assert (routing.logits is not None) == probe
@@ -70,7 +77,7 @@ def test_decision_is_softmax_top_k_on_every_executor(seed, grid, m, hidden, n_ex
     exact = np.take_along_axis(p / p.sum(axis=1, keepdims=True), ids, axis=1)
     if renormalize:
         exact = exact / exact.sum(axis=1, keepdims=True)
-    assert (np.abs(host_weights - exact) <= expert_weights_bound(wide, ids, exact, renormalize)).all()
+    assert (np.abs(host_weights - exact) <= expert_weights_bound(wide, ids, rule_of(renormalize))).all()
     assert sum(e.bytes for e in wafer.ledger.events() if e.kind == "stream") == gate.nbytes
 
 

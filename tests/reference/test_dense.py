@@ -8,7 +8,8 @@ import pytest
 
 from wse_emu.foundation.errors import CheckpointError, InputError
 from wse_emu.foundation.model_spec import ModelSpec
-from wse_emu.reference import DenseReference, formulas
+from wse_emu.foundation.routing_rule import RoutingRule
+from wse_emu.reference import DenseReference, formulas, routing
 
 MOE = ModelSpec(
     family="mixtral",
@@ -107,7 +108,7 @@ def by_loops(spec, weights, ids):
                 p += "block_sparse_moe."
                 scores = [math.exp(s) for s in mat(p + "gate.weight", y)]
                 chosen = sorted(range(spec.num_experts), key=lambda e: (-scores[e], e))[: spec.top_k]
-                total = sum(scores[e] for e in chosen) if spec.renormalize else sum(scores)
+                total = sum(scores[e] for e in chosen) if spec.routing.expert_weighting_normalization else sum(scores)
                 for e in chosen:
                     out = swiglu(*(f"{p}experts.{e}.{m}.weight" for m in ("w1", "w3", "w2")), y)
                     x = [a + scores[e] / total * b for a, b in zip(x, out, strict=True)]
@@ -124,7 +125,7 @@ def by_loops(spec, weights, ids):
     [
         pytest.param(MOE, id="moe"),
         pytest.param(DENSE, id="dense"),
-        pytest.param(replace(MOE, renormalize=False), id="not-renormalized"),
+        pytest.param(replace(MOE, routing=RoutingRule(expert_weighting_normalization=False)), id="not-renormalized"),
         pytest.param(replace(MOE, tie_word_embeddings=True), id="tied"),
         pytest.param(replace(MOE, top_k=5), id="all-experts"),
         pytest.param(replace(DENSE, num_kv_heads=4), id="one-head-per-kv"),
@@ -181,7 +182,7 @@ def test_equal_scores_choose_the_lowest_ids():
 def test_equal_scores_of_many_experts_choose_the_lowest_ids():
     logits = np.zeros((1, 300), np.float32)
     logits[0, [7, 250]] = 1
-    assert formulas.top_k(logits, 6).tolist() == [[7, 250, 0, 1, 2, 3]]
+    assert routing.highest(logits, 6, "lowest_id").tolist() == [[7, 250, 0, 1, 2, 3]]
 
 
 def test_combined_output_is_the_weighted_sum_of_the_chosen_experts():

@@ -98,7 +98,7 @@ def _moe_fields(fields: Fields, rules: MoeRules | None, layers: int) -> dict[str
         "top_k": fields.integer("num_experts_per_tok", rules.default_top_k, high=_MAX_EXPERTS),
         "moe_intermediate_size": fields.integer(rules.width),
         "dense_layers": dense,
-        "renormalize": fields.boolean("norm_topk_prob", False) if rules.renormalize is None else rules.renormalize,
+        "routing": rules.routing(fields),
     }
 
 
@@ -270,8 +270,7 @@ def _moe_config(spec: ModelSpec, rules: MoeRules) -> dict[str, Any]:
         return {"mlp_only_layers": list(range(spec.num_layers))}
     out: dict[str, Any] = {rules.count: spec.num_experts, "num_experts_per_tok": spec.top_k}
     out[rules.width] = spec.moe_intermediate_size
-    if rules.renormalize is None:
-        out["norm_topk_prob"] = spec.renormalize
+    out |= rules.routing_config(spec.routing)
     if rules.mixed:
         out |= {"mlp_only_layers": list(spec.dense_layers), "decoder_sparse_step": 1}
     return out

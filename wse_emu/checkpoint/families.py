@@ -14,6 +14,7 @@ from wse_emu.checkpoint.fields import Fields
 from wse_emu.foundation.arguments import show
 from wse_emu.foundation.errors import ConfigError
 from wse_emu.foundation.model_spec import ModelSpec
+from wse_emu.foundation.routing_rule import ROUTING_PRESETS, RoutingRule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,8 +33,10 @@ class MoeRules:
     default_top_k: int
     width: str
     """Field that holds the width of one expert."""
-    renormalize: bool | None = None
-    """Whether chosen weights are divided by their sum; None reads ``norm_topk_prob``."""
+    routing: Callable[[Fields], RoutingRule]
+    """Reads the routing rule."""
+    routing_config: Callable[[RoutingRule], dict[str, Any]]
+    """Writes what of it is not the family's own."""
     mixed: bool = False
     """Whether ``mlp_only_layers`` and ``decoder_sparse_step`` may make layers dense."""
 
@@ -129,6 +132,23 @@ def _switched_window(spec: ModelSpec) -> dict[str, Any]:
     return {"use_sliding_window": spec.sliding_window is not None, "sliding_window": spec.sliding_window, "layer_types": kinds}
 
 
+def _mixtral_routing(fields: Fields) -> RoutingRule:
+    return ROUTING_PRESETS["mixtral"]
+
+
+def _fixed_routing(rule: RoutingRule) -> dict[str, Any]:
+    """Nothing of the rule is written: the family has one only."""
+    return {}
+
+
+def _qwen_routing(fields: Fields) -> RoutingRule:
+    return RoutingRule(expert_weighting_normalization=fields.boolean("norm_topk_prob", False))
+
+
+def _qwen_routing_config(rule: RoutingRule) -> dict[str, Any]:
+    return {"norm_topk_prob": rule.expert_weighting_normalization}
+
+
 def _by_type(*families: Family) -> Mapping[str, Family]:
     return MappingProxyType({family.model_type: family for family in families})
 
@@ -147,7 +167,7 @@ FAMILIES: Mapping[str, Family] = _by_type(
         rope_theta=1e6, bos_token_id=1, eos_token_id=2, windows=_every_layer(None), window_config=_plain_window,
         moe=MoeRules(
             block="block_sparse_moe.", gate="w1", up="w3", down="w2", count="num_local_experts", default_num_experts=8, default_top_k=2,
-            width="intermediate_size", renormalize=True,
+            width="intermediate_size", routing=_mixtral_routing, routing_config=_fixed_routing,
         ),
     ),
     Family(
@@ -159,7 +179,7 @@ FAMILIES: Mapping[str, Family] = _by_type(
         windows=_switched(first=None), window_config=_switched_window,
         moe=MoeRules(
             block="mlp.", gate="gate_proj", up="up_proj", down="down_proj", count="num_experts", default_num_experts=128, default_top_k=8,
-            width="moe_intermediate_size", mixed=True,
+            width="moe_intermediate_size", mixed=True, routing=_qwen_routing, routing_config=_qwen_routing_config,
         ),
     ),
 )  # fmt: skip

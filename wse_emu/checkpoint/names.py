@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from wse_emu.checkpoint.families import FAMILIES
 from wse_emu.foundation.model_spec import ModelSpec
-from wse_emu.foundation.weights import layer_prefix
+from wse_emu.foundation.weights import layer_prefix, router_vectors
 
 EMBED = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
+_VECTORS = {"router_bias": "bias", "e_score_correction_bias": "e_score_correction_bias"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,8 @@ def published_tensors(spec: ModelSpec) -> Iterator[tuple[str, PublishedTensor]]:
     """Canonical role and published tensor of every weight, embedding first, head last.
 
     Roles: ``"embed"``, ``"layers.N."`` followed by ``attn_norm w_q w_k w_v``, ``q_norm k_norm`` where heads are normalised,
-    ``w_o ffn_norm`` and ``w_gate w_up w_down`` (dense) or ``router`` and ``experts.E.`` with ``w_gate w_up w_down``, then
+    ``w_o ffn_norm`` and ``w_gate w_up w_down`` (dense) or ``router`` (and
+    ``router_bias``, ``e_score_correction_bias`` where the routing rule has them) and ``experts.E.`` with ``w_gate w_up w_down``, then
     ``"final_norm"`` and ``"lm_head"``. A tied head names the embedding's tensor.
     """
     h, d = spec.hidden_size, spec.head_dim
@@ -55,7 +57,10 @@ def _ffn_tensors(spec: ModelSpec, layer: int, role: str, hf: str) -> Iterator[tu
         yield role + "w_up", PublishedTensor(hf + "mlp.up_proj.weight", (f, h))
         yield role + "w_down", PublishedTensor(hf + "mlp.down_proj.weight", (h, f))
         return
-    yield role + "router", PublishedTensor(f"{hf}{rules.block}gate.weight", (spec.num_experts, h))
+    if spec.routing.is_learned:
+        yield role + "router", PublishedTensor(f"{hf}{rules.block}gate.weight", (spec.num_experts, h))
+    for name in router_vectors(spec.routing):
+        yield role + name, PublishedTensor(f"{hf}{rules.block}gate.{_VECTORS[name]}", (spec.num_experts,))
     for e in range(spec.num_experts):
         expert, published = f"{role}experts.{e}.", f"{hf}{rules.block}experts.{e}."
         yield expert + "w_gate", PublishedTensor(f"{published}{rules.gate}.weight", (f, h))

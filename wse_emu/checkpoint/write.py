@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from wse_emu.checkpoint.config import to_config
+from wse_emu.checkpoint.config import parse_config, to_config
 from wse_emu.checkpoint.directory import INDEX, SINGLE, open_checkpoint
 from wse_emu.checkpoint.finite import first_not_finite
 from wse_emu.checkpoint.names import published_tensors
@@ -178,7 +178,11 @@ def _config(checkpoint: Checkpoint, stored: Sequence[_Tensor]) -> dict[str, Any]
     for tensor in stored:
         sizes[tensor.format.dtype.name] += math.prod(tensor.shape)
     kept = {name: checkpoint.config[name] for name in _TRAINING if name in checkpoint.config}
-    return {**to_config(checkpoint.spec), **kept, "torch_dtype": max(sizes, key=sizes.__getitem__)}
+    config = {**to_config(checkpoint.spec), **kept, "torch_dtype": max(sizes, key=sizes.__getitem__)}
+    if checkpoint.spec.is_moe and parse_config(config).routing != checkpoint.spec.routing:
+        family, rule = checkpoint.spec.family, checkpoint.spec.routing
+        raise SaveError(f"config.json of a {family} model cannot say this model's routing rule ({rule}); nothing is written")
+    return config
 
 
 def _write_file(

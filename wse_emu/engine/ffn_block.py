@@ -9,9 +9,10 @@ import numpy as np
 
 from wse_emu.engine.forward_pass import ForwardPass
 from wse_emu.foundation.weights import layer_prefix
+from wse_emu.layers.assigned_routing import assign
 from wse_emu.layers.ffn import ExpertTaps, FfnWeights, dense_ffn, experts_ffn
 from wse_emu.layers.norm import add_residual, rms_norm
-from wse_emu.layers.router import report_chosen, route
+from wse_emu.layers.router import Routing, report_chosen, route
 from wse_emu.memoryx.prefetch import LayerStream
 from wse_emu.wafer.tensor import PlacedTensor
 
@@ -41,15 +42,10 @@ def ffn_block(run: ForwardPass, x: PlacedTensor, stream: LayerStream) -> None:
 
 def _experts(run: ForwardPass, normal: PlacedTensor, y: PlacedTensor, stream: LayerStream) -> None:
     """Route, then let the chosen (or all) experts stream past."""
-    wafer, spec, layer, weights = run.wafer, run.spec, run.current_layer, run.weights
+    wafer, spec, layer = run.wafer, run.spec, run.current_layer
     with ExitStack() as stack:
         with run.scope("router"):
-            gate = weights.matrix(layer_prefix(layer) + "router", spec.hidden_size, spec.num_experts)
-            replay = run.trace.layer(len(run.result.topk_ids)) if run.trace is not None else None
-            routing = route(
-                wafer, normal, gate, run.bands, spec.top_k, spec.renormalize, chunk=run.options.piece, probe=run.want_router,
-                replay=replay,
-            )  # fmt: skip
+            routing = _route(run, normal)
             stack.enter_context(routing)
             run.note_routing(routing)
             chosen: Sequence[int] = range(spec.num_experts)
@@ -64,6 +60,19 @@ def _experts(run: ForwardPass, normal: PlacedTensor, y: PlacedTensor, stream: La
     if run.result.taps is not None and taps is not None:
         stages = run.result.taps.stages
         stages[layer, "expert_hidden"], stages[layer, "expert_out"] = taps.hidden, taps.out
+
+
+def _route(run: ForwardPass, normal: PlacedTensor) -> Routing:
+    """Choose experts: by learned scores, by token ids or by positions."""
+    spec, rule = run.spec, run.spec.routing
+    replay = run.trace.layer(len(run.result.topk_ids)) if run.trace is not None else None
+    if not rule.is_learned:
+        numbers = run.token_ids if rule.routing_algorithm == "hash" else run.sequences.positions
+        return assign(run.wafer, numbers, run.bands, spec.num_experts, spec.top_k, rule, replay=replay)
+    return route(
+        run.wafer, normal, run.weights.router(run.current_layer), run.bands, spec.top_k, rule, chunk=run.options.piece,
+        probe=run.want_router, replay=replay,
+    )  # fmt: skip
 
 
 def _expert_taps(run: ForwardPass) -> ExpertTaps | None:

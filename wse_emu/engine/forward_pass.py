@@ -14,7 +14,7 @@ from wse_emu.foundation.taps import TapRecord
 from wse_emu.layers.kv_cache import KVCache, Sequences
 from wse_emu.layers.router import Routing
 from wse_emu.memoryx.layout import qkv_to_published
-from wse_emu.wafer.placement import Split, TokenBands
+from wse_emu.wafer.placement import Ints, Split, TokenBands
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.wafer import Wafer
 
@@ -42,6 +42,7 @@ class ForwardPass:
     ----------
     wafer : Wafer
     weights : ModelWeights
+    token_ids : ndarray of int64, (T,)
     sequences : Sequences
         The new tokens.
     cache : KVCache
@@ -54,11 +55,12 @@ class ForwardPass:
     """
 
     def __init__(
-        self, wafer: Wafer, weights: ModelWeights, sequences: Sequences, cache: KVCache, bands: TokenBands,
+        self, wafer: Wafer, weights: ModelWeights, token_ids: Ints, sequences: Sequences, cache: KVCache, bands: TokenBands,
         *, hidden_states: bool, router_logits: bool, trace: RoutingTrace | None,
     ) -> None:  # fmt: skip
         self.wafer, self.weights, self.spec, self.options = wafer, weights, weights.spec, weights.options
-        self.sequences, self.cache, self.heads, self.bands, self.trace = sequences, cache, cache.heads, bands, trace
+        self.token_ids, self.sequences, self.bands, self.trace = token_ids, sequences, bands, trace
+        self.cache, self.heads = cache, cache.heads
         self.want_hidden, self.want_router = hidden_states, router_logits
         self.result = ForwardResult(np.zeros((0, self.spec.vocab_size), np.float32))
         columns = Split.balanced(self.spec.hidden_size, wafer.cols)
@@ -77,13 +79,11 @@ class ForwardPass:
         """Keep a layer's decision."""
         self.result.topk_ids.append(routing.topk_ids)
         self.result.topk_weights.append(routing.topk_weights)
-        if routing.logits is None:
-            return
-        self.result.router_logits.append(routing.logits)
-        if self.result.taps is not None:
-            stages, layer = self.result.taps.stages, self.layer
-            stages[layer, "router_logits"] = routing.logits
-            stages[layer, "topk_ids"], stages[layer, "topk_weights"] = routing.topk_ids, routing.topk_weights
+        stages = {} if self.result.taps is None else self.result.taps.stages
+        if routing.logits is not None:
+            self.result.router_logits.append(routing.logits)
+            stages[self.layer, "router_logits"] = routing.logits
+        stages[self.layer, "topk_ids"], stages[self.layer, "topk_weights"] = routing.topk_ids, routing.topk_weights
 
     def scope(self, stage: str) -> AbstractContextManager[None]:
         """Ledger scope of a stage of the current layer."""

@@ -79,8 +79,9 @@ class Engine:
         cache.check(sequences)
         bands = TokenBands(sequences.n_tokens, self.wafer.rows)
         run = ForwardPass(
-            self.wafer, self.weights, sequences, cache, bands, hidden_states=hidden_states, router_logits=router_logits or taps, trace=trace
-        )
+            self.wafer, self.weights, np.asarray(token_ids, np.int64), sequences, cache, bands, hidden_states=hidden_states,
+            router_logits=router_logits or taps, trace=trace,
+        )  # fmt: skip
         if taps:
             run.result.taps = self._new_record(token_ids, sequences, bands)
         with ExitStack() as stack:

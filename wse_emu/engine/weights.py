@@ -6,9 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wse_emu.engine.options import EngineOptions
-from wse_emu.foundation.weights import layer_prefix
+from wse_emu.foundation.weights import layer_prefix, router_vectors
 from wse_emu.layers.ffn import FfnWeights
-from wse_emu.layers.stream import StreamedMatrix
+from wse_emu.layers.router import RouterWeights
+from wse_emu.layers.stream import StreamedMatrix, StreamedVector
 from wse_emu.memoryx.store import WeightStore
 
 
@@ -30,7 +31,8 @@ class ModelWeights:
         """Tensors of a layer that are needed whatever is chosen."""
         moe = self.spec.is_moe_layer(layer)
         names = ["attn_norm", "w_qkv", *(("q_norm", "k_norm") if self.spec.qk_norm else ()), "w_o", "ffn_norm"]
-        names += ["router"] if moe else ["w_gate_up", "w_down"]
+        rule = self.spec.routing
+        names += [*(["router"] if rule.is_learned else []), *router_vectors(rule)] if moe else ["w_gate_up", "w_down"]
         prefix = layer_prefix(layer)
         out = [prefix + name for name in names]
         if moe and self.options.stream_experts == "all":
@@ -56,3 +58,13 @@ class ModelWeights:
         """Gate/up and down matrices of the network of `width` features whose names begin with `prefix`."""
         h, f = self.spec.hidden_size, width
         return FfnWeights(self.matrix(prefix + "w_gate_up", h, 2 * f), self.matrix(prefix + "w_down", f, h))
+
+    def router(self, layer: int) -> RouterWeights:
+        """Gate and biases of a layer's router."""
+        spec, prefix = self.spec, layer_prefix(layer)
+        there = router_vectors(spec.routing)
+        vectors = [
+            StreamedVector(prefix + name, self.vector(prefix + name)) if name in there else None
+            for name in ("router_bias", "e_score_correction_bias")
+        ]
+        return RouterWeights(self.matrix(prefix + "router", spec.hidden_size, spec.num_experts), *vectors)

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wse_emu.equivalence import tolerance
+from wse_emu.equivalence.routing_bounds import expert_weights_bound
 from wse_emu.equivalence.stages import inputs_of
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.taps import TapRecord
-from wse_emu.reference import formulas, rotary, tensors
+from wse_emu.reference import formulas, rotary, routing, tensors
 
 F64 = NDArray[np.float64]
 Bounded = tuple[F64, F64]
@@ -67,6 +68,9 @@ class StageLocal:
         if name in ("q", "k", "v", "attn_out", "router_logits"):
             role = {"q": "w_q", "k": "w_k", "v": "w_v", "attn_out": "w_o", "router_logits": "router"}[name]
             value, bound = self._linear(x, tensors.layer_tensor(spec, layer, role))
+            if role == "router" and spec.routing.router_use_bias:
+                value = value + self._vector(layer, "router_bias")
+                bound = bound + tolerance.add_bound(value)
             shape = (len(x), -1, spec.head_dim) if name in ("q", "k", "v") else value.shape
             return value.reshape(shape), bound.reshape(shape)
         if name in ("q_rope", "k_rope"):
@@ -81,8 +85,11 @@ class StageLocal:
             return total, tolerance.add_bound(total)
         if name == "topk_weights":
             ids = self._record.stages[layer, "topk_ids"]
-            weights = formulas.expert_weights(x, ids, spec.renormalize).astype(np.float64)
-            return weights, tolerance.expert_weights_bound(x, ids, weights, spec.renormalize)
+            if not spec.routing.is_learned:
+                weights = np.full(ids.shape, spec.routing.routed_scaling_factor / spec.top_k)
+                return weights, 2 * tolerance.U * weights
+            weights = routing.weights(x, ids, spec.routing).astype(np.float64)
+            return weights, expert_weights_bound(x, ids, spec.routing).astype(np.float64)
         if name == "ffn_out" and spec.is_moe_layer(layer):
             _, weights, outs = inputs
             return np.einsum("tk,tkh->th", weights, outs), tolerance.combine_bound(weights, outs)
@@ -151,6 +158,13 @@ class StageLocal:
 
     def _inputs(self, layer: int | None, name: str) -> list[F64]:
         return [self._record.stages[stage].astype(np.float64) for stage in inputs_of(self._spec, (layer, name))]
+
+    def correction(self, layer: int) -> F64 | None:
+        """Correction bias of a layer's router, where it has one."""
+        return self._vector(layer, "e_score_correction_bias") if self._spec.routing.e_score_correction_bias else None
+
+    def _vector(self, layer: int, role: str) -> F64:
+        return self._read(tensors.layer_tensor(self._spec, layer, role).name).astype(np.float64)
 
     def _own(self, layer: int, name: str) -> F64 | None:
         value = self._record.stages.get((layer, name))

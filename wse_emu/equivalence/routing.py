@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wse_emu.equivalence import tolerance
 from wse_emu.equivalence.report import NearTie
+from wse_emu.equivalence.routing_bounds import Compared, compare
+from wse_emu.foundation.routing_rule import MIXTRAL_ROUTING, RoutingRule
 from wse_emu.foundation.taps import TapRecord
-from wse_emu.reference import formulas
+from wse_emu.reference import routing
 
 F64 = NDArray[np.float64]
 
@@ -41,7 +42,7 @@ class LayerRouting:
     swaps: int = 0
     """Tokens whose set differs from float64's by more than the tolerance."""
     misordered: int = 0
-    """Tokens whose experts are not the highest of their own scores, descending, equal ones by lowest id."""
+    """Tokens whose experts are not what the rule makes of their own scores."""
     faulty_tokens: int = 0
     """Tokens that are swapped or misordered, or both."""
     worst: tuple[float, float] = (0.0, 1.0)
@@ -66,8 +67,9 @@ class _Inversion:
 
 
 def judge_routing(
-    record: TapRecord, layer: int, topk_ids: NDArray[np.int64], own_logits: NDArray[Any], exact: F64, bound: F64
-) -> LayerRouting:
+    record: TapRecord, layer: int, topk_ids: NDArray[np.int64], own_logits: NDArray[Any], exact: F64, bound: F64, *,
+    rule: RoutingRule = MIXTRAL_ROUTING, correction: F64 | None = None,
+) -> LayerRouting:  # fmt: skip
     """Judge the decisions of one layer.
 
     Parameters
@@ -75,76 +77,115 @@ def judge_routing(
     topk_ids : ndarray, (T, k), int64
         Decisions of the run, valid and distinct.
     own_logits : ndarray, (T, E), float32
-        The run's router logits. `topk_ids` must be their k highest, descending, equal ones by lowest id. The rule speaks of float32
-        probabilities, which may be equal where logits are not: only there may the order differ (`probability_tolerance`).
+        The run's router logits. `topk_ids` must be what the rule makes of them: of the open groups the k highest, descending, ties by the
+        rule's policy. The rule speaks of float32 scores, which may be equal where float64 ones are not: only there may the order differ.
     exact, bound : ndarray, (T, E), float64
         Logits computed from the run's own input of the router, and the tolerance of each. A differing set is excused only if no expert
-        that was passed over scores higher than one taken by more than the tolerances of the two scores and probabilities.
+        (or group) that was passed over scores higher than one taken by more than the tolerances of the two logits and scores.
+    rule : RoutingRule
+        Of algorithm "learned".
+    correction : ndarray, (E,), float64, optional
+        Correction bias.
     """
     k = topk_ids.shape[1]
     out = LayerRouting()
-    ranked = -np.sort(-own_logits, axis=1)[:, : k + 1]
+    wide = own_logits.astype(np.float64)
+    own = compare(wide, np.zeros_like(wide), rule, correction)
+    true = compare(exact, bound, rule, correction)
+    ranked = -np.sort(-own.seen.experts, axis=1)[:, : k + 1]
     out.exact_ties = int((np.diff(ranked, axis=1) == 0).any(axis=1).sum())
-    own = own_logits.astype(np.float64)
-    other_order = (topk_ids != formulas.top_k(own, k)).any(axis=1)
-    other_set = (np.sort(topk_ids, axis=1) != np.sort(formulas.top_k(exact, k), axis=1)).any(axis=1)
+    of_own, ideal = routing.choose(own.seen, k, rule), routing.choose(true.seen, k, rule)
+    other_order = (topk_ids != of_own).any(axis=1)
+    other_set = (np.sort(topk_ids, axis=1) != np.sort(ideal, axis=1)).any(axis=1)
     for token in np.flatnonzero(other_order | other_set).tolist():
         ids = topk_ids[token]
-        order = _worst(_order_inversions(ids, own[token])) if other_order[token] else None
-        swap = _worst(_set_inversions(ids, exact[token], bound[token])) if other_set[token] else None
+        order = _worst(_inversions(ids, token, own, rule, ordered=True)) if other_order[token] else None
+        swap = _worst(_inversions(ids, token, true, rule, ordered=False)) if other_set[token] else None
         if order is not None:
             out.misordered += not order.excused
             out.rounded_ties += order.excused
         if swap is not None and swap.excused:
             if swap.gap * out.worst[1] >= out.worst[0] * swap.tolerance:
                 out.worst = (swap.gap, swap.tolerance)
-            out.near_ties.append(_near_tie(record, layer, token, ids, exact[token], swap))
+            out.near_ties.append(_near_tie(record, layer, token, ids, ideal[token], swap))
         elif swap is not None:
             out.swaps += 1
         bad = [i for i in (order, swap) if i is not None and not i.excused]
         if bad:
             out.faulty_tokens += 1
-            out.fault = out.fault or _fault(token, ids, own[token], order, swap, bad[0])
+            out.fault = out.fault or _fault(token, ids, of_own[token], order, swap, bad[0])
     return out
 
 
-def probability_tolerance(logits: F64) -> F64:
-    """How far apart two logits may lie while their float32 probabilities are equal or in the other order: (E,) -> (E, E).
+def judge_assigned(topk_ids: NDArray[np.int64], numbers: NDArray[np.int64], num_experts: int) -> LayerRouting:
+    """Judge decisions by number (hash, uniform): nothing is excused."""
+    expected = routing.assigned(numbers, num_experts, topk_ids.shape[1])
+    wrong = np.argwhere(topk_ids != expected)
+    out = LayerRouting()
+    if len(wrong):
+        token, slot = (int(v) for v in wrong[0])
+        out.misordered = out.faulty_tokens = len(np.unique(wrong[:, 0]))
+        out.fault = RoutingFault(
+            token=token, slot=slot, expert=int(topk_ids[token, slot]), gap=0.0, tolerance=0.0,
+            message=f"chose experts {topk_ids[token].tolist()}, number {int(numbers[token])} names {expected[token].tolist()}",
+        )  # fmt: skip
+    return out
 
-    Each probability is an exponential of a rounded difference, divided: ``2 u + u |l - max| + u`` of relative error. Where both are below
-    the smallest normal number they may both be zero, and any distance is allowed.
+
+def _inversions(ids: NDArray[np.int64], token: int, seen: Compared, rule: RoutingRule, *, ordered: bool) -> list[_Inversion]:
+    """Pairs of which the one passed over should have been preferred to the one taken: experts, and groups by their experts.
+
+    `ordered` also compares chosen experts with those that stand behind them. An expert that was not chosen counts only if its group was
+    open for certain.
     """
-    gap = logits.max() - logits
-    each = tolerance.EXP_ERROR + tolerance.U * gap + tolerance.U
-    lost = np.exp(-gap) <= len(logits) * tolerance.SMALLEST_NORMAL  # the denominator is at most E
-    return np.where(lost[:, None] & lost[None, :], np.inf, each[:, None] + each[None, :])
-
-
-def _order_inversions(ids: NDArray[np.int64], own: F64) -> list[_Inversion]:
-    """Pairs of which the later (or unchosen) expert should stand before the earlier one, by the run's own scores."""
-    allowed = probability_tolerance(own)
-    rest = np.setdiff1d(np.arange(len(own)), ids)
-    out = []
+    values, allowed = seen.seen.experts[token], seen.allowed(token)
+    groups, open_groups = _group_inversions(ids, token, seen, rule)
+    size = len(values) // rule.n_group
+    rest = [e for e in np.setdiff1d(np.arange(len(values)), ids).tolist() if open_groups[e // size]]
+    out = groups
     for slot, taken in enumerate(ids.tolist()):
-        for other in [*ids[slot + 1 :].tolist(), *rest.tolist()]:
-            gap = float(own[other] - own[taken])
-            if gap > 0:
-                out.append(_Inversion(slot, taken, other, gap, float(allowed[taken, other])))
-            elif gap == 0 and other < taken:
-                out.append(_Inversion(slot, taken, other, 0.0, -1.0))
+        for other in [*(ids[slot + 1 :].tolist() if ordered else ()), *rest]:
+            found = _inversion(slot, taken, other, values[taken], values[other], allowed[taken, other], rule)
+            if found is not None:
+                out.append(found)
     return out
 
 
-def _set_inversions(ids: NDArray[np.int64], exact: F64, bound: F64) -> list[_Inversion]:
-    """Pairs of a chosen and an unchosen expert of which float64 scores the unchosen one higher (or as high)."""
-    allowed = probability_tolerance(exact) + bound[:, None] + bound[None, :]
-    rest = np.setdiff1d(np.arange(len(exact)), ids)
-    return [
-        _Inversion(slot, taken, other, float(exact[other] - exact[taken]), float(allowed[taken, other]))
-        for slot, taken in enumerate(ids.tolist())
-        for other in rest.tolist()
-        if exact[other] > exact[taken] or (exact[other] == exact[taken] and other < taken)
-    ]
+def _inversion(slot: int, taken: int, other: int, low: float, high: float, allowed: float, rule: RoutingRule) -> _Inversion | None:
+    """The pair, if `other` scores higher, or as high and the policy prefers it."""
+    gap = float(high - low)
+    if gap > 0:
+        return _Inversion(slot, taken, other, gap, float(allowed))
+    if gap == 0 and (other > taken) == (rule.tie_policy == "highest_id"):
+        return _Inversion(slot, taken, other, 0.0, float(allowed) if allowed > 0 and rule.e_score_correction_bias else -1.0)
+    return None
+
+
+def _group_inversions(
+    ids: NDArray[np.int64], token: int, seen: Compared, rule: RoutingRule
+) -> tuple[list[_Inversion], NDArray[np.bool_]]:
+    """Groups that were opened against their score, and (n_group,) which groups were open for certain."""
+    if rule.topk_group == rule.n_group:
+        return [], np.ones(rule.n_group, np.bool_)
+    values, groups, error = seen.seen.experts[token], seen.seen.groups[token], seen.group_error[token]
+    size = len(values) // rule.n_group
+    used = np.unique(ids // size)
+    best = routing.highest(groups[None], rule.topk_group, rule.tie_policy)[0]
+    missed = np.setdiff1d(best, used)
+    out = []
+    for group in np.setdiff1d(used, best).tolist():
+        # Some group of the best was shut; the lowest of those that gave no expert is the mildest explanation.
+        shut = int(missed[np.argmin(groups[missed])])
+        slot = int(np.flatnonzero(ids // size == group)[0])
+        passed_over = int(shut * size + values[shut * size : (shut + 1) * size].argmax())
+        found = _inversion(slot, int(ids[slot]), passed_over, groups[group], groups[shut], error[group] + error[shut], rule)
+        if found is not None:
+            out.append(found)
+    is_open = np.zeros(rule.n_group, np.bool_)
+    rest = np.setdiff1d(np.arange(rule.n_group), best)
+    is_open[best] = groups[best] - error[best] > (groups[rest] + error[rest]).max()
+    is_open[used] = True
+    return out, is_open
 
 
 def _worst(inversions: list[_Inversion]) -> _Inversion | None:
@@ -155,8 +196,9 @@ def _worst(inversions: list[_Inversion]) -> _Inversion | None:
     return bad[0] if bad else max(inversions, key=lambda i: i.gap - i.tolerance)
 
 
-def _near_tie(record: TapRecord, layer: int, token: int, ids: NDArray[np.int64], exact: F64, worst: _Inversion) -> NearTie:
-    ideal = formulas.top_k(exact[None], len(ids))[0]
+def _near_tie(
+    record: TapRecord, layer: int, token: int, ids: NDArray[np.int64], ideal: NDArray[np.int64], worst: _Inversion
+) -> NearTie:
     return NearTie(
         layer=layer,
         token=(int(record.seq[token]), int(record.pos[token])),
@@ -168,15 +210,14 @@ def _near_tie(record: TapRecord, layer: int, token: int, ids: NDArray[np.int64],
 
 
 def _fault(
-    token: int, ids: NDArray[np.int64], own: F64, order: _Inversion | None, swap: _Inversion | None, named: _Inversion
+    token: int, ids: NDArray[np.int64], of_own: NDArray[np.int64], order: _Inversion | None, swap: _Inversion | None, named: _Inversion
 ) -> RoutingFault:
     parts = []
     if order is not None and not order.excused:
-        ranked = formulas.top_k(own[None], len(ids))[0].tolist()
-        parts.append(f"chose experts {ids.tolist()}, its own router logits rank {ranked} (descending, equal ones by lowest id)")
+        parts.append(f"chose experts {ids.tolist()}, its own router logits rank {of_own.tolist()} (descending, ties by the rule's policy)")
     if swap is not None and not swap.excused:
         parts.append(
-            f"float64 logits put expert {swap.passed_over} above expert {swap.taken} by {swap.gap:.3g}, tolerance {swap.tolerance:.3g}"
+            f"float64 scores put expert {swap.passed_over} above expert {swap.taken} by {swap.gap:.3g}, tolerance {swap.tolerance:.3g}"
         )
     return RoutingFault(
         token=token,

@@ -43,8 +43,8 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
     "final_norm": ("input",),
     "logits": ("final_norm",),
 }
-"""Stage to the stages it is computed from; "input" is what enters the layer. Those of "q_rope", "k_rope" and "ffn_out" depend on the model:
-`inputs_of`."""
+"""Stage to the stages it is computed from; "input" is what enters the layer. Those of "q_rope", "k_rope", "ffn_out" and, where
+scores are not learned, the decision depend on the model: `inputs_of`."""
 
 HIDDEN = frozenset(("embedding", "attn_norm", "attn_out", "attn_residual", "ffn_norm", "expert_out", "ffn_out", "layer_out", "final_norm"))
 """Stages whose last axis is the hidden one."""
@@ -54,7 +54,8 @@ def expected_stages(spec: ModelSpec) -> list[Stage]:
     """Every stage of a forward pass, in the order in which they run."""
     out: list[Stage] = [(None, "embedding")]
     for layer in range(spec.num_layers):
-        names = PROJECTED + (HEAD_NORMS if spec.qk_norm else ()) + ATTENTION + (MOE if spec.is_moe_layer(layer) else DENSE)
+        network = (MOE if spec.routing.is_learned else MOE[1:]) if spec.is_moe_layer(layer) else DENSE
+        names = PROJECTED + (HEAD_NORMS if spec.qk_norm else ()) + ATTENTION + network
         out.extend((layer, name) for name in names)
     return [*out, (None, "final_norm"), (None, "logits")]
 
@@ -98,6 +99,8 @@ def inputs_of(spec: ModelSpec, stage: Stage) -> tuple[Stage, ...]:
     if name == "ffn_out":
         assert layer is not None
         names: tuple[str, ...] = ("topk_ids", "topk_weights", "expert_out") if spec.is_moe_layer(layer) else ("ffn_hidden",)
+    elif name in ("topk_ids", "topk_weights") and not spec.routing.is_learned:
+        names = () if name == "topk_ids" else ("topk_ids",)
     elif name in ("q_rope", "k_rope"):
         names = (name[0] + "_norm" if spec.qk_norm else name[0],)
     else:

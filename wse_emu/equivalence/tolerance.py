@@ -171,26 +171,6 @@ def swiglu_bound(gate: F64, up: F64, e_gate: F64, e_up: F64) -> F64:
     return bound
 
 
-def expert_weights_bound(logits: F64, ids: NDArray[np.int64], weights: F64, renormalize: bool) -> F64:
-    """Bound of softmax weights `weights` (T, k) of the experts `ids` (T, k), from exact `logits` (T, E).
-
-    One exponential: its own error and that of the subtraction, ``2 u + u |l - max|``. The denominator: the same, weighted by the terms,
-    and the sum over E. With renormalization also the sum over k, of terms whose errors are averaged once more. A division each.
-    """
-    gap = logits.max(axis=1, keepdims=True) - logits
-    e_term = EXP_ERROR + U * gap
-    p = np.exp(-gap)
-    e_chosen = np.take_along_axis(e_term, ids, axis=1)
-    relative = e_chosen + (p * e_term).sum(axis=1, keepdims=True) / p.sum(axis=1, keepdims=True)
-    relative = relative + 2 * np.sqrt(logits.shape[1]) * U + U
-    if renormalize:
-        q = np.take_along_axis(p, ids, axis=1)
-        relative = relative + (q * e_chosen).sum(axis=1, keepdims=True) / q.sum(axis=1, keepdims=True)
-        relative = relative + 2 * np.sqrt(ids.shape[1]) * U + U
-    bound: F64 = relative * np.abs(weights) + SMALLEST_NORMAL
-    return bound
-
-
 def combine_bound(weights: F64, outs: F64) -> F64:
     """Bound of ``sum_slot weights * outs``; weights (T, k), outs (T, k, h) -> (T, h)."""
     return sum_bound(weights.shape[1], np.einsum("tk,tkh->th", np.abs(weights), np.abs(outs)))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from wse_emu.equivalence import tolerance
 from wse_emu.equivalence.local import StageLocal
 from wse_emu.equivalence.report import Failure, RoutingSummary, StageCheck, VerifyReport
-from wse_emu.equivalence.routing import LayerRouting, judge_routing
+from wse_emu.equivalence.routing import LayerRouting, judge_assigned, judge_routing
 from wse_emu.equivalence.stages import core_of, expected_stages, expert_of, inputs_of, stage_dtype, stage_shape
 from wse_emu.foundation.errors import InputError
 from wse_emu.foundation.model_spec import ModelSpec
@@ -132,23 +132,27 @@ class _Verification:
         """Start the float64 forward and the float32 twin, both replaying the run's routing; None if that is not wanted or not possible."""
         if not self._end_to_end:
             return None
-        routing = None
+        routing, shares = None, dict[int, NDArray[Any]]()
         if self._spec.is_moe:
             wanted = [(layer, "topk_ids") for layer in self._spec.moe_layers]
             if any(stage not in self._usable for stage in wanted):
                 self._notes.append("end to end: the routing of the run cannot be replayed")
                 return None
             routing = {layer: self._usable[layer, "topk_ids"] for layer in self._spec.moe_layers}
+            if self._spec.routing.weights_jump:
+                shares = {layer: self._usable[layer, "topk_weights"] for layer in routing if (layer, "topk_weights") in self._usable}
+                self._notes.append("end to end: experts' weights are replayed with the choices: under this rule they jump")
         r, copies = self._record, self._copies
         n_tokens = len(r.seq)
         nudge = 1 + np.random.default_rng(0).uniform(-2 * tolerance.U, 2 * tolerance.U, (copies * n_tokens, self._spec.hidden_size))
         nudge[:n_tokens] = 1
-        exact = DenseReference(self._spec, self._read).stages(r.token_ids, r.seq, r.pos, routing=routing)
+        exact = DenseReference(self._spec, self._read).stages(r.token_ids, r.seq, r.pos, routing=routing, routing_weights=shares)
         twin = DenseReference(self._spec, self._read, dtype=np.float32).stages(
             np.tile(r.token_ids, copies),
             np.repeat(np.arange(copies), n_tokens) * (r.seq.max() + 1) + np.tile(r.seq, copies),
             np.tile(r.pos, copies),
             routing=None if routing is None else {layer: np.tile(ids, (copies, 1)) for layer, ids in routing.items()},
+            routing_weights={layer: np.tile(share, (copies, 1)) for layer, share in shares.items()},
             nudge=nudge,
         )
         return exact, twin
@@ -251,9 +255,15 @@ class _Verification:
         )
 
     def _check_routing(self, layer: int) -> StageCheck:
-        exact, bound = self._local.check(layer, "router_logits")
-        ids, own = self._usable[layer, "topk_ids"], self._usable[layer, "router_logits"]
-        found = judge_routing(self._record, layer, ids, own, exact, bound)
+        ids, rule = self._usable[layer, "topk_ids"], self._spec.routing
+        if rule.is_learned:
+            exact, bound = self._local.check(layer, "router_logits")
+            own = self._usable[layer, "router_logits"]
+            correction = self._local.correction(layer)
+            found = judge_routing(self._record, layer, ids, own, exact, bound, rule=rule, correction=correction)
+        else:
+            numbers = self._record.token_ids if rule.routing_algorithm == "hash" else self._record.pos
+            found = judge_assigned(ids, numbers, self._spec.num_experts)
         self._routing.append(found)
         fault = found.fault
         if fault is None:

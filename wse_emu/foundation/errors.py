@@ -74,3 +74,7 @@ class KernelError(WseError, TypeError):
 
 class TraceError(WseError, ValueError):
     """A recorded routing trace does not belong to the program that replays it."""
+
+
+class TieError(WseError, ArithmeticError):
+    """Equal scores leave a token's experts open, and the routing rule rejects ties."""

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from wse_emu.foundation.errors import SpecError
 from wse_emu.foundation.rope_scaling import RopeScaling
+from wse_emu.foundation.routing_rule import MIXTRAL_ROUTING, RoutingRule
 
 FAMILIES = ("llama", "mistral", "mixtral", "qwen3", "qwen3_moe")
 """Model families (Hugging Face ``model_type``) that this version runs."""
@@ -50,8 +51,8 @@ class ModelSpec:
     """Width of one expert; 0 exactly when `num_experts` is 0."""
     dense_layers: tuple[int, ...] = ()
     """Layers of a model with experts that have a dense feed-forward network instead, ascending."""
-    renormalize: bool = True
-    """Whether the chosen experts' weights are divided by their sum."""
+    routing: RoutingRule = MIXTRAL_ROUTING
+    """Which experts a token visits and with which weights; of no account in a dense model."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
@@ -81,6 +82,8 @@ class ModelSpec:
             raise SpecError(f"`top_k` must lie in 1..{self.num_experts} (`num_experts`), got {self.top_k}")
         if self.num_experts and (type(self.moe_intermediate_size) is not int or self.moe_intermediate_size <= 0):
             raise SpecError(f"`moe_intermediate_size` must be a positive integer, got {self.moe_intermediate_size!r}")
+        if self.num_experts:
+            self.routing.check_sizes(self.num_experts, self.top_k)
         for name in ("top_k", "moe_intermediate_size", "dense_layers"):
             if not self.num_experts and getattr(self, name):
                 raise SpecError(f"`{name}` must be {'empty' if name == 'dense_layers' else 0} for a dense model, got {getattr(self, name)}")
@@ -144,8 +147,10 @@ class ModelSpec:
         attention = h * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads) + (2 * self.head_dim if self.qk_norm else 0)
         n_moe = len(self.moe_layers)
         dense = (self.num_layers - n_moe) * 3 * h * self.intermediate_size
-        experts = n_moe * self.num_experts * h * (3 * self.moe_intermediate_size + 1)
-        return self.num_layers * (attention + 2 * h) + dense + experts + h + self.vocab_size * h * (1 if self.tie_word_embeddings else 2)
+        experts = n_moe * self.num_experts * 3 * h * self.moe_intermediate_size
+        routers = n_moe * self.num_experts * self.routing.params_per_expert(h)
+        vocab = self.vocab_size * h * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * (attention + 2 * h) + dense + experts + routers + h + vocab
 
 
 def _holds(layers: tuple[int, ...], layer: int) -> bool:

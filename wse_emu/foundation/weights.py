@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from wse_emu.foundation.model_spec import ModelSpec
+from wse_emu.foundation.routing_rule import RoutingRule
 
 TILE_COLS = 128
 """Columns of one tile of the layout file; a tile is one C-contiguous ``(n_in, <= TILE_COLS)`` block."""
@@ -46,6 +47,12 @@ def layer_prefix(layer: int) -> str:
     return f"layers.{layer}."
 
 
+def router_vectors(rule: RoutingRule) -> tuple[str, ...]:
+    """Vectors of a router, one number for each expert."""
+    wanted = {"router_bias": rule.router_use_bias, "e_score_correction_bias": rule.e_score_correction_bias}
+    return tuple(name for name, there in wanted.items() if there)
+
+
 def layer_weights(spec: ModelSpec, layer: int) -> list[WeightShape]:
     """Tensors of one layer, in the order in which they are streamed."""
     p = layer_prefix(layer)
@@ -60,7 +67,10 @@ def layer_weights(spec: ModelSpec, layer: int) -> list[WeightShape]:
     ]
     if not spec.is_moe_layer(layer):
         return [*out, WeightShape(p + "w_gate_up", (h, 2 * f)), WeightShape(p + "w_down", (f, h))]
-    out.append(WeightShape(p + "router", (h, spec.num_experts)))
+    rule = spec.routing
+    if rule.is_learned:
+        out.append(WeightShape(p + "router", (h, spec.num_experts)))
+    out += [WeightShape(p + name, (spec.num_experts,)) for name in router_vectors(rule)]
     for e in range(spec.num_experts):
         out.append(WeightShape(f"{p}experts.{e}.w_gate_up", (h, 2 * f)))
         out.append(WeightShape(f"{p}experts.{e}.w_down", (f, h)))

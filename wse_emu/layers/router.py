@@ -6,17 +6,21 @@ the set of chosen experts goes to MemoryX, over the control channel.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wse_emu.foundation.errors import TraceError
+from wse_emu.foundation.errors import TieError, TraceError
+from wse_emu.foundation.routing_rule import RoutingRule
 from wse_emu.layers.linear import DEFAULT_CHUNK
+from wse_emu.layers.norm import stream_vector
 from wse_emu.layers.row_products import PARTIAL_MATMUL, RowProducts
-from wse_emu.layers.stream import StreamedMatrix
+from wse_emu.layers.stream import StreamedMatrix, StreamedVector
 from wse_emu.wafer import costs
 from wse_emu.wafer.cores import Block
 from wse_emu.wafer.kernel import Kernel
@@ -25,8 +29,9 @@ from wse_emu.wafer.moves import CHAIN_ADD, CHAIN_OR
 from wse_emu.wafer.placement import Ints, Split, TokenBands
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.wafer import Wafer
+from wse_kernels import routing as codes
 from wse_kernels.matmul import STORE, mesh_matmul
-from wse_kernels.routing import mark_chosen, softmax_topk
+from wse_kernels.routing import RouterCode, mark_chosen, route_tokens, softmax_topk
 
 SOFTMAX_TOPK = Kernel(
     body=softmax_topk,
@@ -34,6 +39,14 @@ SOFTMAX_TOPK = Kernel(
     out=("topk_ids", "topk_weights"),
     scratch=("probs",),
     code_bytes=512,
+)
+ROUTE_TOKENS = Kernel(
+    body=route_tokens,
+    params=("logits", "bias", "correction", "rule", "work", "topk_ids", "topk_weights"),
+    inout=("logits",),
+    out=("topk_ids", "topk_weights"),
+    scratch=("work",),
+    code_bytes=2560,
 )
 MARK_CHOSEN = Kernel(body=mark_chosen, params=("topk_ids", "mask"), out=("mask",), code_bytes=128)
 _ID_WORDS = 2
@@ -62,21 +75,66 @@ class Routing:
         self.weights.free()
 
 
+@dataclass(frozen=True, slots=True)
+class RouterWeights:
+    """What a router learned, on its way to the wafer."""
+
+    gate: StreamedMatrix
+    """(hidden, n_experts)."""
+    bias: StreamedVector | None = None
+    """(n_experts,) of the gate."""
+    correction: StreamedVector | None = None
+    """(n_experts,) added to scores for the choice."""
+
+
+def router_code(rule: RoutingRule) -> RouterCode:
+    """A rule as the kernel takes it."""
+    scores = {"softmax": codes.SOFTMAX, "sigmoid": codes.SIGMOID, "sqrtsoftplus": codes.SQRTSOFTPLUS, "none": codes.LOGITS}
+    formats = {"float32": codes.FLOAT32, "bfloat16": codes.BFLOAT16, "float16": codes.FLOAT16, "cb16": codes.CB16}
+    weights = {**scores, "softmax_topk": codes.SOFTMAX_TOPK, "sparsemixer": codes.SPARSEMIXER}
+    return RouterCode(
+        selection=scores[rule.router_selection_nonlinearity],
+        weighting=weights[rule.expert_weighting_nonlinearity],
+        n_group=rule.n_group,
+        topk_group=rule.topk_group,
+        top2_sum=int(rule.group_score == "top2_sum"),
+        tie={"lowest_id": codes.LOWEST_ID, "highest_id": codes.HIGHEST_ID, "reject": codes.REJECT}[rule.tie_policy],
+        stored_as=formats[rule.selection_dtype],
+        rounds_logits=int(not rule.router_fp32),
+        has_bias=int(rule.router_use_bias),
+        has_correction=int(rule.e_score_correction_bias),
+        normalizes=int(rule.expert_weighting_normalization),
+        null_bias=np.float32(rule.null_expert_bias),
+        epsilon=np.float32(rule.norm_epsilon),
+        least=np.float32(rule.norm_min),
+        scale=np.float32(rule.routed_scaling_factor),
+        jitter=np.float32(2 * rule.router_jitter_noise),
+    )
+
+
+def is_plain(rule: RoutingRule) -> bool:
+    """Whether `softmax_topk` is all that a rule asks for."""
+    return rule == replace(RoutingRule(), expert_weighting_normalization=rule.expert_weighting_normalization)
+
+
 def route(
-    wafer: Wafer, x: PlacedTensor, gate: StreamedMatrix, bands: TokenBands, top_k: int, renormalize: bool,
+    wafer: Wafer, x: PlacedTensor, router: RouterWeights, bands: TokenBands, top_k: int, rule: RoutingRule,
     *, chunk: int = DEFAULT_CHUNK, probe: bool = False, replay: NDArray[np.int64] | None = None,
 ) -> Routing:  # fmt: skip
-    """Choose experts: softmax over all, the `top_k` most probable, ties to the lowest id.
+    """Choose experts by learned scores, as `rule` says.
+
+    Biases stream down to every core on which scores meet. Every sum over experts runs over ascending ids; see `route_tokens`.
 
     Parameters
     ----------
     wafer : Wafer
     x : PlacedTensor, (T, hidden), float32
-    gate : StreamedMatrix, (hidden, n_experts)
+    router : RouterWeights
+        With the biases that the rule asks for.
     bands : TokenBands
     top_k : int
-    renormalize : bool
-        Divide the chosen weights by their sum.
+    rule : RoutingRule
+        Of algorithm "learned".
     chunk : int
         Most experts of one streamed piece.
     probe : bool
@@ -88,12 +146,15 @@ def route(
     ------
     TraceError
         If the ``dry`` executor gets no decision, or one that is not for these tokens and experts.
+    TieError
+        If equal scores leave the set of a token's experts open, and the rule rejects that.
     """
+    gate = router.gate
     n_tokens, n_experts = bands.n_tokens, gate.n_out
     rows = x.placement.axis0
+    decision = _Decision.of(rule)
     per_core = -(-bands.split.max_size // wafer.cols)
-    # Scores, probabilities and the decision, for the tokens that meet on a core.
-    meeting_words = np.full(wafer.cols, per_core * (2 * n_experts + top_k * (_ID_WORDS + 1)))
+    meeting_words = np.full(wafer.cols, decision.words(per_core, n_experts, top_k))
     place = wafer.placement((n_tokens, top_k), rows, (None, None))
     slab_place = wafer.placement((gate.n_in, 2 * min(chunk, n_experts)), ("col", x.placement.axis1[1]), (None, None))
     part_place = wafer.placement(
@@ -106,20 +167,23 @@ def route(
         weights = kept.enter_context(wafer.empty("expert weights", place))
         with (
             wafer.sram.reserved("router scores", np.ones(wafer.rows, np.int64), meeting_words, 4),
+            _biases(wafer, router, bands) as biases,
             wafer.empty("weight slabs", slab_place) as slab,
             wafer.empty("partial sums", part_place) as part,
             wafer.empty("incoming sums", part_place) as inbox,
-            wafer.sram.code("router", PARTIAL_MATMUL.code_bytes + CHAIN_ADD.code_bytes + SOFTMAX_TOPK.code_bytes),
+            wafer.sram.code("router", PARTIAL_MATMUL.code_bytes + CHAIN_ADD.code_bytes + decision.kernel.code_bytes),
         ):
             if wafer.cores is not None:
-                events = _isolated(wafer, x, gate, bands, renormalize, chunk, slab, part, inbox, ids, weights, logits)
+                events = _isolated(wafer, x, gate, bands, decision, biases, chunk, slab, part, inbox, ids, weights, logits)
                 for row in bands.split.representatives.tolist():
                     where = slice(int(bands.split.starts[row]), int(bands.split.stops[row]))
                     topk_ids[where], topk_weights[where] = ids.block(row, 0), weights.block(row, 0)
             else:
-                events = _events(wafer.rows, wafer.cols, x.placement.axis1[1], bands, n_experts, top_k, chunk, gate.name)
+                events = _events(
+                    wafer.rows, wafer.cols, x.placement.axis1[1], bands, n_experts, top_k, chunk, gate.name, decision.kernel.name
+                )
                 if wafer.is_dry:
-                    topk_ids = _checked_replay(replay, n_tokens, n_experts, top_k)
+                    topk_ids = checked_replay(replay, n_tokens, n_experts, top_k)
                 else:
                     all_tokens = np.arange(n_tokens, dtype=np.int64)
                     whole = np.array([0, n_experts], np.int64)
@@ -127,8 +191,10 @@ def route(
                         x.flat, n_tokens, x.placement.axis1[1].offsets, all_tokens, gate.values, 0, gate.n_in, n_experts,
                         logits.reshape(-1), n_tokens, whole, all_tokens, np.zeros(1, np.float32), STORE,
                     )  # fmt: skip
-                    softmax_topk(logits, renormalize, np.empty_like(logits), topk_ids, topk_weights)
+                    decision.decide(logits, biases, topk_ids, topk_weights)
                     ids.flat[...], weights.flat[...] = topk_ids.reshape(-1), topk_weights.reshape(-1)
+            if not wafer.is_dry:
+                _refuse_ties(topk_ids, logits)
         kept.pop_all()
     for event in events:
         wafer.record(event)
@@ -137,7 +203,77 @@ def route(
     return Routing(ids, weights, topk_ids, topk_weights, logits if probe else None)
 
 
-def _checked_replay(replay: NDArray[np.int64] | None, n_tokens: int, n_experts: int, top_k: int) -> NDArray[np.int64]:
+@dataclass(frozen=True, slots=True)
+class _Decision:
+    """The kernel that decides under a rule, with its scratch and its scalars."""
+
+    kernel: Kernel
+    scalars: Mapping[str, Any]
+    """Arguments that are no blocks."""
+
+    @staticmethod
+    def of(rule: RoutingRule) -> _Decision:
+        if is_plain(rule):
+            return _Decision(SOFTMAX_TOPK, {"renormalize": rule.expert_weighting_normalization})
+        return _Decision(ROUTE_TOKENS, {"rule": router_code(rule)})
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is `softmax_topk`."""
+        return self.kernel is SOFTMAX_TOPK
+
+    def scratch(self, n: int, n_experts: int) -> tuple[str, tuple[int, int]]:
+        """Name and shape of the working memory for n tokens."""
+        return ("probs", (n, n_experts)) if self.is_plain else ("work", (codes.WORK_ROWS, n_experts))
+
+    def words(self, n: int, n_experts: int, top_k: int) -> int:
+        """Words on a core on which n tokens meet: scores, working memory and the decision."""
+        rows, columns = self.scratch(n, n_experts)[1]
+        return n * (n_experts + top_k * (_ID_WORDS + 1)) + rows * columns
+
+    def args(self, biases: Sequence[Any]) -> dict[str, Any]:
+        """Arguments but for scores, working memory and results."""
+        return {**self.scalars} if self.is_plain else {**self.scalars, "bias": biases[0], "correction": biases[1]}
+
+    def decide(
+        self, logits: NDArray[np.float32], biases: Sequence[PlacedTensor | None], ids: NDArray[np.int64], weights: NDArray[np.float32]
+    ) -> None:
+        """Decide for all tokens at once."""
+        name, shape = self.scratch(*logits.shape)
+        given = [_NO_BIAS if b is None else b.flat[: logits.shape[1]].reshape(1, -1) for b in biases]
+        args = self.args(given) | {"logits": logits, name: np.empty(shape, np.float32), "topk_ids": ids, "topk_weights": weights}
+        self.kernel.body(*(args[p] for p in self.kernel.params))
+
+
+_NO_BIAS = np.zeros((1, 1), np.float32)
+
+
+@contextmanager
+def _biases(wafer: Wafer, router: RouterWeights, bands: TokenBands) -> Iterator[tuple[PlacedTensor | None, PlacedTensor | None]]:
+    """The gate's bias and the correction bias, whole on every column on which tokens meet."""
+    n_experts = router.gate.n_out
+    meets = np.arange(wafer.cols) < bands.n_tokens
+    everywhere = Split(n_experts, np.zeros(wafer.cols, np.int64), np.where(meets, n_experts, 0))
+    with ExitStack() as stack:
+        placed = [
+            None if v is None else stack.enter_context(stream_vector(wafer, v.name, v.values, everywhere, bands))
+            for v in (router.bias, router.correction)
+        ]
+        yield placed[0], placed[1]
+
+
+def _refuse_ties(topk_ids: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
+    tied = np.flatnonzero(topk_ids[:, 0] < 0)
+    if tied.size:
+        token = int(tied[0])
+        raise TieError(
+            f"router: token {token} of this pass has equal scores for experts that are chosen and experts that are not (logits "
+            f"{np.sort(logits[token])[::-1][:8].tolist()}, highest first), and `tie_policy` is 'reject'; name 'lowest_id' or 'highest_id'"
+        )
+
+
+def checked_replay(replay: NDArray[np.int64] | None, n_tokens: int, n_experts: int, top_k: int) -> NDArray[np.int64]:
+    """The recorded decision, if it is one for these tokens and experts."""
     if replay is None:
         raise TraceError("the `dry` executor needs a routing trace: it computes no scores")
     if replay.shape != (n_tokens, top_k):
@@ -149,32 +285,43 @@ def _checked_replay(replay: NDArray[np.int64] | None, n_tokens: int, n_experts: 
     return replay.astype(np.int64, copy=False)
 
 
-def _meeting_cores(bands: TokenBands, n_cols: int) -> tuple[Ints, Ints, Ints]:
+def meeting_cores(bands: TokenBands, n_cols: int) -> tuple[Ints, Ints, Ints]:
     """(row, column, tokens) of every core on which tokens' scores meet, replicas once."""
     tokens = np.arange(bands.n_tokens)
     pairs, counts = np.unique(np.stack([bands.split.owner, tokens % n_cols]), axis=1, return_counts=True)
     return pairs[0], pairs[1], counts
 
 
+def told_event(n_rows: int, n_cols: int, bands: TokenBands, top_k: int) -> Event:
+    """Every meeting core tells its decision to its row: ids and weights, a message each."""
+    row, col, n = meeting_cores(bands, n_cols)
+    ends = np.zeros((2, n_rows), np.int64)
+    np.add.at(ends[0], row[col > 0], n[col > 0])
+    np.add.at(ends[1], row[col < n_cols - 1], n[col < n_cols - 1])
+    words, replicas = top_k * (_ID_WORDS + 1), bands.n_feature_bands
+    spread = n_cols > 1
+    return costs.moved(
+        "broadcast", "routing", count=2 * int(row.size) * replicas if spread else 0,
+        words=bands.n_tokens * words * replicas if spread else 0, hops=bands.n_tokens * words * replicas * (n_cols - 1),
+        max_link=int(ends.max(initial=0)) * words, max_hops=int(np.maximum(col, n_cols - 1 - col).max()),
+    )  # fmt: skip
+
+
 @lru_cache(maxsize=4096)
 def _events(
-    n_rows: int, n_cols: int, k_split: Split, bands: TokenBands, n_experts: int, top_k: int, chunk: int, name: str
-) -> tuple[Event, ...]:
+    n_rows: int, n_cols: int, k_split: Split, bands: TokenBands, n_experts: int, top_k: int, chunk: int, name: str,
+    decides: str,
+) -> tuple[Event, ...]:  # fmt: skip
     stations, source, n_in = k_split.used, int(k_split.used[-1]), k_split.total
     n_pieces = -(-n_experts // chunk)
     used, replicas = bands.used_rows, bands.n_feature_bands
     last_row = used - 1
     row_words = bands.split.sizes[:used] * n_experts
-    row, col, n = _meeting_cores(bands, n_cols)
+    row, col, n = meeting_cores(bands, n_cols)
     away = col != source
     side = np.zeros((2, n_rows), np.int64)
     np.add.at(side[0], row[col < source], n[col < source])
     np.add.at(side[1], row[col > source], n[col > source])
-    ends = np.zeros((2, n_rows), np.int64)
-    np.add.at(ends[0], row[col > 0], n[col > 0])
-    np.add.at(ends[1], row[col < n_cols - 1], n[col < n_cols - 1])
-    words = top_k * (_ID_WORDS + 1)
-    spread = n_cols > 1
     runs = used * stations.size * n_pieces
     return (
         costs.moved(
@@ -189,19 +336,15 @@ def _events(
             hops=int((n * np.abs(col - source)).sum()) * n_experts * replicas, max_link=int(side.max(initial=0)) * n_experts,
             max_hops=int(np.abs(col - source).max()),
         ),
-        Event(None, "", "launch", SOFTMAX_TOPK.name, count=int(row.size) * replicas),
-        costs.moved(
-            "broadcast", "routing", count=2 * int(row.size) * replicas if spread else 0,
-            words=bands.n_tokens * words * replicas if spread else 0,
-            hops=bands.n_tokens * words * replicas * (n_cols - 1), max_link=int(ends.max(initial=0)) * words,
-            max_hops=int(np.maximum(col, n_cols - 1 - col).max()),
-        ),
+        Event(None, "", "launch", decides, count=int(row.size) * replicas),
+        told_event(n_rows, n_cols, bands, top_k),
     )  # fmt: skip
 
 
 def _isolated(
-    wafer: Wafer, x: PlacedTensor, gate: StreamedMatrix, bands: TokenBands, renormalize: bool, chunk: int,
-    slab: PlacedTensor, part: PlacedTensor, inbox: PlacedTensor, ids: PlacedTensor, weights: PlacedTensor, logits_out: NDArray[np.float32],
+    wafer: Wafer, x: PlacedTensor, gate: StreamedMatrix, bands: TokenBands, decision: _Decision, biases: Sequence[PlacedTensor | None],
+    chunk: int, slab: PlacedTensor, part: PlacedTensor, inbox: PlacedTensor, ids: PlacedTensor, weights: PlacedTensor,
+    logits_out: NDArray[np.float32],
 ) -> tuple[Event, ...]:  # fmt: skip
     cores = wafer.cores
     assert cores is not None
@@ -228,19 +371,21 @@ def _isolated(
                         scores, mine = meeting[row, col]
                         products.hand(acc, scores, (slice(None), slice(first, first + n)), (mine, slice(None)))
         for core, (scores, mine) in meeting.items():
-            probs = borrow(core, "probabilities", scores.array.shape, np.float32)
-            decision = borrow(core, "decision", (mine.size, top_k), np.int64), borrow(core, "weights", (mine.size, top_k), np.float32)
-            args = {"logits": scores, "renormalize": renormalize, "probs": probs, "topk_ids": decision[0], "topk_weights": decision[1]}
-            macs += cores.run(SOFTMAX_TOPK, core, args)
+            scratch, shape = decision.scratch(mine.size, n_experts)
+            work = borrow(core, "router work", shape, np.float32)
+            made = borrow(core, "decision", (mine.size, top_k), np.int64), borrow(core, "weights", (mine.size, top_k), np.float32)
+            args = decision.args([_NO_BIAS if b is None else b.held[core] for b in biases])
+            args |= {"logits": scores, scratch: work, "topk_ids": made[0], "topk_weights": made[1]}
+            macs += cores.run(decision.kernel, core, args)
             decided += 1
             to = (mine, slice(None))
-            for block, tensor in zip(decision, (ids, weights), strict=True):
+            for block, tensor in zip(made, (ids, weights), strict=True):
                 tensor.held[core].write(block.read(), to)
                 cores.send(told, block, [tensor.held[core[0], c] for c in range(wafer.cols) if c != core[1]], to=to)
             logits_out[bands.split.starts[core[0]] + mine] = scores.read()
     return (
         *products.events(),
-        Event(None, "", "launch", SOFTMAX_TOPK.name, count=decided, macs=macs),
+        Event(None, "", "launch", decision.kernel.name, count=decided, macs=macs),
         told.event("broadcast", "routing", costs.COLORS["broadcast"]),
     )
 

@@ -1,4 +1,4 @@
-"""A weight matrix on its way from MemoryX to the wafer."""
+"""Weights on their way from MemoryX to the wafer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wse_emu.foundation.weights import TILE_COLS
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedVector:
+    """One vector at rest; `values` is None when only shapes are streamed."""
+
+    name: str
+    values: NDArray[np.float32] | None
 
 
 @dataclass(frozen=True, slots=True)

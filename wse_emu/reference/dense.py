@@ -13,7 +13,7 @@ from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.taps import Stage
 from wse_emu.reference import formulas, tensors
 from wse_emu.reference.attention import attention_block
-from wse_emu.reference.ffn import dense_ffn, experts_ffn
+from wse_emu.reference.ffn import dense_ffn, experts_ffn, routing_numbers
 from wse_emu.reference.formulas import Floats, Ints
 from wse_emu.reference.weights import PublishedWeights, Reader
 
@@ -60,6 +60,7 @@ class DenseReference:
         pos: NDArray[Any],
         *,
         routing: Routing | None = None,
+        routing_weights: Mapping[int, Floats] | None = None,
         nudge: NDArray[np.floating[Any]] | None = None,
     ) -> Iterator[tuple[Stage, NDArray[Any]]]:
         """Stages of one forward pass, one by one, in the order in which they run.
@@ -70,6 +71,8 @@ class DenseReference:
             Token, its sequence and its position there; unpadded. A token sees the tokens of its sequence at its own or an earlier position.
         routing : mapping of layer to ndarray, (T, top_k), integer, optional
             Expert choices to replay. Weights are still computed from this pass's own logits.
+        routing_weights : mapping of layer to ndarray, (T, top_k), floating, optional
+            Weights to replay as well, for rules under which they jump: where scores are rounded to 16 bits, or shut out at a threshold.
         nudge : ndarray, (T, hidden), optional
             Factor on every element of the embedding, to see how the model answers to a small change of its input.
 
@@ -79,9 +82,9 @@ class DenseReference:
         value : ndarray
             In published order: "embedding" (T, h); per layer "attn_norm" (T, h), "q" (T, heads, d), "k", "v" (T, kv_heads, d), "q_norm",
             "k_norm" where heads are normalised, "q_rope", "k_rope", "attn_max", "attn_denominator" (T, heads), "attn_context"
-            (T, heads * d), "attn_out", "attn_residual", "ffn_norm" (T, h), then "router_logits" (T, E), "topk_ids" (T, k) int64,
-            "topk_weights" (T, k), "expert_hidden" (T, k, f), "expert_out" (T, k, h) in a layer with a mixture, "ffn_hidden" (T, f) in a
-            dense one, "ffn_out", "layer_out" (T, h); last "final_norm" (T, h), "logits" (T, vocab).
+            (T, heads * d), "attn_out", "attn_residual", "ffn_norm" (T, h), then "router_logits" (T, E) where they are learned, "topk_ids"
+            (T, k) int64, "topk_weights" (T, k), "expert_hidden" (T, k, f), "expert_out" (T, k, h) in a layer with a mixture, "ffn_hidden"
+            (T, f) in a dense one, "ffn_out", "layer_out" (T, h); last "final_norm" (T, h), "logits" (T, vocab).
 
         Raises
         ------
@@ -94,11 +97,12 @@ class DenseReference:
         if nudge is not None and nudge.shape != (len(token_ids), self.spec.hidden_size):
             raise InputError(f"`nudge` must have shape {(len(token_ids), self.spec.hidden_size)}, got {nudge.shape}")
         replay = None if routing is None else self._check_routing(routing, len(token_ids))
-        return self._run(token_ids, seq, pos, replay, nudge)
+        return self._run(token_ids, seq, pos, replay, routing_weights or {}, nudge)
 
     def _run(
-        self, token_ids: Ints, seq: Ints, pos: Ints, replay: dict[int, Ints] | None, nudge: Floats | None
-    ) -> Iterator[tuple[Stage, NDArray[Any]]]:
+        self, token_ids: Ints, seq: Ints, pos: Ints, replay: dict[int, Ints] | None, shares: Mapping[int, Floats],
+        nudge: Floats | None,
+    ) -> Iterator[tuple[Stage, NDArray[Any]]]:  # fmt: skip
         spec, weights = self.spec, self._weights
         embed = weights.raw(tensors.embed_tokens(spec))
         x = formulas.cast(embed[token_ids], self.dtype)
@@ -114,7 +118,11 @@ class DenseReference:
             norm = formulas.rms_norm(residual, weights.layer(layer, "ffn_norm"), spec.rms_norm_eps)
             yield (layer, "ffn_norm"), norm
             moe = spec.is_moe_layer(layer)
-            ffn = experts_ffn(weights, layer, norm, None if replay is None else replay[layer]) if moe else dense_ffn(weights, layer, norm)
+            if moe:
+                numbers = routing_numbers(spec.routing, token_ids, pos)
+                ffn = experts_ffn(weights, layer, norm, numbers, None if replay is None else replay[layer], shares.get(layer))
+            else:
+                ffn = dense_ffn(weights, layer, norm)
             for name, value in ffn:
                 yield (layer, name), value
                 x = value  # the last one is "ffn_out"

@@ -8,9 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wse_emu.reference import formulas
+from wse_emu.foundation.routing_rule import RoutingRule
+from wse_emu.reference import formulas, routing
 from wse_emu.reference.formulas import Floats, Ints
 from wse_emu.reference.weights import PublishedWeights
+
+
+def routing_numbers(rule: RoutingRule, token_ids: Ints, pos: Ints) -> Ints:
+    """What hash (token ids) and uniform (positions) routing go by."""
+    return token_ids if rule.routing_algorithm == "hash" else pos
 
 
 def dense_ffn(weights: PublishedWeights, layer: int, x: Floats, expert: int | None = None) -> Iterator[tuple[str, Floats]]:
@@ -21,14 +27,29 @@ def dense_ffn(weights: PublishedWeights, layer: int, x: Floats, expert: int | No
     yield "ffn_out", formulas.linear(hidden, weights.layer(layer, "w_down", expert))
 
 
-def experts_ffn(weights: PublishedWeights, layer: int, x: Floats, replay: Ints | None) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Stages of a mixture: every expert for every token, then masked; `replay` (T, k) takes the place of the choice."""
+def experts_ffn(
+    weights: PublishedWeights, layer: int, x: Floats, numbers: Ints, replay: Ints | None, replayed_weights: Floats | None = None
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Stages of a mixture: every expert for every token, then masked.
+
+    `numbers` (T,) takes the place of scores where these are not learned (see `routing_numbers`), `replay` (T, k) that of the choice,
+    `replayed_weights` (T, k) that of the weights.
+    """
     spec, n_tokens = weights.spec, len(x)
-    logits = formulas.linear(x, weights.layer(layer, "router"))
-    yield "router_logits", logits
-    ids = formulas.top_k(logits, spec.top_k) if replay is None else replay
+    rule = spec.routing
+    if rule.is_learned:
+        logits = formulas.linear(x, weights.layer(layer, "router"))
+        if rule.router_use_bias:
+            logits = logits + weights.layer(layer, "router_bias")
+        yield "router_logits", logits
+        correction = weights.layer(layer, "e_score_correction_bias") if rule.e_score_correction_bias else None
+        ids = routing.choose(routing.compared(logits, rule, correction), spec.top_k, rule) if replay is None else replay
+        share = routing.weights(logits, ids, rule)
+    else:
+        ids = routing.assigned(numbers, spec.num_experts, spec.top_k) if replay is None else replay
+        share = np.full(ids.shape, rule.routed_scaling_factor / spec.top_k, weights.dtype)
     yield "topk_ids", ids
-    share = formulas.expert_weights(logits, ids, spec.renormalize)
+    share = share if replayed_weights is None else formulas.cast(replayed_weights, weights.dtype)
     yield "topk_weights", share
     hidden = np.empty((n_tokens, spec.top_k, spec.moe_intermediate_size), weights.dtype)
     outs = np.empty((n_tokens, spec.top_k, spec.hidden_size), weights.dtype)

@@ -95,22 +95,6 @@ def swiglu(gate: Floats, up: Floats) -> Floats:
     return out
 
 
-def top_k(logits: Floats, k: int) -> Ints:
-    """Ids of the k largest logits, descending, equal ones by lowest id: (T, E) -> (T, k) int64."""
-    ids: Ints = np.argsort(-logits, axis=-1, kind="stable")[:, :k].astype(np.int64)
-    return ids
-
-
-def expert_weights(logits: Floats, ids: Ints, renormalize: bool) -> Floats:
-    """Softmax over all experts, taken at the chosen ones: (T, E), (T, k) -> (T, k).
-
-    With `renormalize` the chosen weights are divided by their sum (Mixtral, arXiv 2401.04088, section 2.1).
-    """
-    p = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    chosen: Floats = np.take_along_axis(p / p.sum(axis=-1, keepdims=True), ids, axis=-1)
-    return chosen / chosen.sum(axis=-1, keepdims=True) if renormalize else chosen
-
-
 def cast(x: NDArray[Any], dtype: DTypeLike) -> Floats:
     """`x` in `dtype`, copied only if it is in another one."""
     out: Floats = x.astype(dtype, copy=False)

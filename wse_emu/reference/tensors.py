@@ -36,8 +36,9 @@ def layer_tensor(spec: ModelSpec, layer: int, role: str, expert: int | None = No
     Parameters
     ----------
     role : str
-        "attn_norm", "w_q", "w_k", "w_v", "q_norm", "k_norm", "w_o", "ffn_norm", "router", or "w_gate", "w_up", "w_down" (with `expert` in a
-        layer with a mixture).
+        "attn_norm", "w_q", "w_k", "w_v", "q_norm", "k_norm", "w_o", "ffn_norm", "router", "router_bias",
+        "e_score_correction_bias", or "w_gate", "w_up", "w_down" (with `expert` in a layer with a
+        mixture).
     """
     h, f, d = spec.hidden_size, spec.ffn_width(layer), spec.head_dim
     n_q, n_kv = spec.num_heads * d, spec.num_kv_heads * d
@@ -57,6 +58,8 @@ def layer_tensor(spec: ModelSpec, layer: int, role: str, expert: int | None = No
         "w_o": ("self_attn.o_proj.weight", (h, n_q)),
         "ffn_norm": ("post_attention_layernorm.weight", (h,)),
         "router": (f"{_moe_block(spec)}gate.weight", (spec.num_experts, h)),
+        "router_bias": (f"{_moe_block(spec)}gate.bias", (spec.num_experts,)),
+        "e_score_correction_bias": (f"{_moe_block(spec)}gate.e_score_correction_bias", (spec.num_experts,)),
     }
     name, shape = shapes[role]
     return Published(prefix + name, shape)
