@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -68,13 +69,18 @@ def test_every_mesh_program_is_raced() -> None:
 def test_every_benchmark_runs_at_a_tiny_size(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--smoke", "-q", "-p", "no:cacheprovider"]
     one_thread = environment(NUMBA_NUM_THREADS="1", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-    done = subprocess.run(
-        [*command, f"--basetemp={tmp_path}"], cwd=ROOT, env=one_thread, capture_output=True, text=True, timeout=300, check=False
-    )
+    places = [f"--basetemp={tmp_path / 'runs'}", f"--benchmark-json={tmp_path / 'out.json'}"]
+    done = subprocess.run([*command, *places], cwd=ROOT, env=one_thread, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     for line in ("kernels: exp_array beside numpy", "layers: attention, prompt beside numpy", "models: Qwen3-MoE token beside"):
         assert line in done.stdout
     assert "Smoke run: tiny sizes" in done.stdout
+    kept = {one["name"]: one["extra_info"] for one in json.loads((tmp_path / "out.json").read_text())["benchmarks"]}
+    product = kept["test_kernel[partial_matmul]"]
+    assert (product["macs"], product["bytes"]) == (4 * 8 * 8, 4 * (4 * 8 + 8 * 8 + 4 * 8))
+    assert product["ratio_to_numpy"] > 0
+    assert kept["test_layer[matmul, prompt]"]["tokens"] == 6
+    assert kept["test_model[Mixtral]"]["tokens prompt"] == 6
 
 
 @pytest.mark.slow
