@@ -10,7 +10,7 @@ BUDGET = 25
 
 CODE = """
 import sys
-from wse_emu.cli.app import main
+from wse_emu.cli.entry import main
 sys.argv = ["wse-emu", "run", "--max-new-tokens", "2", "--json"]
 try:
     main()

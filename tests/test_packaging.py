@@ -45,7 +45,7 @@ def test_import_loads_nothing_heavy() -> None:
 
 def test_help_loads_no_numba() -> None:
     code = (
-        "import sys\nfrom wse_emu.cli.app import main\nsys.argv = ['wse-emu', 'run', '--help']\n"
+        "import sys\nfrom wse_emu.cli.entry import main\nsys.argv = ['wse-emu', 'run', '--help']\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\nassert 'numba' not in sys.modules"
     )
     assert "--max-new-tokens" in python(code, COLUMNS="120")

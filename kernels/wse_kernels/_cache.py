@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import sys
-import tempfile
+import uuid
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -133,16 +133,19 @@ def write_entry(path: Path, payload: bytes) -> bool:
     """Write a cache file whole or not at all; return whether it was written."""
     if not (make_private(path.parent.parent) and make_private(path.parent)):
         return False
-    partial = None
+    partial = path.with_name(f"{os.getpid()}-{uuid.uuid4().hex}{_PARTIAL}")
     try:
-        fd, partial = tempfile.mkstemp(dir=path.parent, suffix=_PARTIAL)
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
         with os.fdopen(fd, "wb") as file:
             file.write(_MAGIC + hashlib.sha256(payload).digest() + payload)
         os.replace(partial, path)
     except OSError:
-        if partial is not None:
-            Path(partial).unlink(missing_ok=True)
         return False
+    finally:
+        try:  # nothing that a second Ctrl-C could stop before it begins
+            os.unlink(partial)
+        except OSError:
+            pass
     return True
 
 

@@ -141,7 +141,7 @@ def left_by_its_reader(code: str) -> tuple[int, bytes]:
 @pytest.mark.parametrize("what", ["print('x' * 100000, flush=True)", "tables.console().print('x' * 100000)"])
 def test_a_reader_that_leaves_is_no_error(what: str) -> None:
     code = (
-        "from wse_emu.cli import run, tables\nfrom wse_emu.cli.app import main\n"
+        "from wse_emu.cli import run, tables\nfrom wse_emu.cli.entry import main\n"
         f"def read_request(*_):\n    {what}\n"
         "run.read_request = read_request\nsys.argv = ['wse-emu', 'run']\nmain()"
     )
@@ -150,7 +150,7 @@ def test_a_reader_that_leaves_is_no_error(what: str) -> None:
 
 def test_text_that_the_terminal_cannot_show_is_escaped() -> None:
     code = (
-        "from wse_emu.cli import run\nfrom wse_emu.cli.app import main\n"
+        "from wse_emu.cli import run\nfrom wse_emu.cli.entry import main\n"
         "def read_request(*_):\n    print('na\\u00efve')\n    sys.exit(0)\n"
         "run.read_request = read_request\nsys.argv = ['wse-emu', 'run']\nmain()"
     )
@@ -161,7 +161,7 @@ def test_text_that_the_terminal_cannot_show_is_escaped() -> None:
 
 @pytest.mark.parametrize("word", ["--help", "--version"])
 def test_a_reader_that_leaves_before_a_command_is_no_error(word: str) -> None:
-    code = f"from wse_emu.cli.app import main\nsys.argv = ['wse-emu', {word!r}]\nmain()"
+    code = f"from wse_emu.cli.entry import main\nsys.argv = ['wse-emu', {word!r}]\nmain()"
     assert left_by_its_reader(code) == (Exit.BROKEN_PIPE, b"")
 
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from wse_emu.foundation.errors import SaveError, WseError
@@ -53,7 +53,11 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool, replaceable:
         raise SaveError(f"{target}: cannot be written: {e.strerror or e}; nothing was saved") from e
     finally:
         if part is not None:
-            shutil.rmtree(part, ignore_errors=True)
+            try:
+                _clean(part, target)
+            except KeyboardInterrupt:  # nor does Ctrl-C just now
+                _clean(part, target)
+                raise
 
 
 def _check(target: Path, overwrite: bool, replaceable: Callable[[str], bool]) -> None:
@@ -73,17 +77,24 @@ def _check(target: Path, overwrite: bool, replaceable: Callable[[str], bool]) ->
 
 
 def _put(part: Path, target: Path) -> None:
-    """Give `part` the name `target`; what had it goes, or gets its name back."""
-    old = part.with_suffix(".old")
-    try:
-        if target.exists():
-            shutil.copymode(target, part)
-            os.rename(target, old)
-        os.rename(part, target)
-    except BaseException:
-        if old.exists() and not target.exists():
-            os.rename(old, target)
-        raise
-    finally:
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
+    """Give `part` the name `target`; what had it waits under another name for `_clean`."""
+    if target.exists():
+        shutil.copymode(target, part)
+        os.rename(target, _old(part))
+    os.rename(part, target)
+
+
+def _old(part: Path) -> Path:
+    return part.with_suffix(".old")
+
+
+def _clean(part: Path, target: Path) -> None:
+    """Remove what is left of our own; a target that was moved away and not replaced gets its name back."""
+    old = _old(part)
+    if old.exists() and not target.exists():
+        os.rename(old, target)
+    for folder in (old, part):  # they hold files alone
+        with suppress(OSError):
+            for name in os.listdir(folder):
+                os.unlink(folder / name)
+            os.rmdir(folder)

@@ -6,7 +6,7 @@ import io
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Annotated, NoReturn, ParamSpec
+from typing import Annotated, ParamSpec
 
 import typer
 
@@ -93,8 +93,8 @@ def invoke(arguments: Sequence[str] | None = None) -> int:
     return int(result) if isinstance(result, int) else int(Exit.OK)
 
 
-def main() -> NoReturn:
-    """Entry point of ``wse-emu``."""
+def run_process() -> int:
+    """Run the process's command line and return its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a model may write what the terminal's encoding has not
         sys.stdout.reconfigure(errors="backslashreplace")
-    sys.exit(invoke())
+    return invoke()

@@ -170,8 +170,10 @@ def _build(checkpoint: Checkpoint, plan: FilePlan, path: Path, progress: Progres
     except OSError as e:
         raise StoreError(f"{path}: the layout file of {checkpoint.name} cannot be written: {e.strerror or e}; {_WAY_OUT}") from e
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+        try:  # nothing that a second Ctrl-C could stop before it begins
+            os.unlink(part)
+        except OSError:
+            pass
 
 
 def _write(checkpoint: Checkpoint, plan: FilePlan, part: Path, progress: Progress | None) -> None:

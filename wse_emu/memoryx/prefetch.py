@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
@@ -49,6 +50,8 @@ class LayerStream:
         self._open = True
         if self._depth:
             self._thread = threading.Thread(target=_prepare_jobs, args=(self._store, self._jobs), name="memoryx-prefetch", daemon=True)
+            # A stream that nobody leaves (Ctrl-C may fall between the end of its block and `__exit__`) ends its thread all the same.
+            self._end = weakref.finalize(self, self._jobs.put, None)
             self._thread.start()
         return self
 
@@ -57,7 +60,7 @@ class LayerStream:
         for future in self._pending.values():
             future.cancel()
         if self._thread is not None:
-            self._jobs.put(None)
+            self._end()
             self._thread.join()
             self._thread = None
         # Groups that were asked for and never used: a failure there concerns no result.

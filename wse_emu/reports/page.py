@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from wse_emu.foundation.files import whole_file
 from wse_emu.foundation.units import bytes_text, counted
 from wse_emu.reports.cores_section import experts_section, kv_section, sram_section
 from wse_emu.reports.markup import Child, Markup, join, table, tag
@@ -39,7 +40,7 @@ def write_report(
     Parameters
     ----------
     path : path
-        Written anew.
+        Written anew, whole or not at all.
     run, title, passages, verification, host_seconds
         As for `report_html`.
 
@@ -50,7 +51,8 @@ def write_report(
     """
     page = report_html(run, title=title, passages=passages, verification=verification, host_seconds=host_seconds)
     # A lone surrogate in text that somebody decoded badly is no reason to lose the report.
-    Path(path).write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+    with whole_file(path, errors="xmlcharrefreplace") as file:
+        file.write(page)
 
 
 def report_html(

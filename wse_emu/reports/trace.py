@@ -16,6 +16,7 @@ from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from wse_emu.foundation.files import whole_file
 from wse_emu.foundation.units import counted
 from wse_emu.wafer.ledger import EDGE_KINDS, FABRIC_KINDS, SCHEMA_VERSION, Event, ForwardPass, Ledger
 
@@ -50,7 +51,7 @@ def write_trace(ledger: Ledger, path: str | Path, *, start: int = 0, about: Mapp
     ----------
     ledger : Ledger
     path : path
-        Written anew; JSON.
+        Written anew, whole or not at all; JSON.
     start : int
         First event to show (``len(ledger)`` taken earlier).
     about : mapping, optional
@@ -62,7 +63,7 @@ def write_trace(ledger: Ledger, path: str | Path, *, start: int = 0, about: Mapp
         If the file cannot be written.
     """
     other = {"time": LOGICAL_TIME, "ledger_schema": SCHEMA_VERSION, "first_event": start, **(about or {})}
-    with Path(path).open("w", encoding="utf-8") as file:
+    with whole_file(path) as file:
         file.write(f'{{"displayTimeUnit": "ms", "otherData": {json.dumps(other)}, "traceEvents": [\n')
         separator = ""
         for event in trace_events(ledger, start):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from wse_emu.foundation.errors import InputError
+from wse_emu.foundation.files import whole_file
 
 SCHEMA_VERSION: Final = 2
 """Version of `Event`, `ForwardPass` and the JSON document; grows when a field is added or changes its meaning."""
@@ -218,7 +219,7 @@ class Ledger:
         ]
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The ledger as one JSON document; also written to `path` if given.
+        """The ledger as one JSON document; also written to `path`, whole or not at all, if given.
 
         Keys: ``schema`` (`SCHEMA_VERSION`), ``fields`` (names of `Event`), ``events`` (one list per event, in that order), ``passes`` (one
         object per `ForwardPass`) and ``totals`` (by layer, stage and kind).
@@ -232,5 +233,6 @@ class Ledger:
         }
         text = json.dumps(document)
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            with whole_file(path) as file:
+                file.write(text)
         return text

@@ -1,0 +1,303 @@
+"""Ctrl-C at any point: nothing stays on the wafer, on disk or in a thread, and the next run gives what a fresh one gives."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import wse_emu as wse
+from wse_emu.cli.entry import main
+from wse_emu.cli.exits import Exit
+from wse_emu.memoryx import build
+from wse_kernels import _cache
+
+from .interrupts import Interrupt, spread
+from .models import PROMPT, make_model, same, what_is_there
+
+NEW = 2
+
+
+@pytest.fixture(autouse=True)
+def _swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python itself swallows an interrupt that falls into a finaliser; the run then goes on."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def interrupted_at(points: list[int], work: Callable[[], Any], check: Callable[[str], None]) -> int:
+    """Do `work` once for each point, interrupted there, and `check` after each; returns how many interrupts reached the caller."""
+    reached = 0
+    for point in points:
+        with Interrupt(point) as interrupt:
+            try:
+                work()
+            except BaseException as error:
+                # Python and NumPy make another error of it here and there, and name the interrupt as its reason.
+                assert any(isinstance(e, KeyboardInterrupt) for e in chain(error)), interrupt.where
+                reached += 1
+        check(interrupt.where)
+    return reached
+
+
+def prefetch_threads() -> list[threading.Thread]:
+    """Threads of prefetching streams that do not end by themselves."""
+    alive = [t for t in threading.enumerate() if t.name == "memoryx-prefetch"]
+    for thread in alive:
+        if thread.is_alive():  # one that was interrupted before it began is listed, and never begins
+            thread.join(10)
+    return [t for t in alive if t.is_alive()]
+
+
+@pytest.mark.parametrize(
+    ("executor", "n", "dense"),
+    [
+        ("batched", 60, 12), ("isolated", 10, 5),
+        pytest.param("batched", 500, 150, marks=pytest.mark.slow), pytest.param("isolated", 25, 10, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_an_interrupted_run(executor: str, n: int, dense: int) -> None:
+    model = make_model(executor)
+    fresh = make_model(executor)
+    expected = fresh.generate(PROMPT, NEW)
+    model.generate(PROMPT, NEW)
+    mine = model.wafer.place(np.arange(6.0, dtype=np.float32).reshape(2, 3))
+    before = what_is_there(model.wafer)
+    with Interrupt() as whole:
+        model.generate(PROMPT, NEW)
+
+    def check(where: str) -> None:
+        assert not prefetch_threads(), where
+        assert what_is_there(model.wafer) == before, where
+        events = model.wafer.ledger.events()
+        assert len(events) == len(model.wafer.ledger), where
+        assert all(p.stop <= len(events) for p in model.wafer.ledger.passes()), where
+        model.wafer.ledger.clear()
+
+    points = spread(whole.points, n, dense)
+    reached = interrupted_at(points, lambda: model.generate(PROMPT, NEW), check)
+    assert reached > len(points) * 0.9
+    assert same(model.generate(PROMPT, NEW), expected)
+    assert same(mine.gather(), np.arange(6.0, dtype=np.float32).reshape(2, 3))
+    assert model.wafer.ledger.events()[: len(fresh.wafer.ledger)] == fresh.wafer.ledger.events()
+    assert model.recorded_kv is not None
+    assert same(model.recorded_kv, fresh.recorded_kv)
+
+
+@pytest.mark.parametrize("n", [10, pytest.param(80, marks=pytest.mark.slow)])
+def test_an_interrupted_verification(n: int) -> None:
+    model = make_model()
+    assert model.verify(PROMPT).passed
+    before = what_is_there(model.wafer)
+    with Interrupt() as whole:
+        model.verify(PROMPT)
+
+    def check(where: str) -> None:
+        assert what_is_there(model.wafer) == before, where
+
+    assert interrupted_at(spread(whole.points, n), lambda: model.verify(PROMPT), check)
+    assert model.verify(PROMPT).passed
+
+
+def files(folder: Path) -> set[str]:
+    """Every file and directory below `folder`."""
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A checkpoint on disk."""
+    make_model().save(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize(("n", "dense"), [(40, 10), pytest.param(300, 100, marks=pytest.mark.slow)])
+def test_an_interrupted_opening_leaves_the_cache_whole(saved: Path, tmp_path: Path, n: int, dense: int) -> None:
+    cache = tmp_path / "cache"
+    wafer = wse.Wafer(wse.WSE3, rows=2, cols=2)
+    expected = make_model().generate(PROMPT, NEW)
+
+    def from_scratch() -> wse.WaferModel:
+        for file in (cache / "weights").glob("*"):
+            file.unlink()
+        return wse.from_pretrained(saved, wafer=wafer, cache_dir=cache)
+
+    from_scratch()
+    (layout,) = (cache / "weights").iterdir()
+    content = layout.read_bytes()
+    descriptors = len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
+    with Interrupt() as whole:
+        from_scratch()
+
+    def check(where: str) -> None:
+        left = list((cache / "weights").iterdir())
+        assert left in ([], [layout]), where
+        assert not left or layout.stat().st_size == len(content), where
+
+    points = spread(whole.points, n, dense)
+    assert interrupted_at(points, from_scratch, check) > len(points) * 0.9
+    gc.collect()
+    if sys.platform == "linux":
+        assert len(os.listdir("/proc/self/fd")) <= descriptors + 2
+    model = wse.from_pretrained(saved, wafer=wafer, cache_dir=cache)
+    assert same(model.generate(PROMPT, NEW), expected)
+    model.close()
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "overwritten"])
+@pytest.mark.parametrize(("n", "dense"), [(30, 10), pytest.param(200, 100, marks=pytest.mark.slow)])
+def test_an_interrupted_save_is_whole_or_not_there(tmp_path: Path, there: bool, n: int, dense: int) -> None:
+    model, other = make_model(), make_model(seed=4)
+    target = tmp_path / "to" / "checkpoint"
+    target.parent.mkdir()
+
+    def prepare() -> None:
+        for folder in target.parent.iterdir():
+            for file in folder.iterdir():
+                file.unlink()
+            folder.rmdir()
+        if there:
+            other.save(target)
+
+    prepare()
+    before = {p.name: p.read_bytes() for p in target.glob("*")}
+    model.save(target, overwrite=there)
+    after = {p.name: p.read_bytes() for p in target.iterdir()}
+    prepare()
+    with Interrupt() as whole:
+        model.save(target, overwrite=there)
+    prepare()
+
+    def check(where: str) -> None:
+        assert [p.name for p in target.parent.iterdir()] in ([], [target.name]), where
+        assert {p.name: p.read_bytes() for p in target.glob("*")} in (before, after), where
+        prepare()
+
+    assert interrupted_at(spread(whole.points, n, dense), lambda: model.save(target, overwrite=there), check)
+
+
+@pytest.mark.parametrize(("n", "dense"), [(8, 3), pytest.param(40, 12, marks=pytest.mark.slow)])
+def test_an_interrupted_command(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], n: int, dense: int
+) -> None:
+    monkeypatch.setattr(build, "cache_directory", lambda cache_dir=None: tmp_path / "cache")
+    out = tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "ids").write_text(" ".join(map(str, PROMPT)))
+    arguments = ["run", str(saved), "--ids", str(tmp_path / "ids"), "--max-new-tokens", "2", "--rows", "2", "--cols", "2", "--json"]
+    arguments += [word for name in ("ledger", "trace", "report") for word in (f"--{name}", str(out / name))]
+    monkeypatch.setattr(sys, "argv", ["wse-emu", *arguments])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # `main` ignores Ctrl-C once all is said
+    codes: list[Any] = []
+
+    def run() -> None:
+        try:
+            main()
+        except SystemExit as end:
+            codes.append(end.code)
+
+    run()
+    capsys.readouterr()
+    cached = files(tmp_path / "cache")
+    with Interrupt() as whole:
+        run()
+    assert codes == [Exit.OK, Exit.OK]
+    capsys.readouterr()
+    wholes = {p.name: p.stat().st_size for p in out.iterdir()}
+    assert set(wholes) == {"ledger", "trace", "report"}
+    codes.clear()
+
+    def check(where: str) -> None:
+        said, error = capsys.readouterr()
+        if codes[-1] == Exit.OK:  # too late to change anything, or swallowed by Python
+            json.loads(said)
+        else:
+            assert (codes[-1], error) == (Exit.INTERRUPTED, "wse-emu: interrupted\n"), where
+            assert said == "" or json.loads(said), where
+        assert files(tmp_path / "cache") == cached, where
+        assert {p.name for p in out.iterdir()} <= set(wholes), where
+        for file in out.iterdir():
+            if file.name != "report":  # whose size changes with the seconds in it
+                assert file.stat().st_size == wholes[file.name], where
+                json.loads(file.read_text())
+            else:
+                assert file.read_text().endswith("</html>\n"), where
+            file.unlink()
+
+    points = spread(whole.points, n, dense)[1:]  # the first is the beginning of `main` itself
+    assert interrupted_at(points, run, check) == 0
+    assert codes.count(Exit.INTERRUPTED) > len(points) / 2
+
+
+def test_an_interrupted_kernel_cache_holds_whole_files(tmp_path: Path) -> None:
+    path = tmp_path / "kernels" / "stamp" / "function.nbc"
+    payload = b"code" * 1000
+    with Interrupt() as whole:
+        assert _cache.write_entry(path, payload)
+    path.unlink()
+
+    def check(where: str) -> None:
+        assert not path.parent.exists() or [p.name for p in path.parent.iterdir()] in ([], [path.name]), where
+        assert not path.exists() or _cache.read_entry(path) == payload, where
+        path.unlink(missing_ok=True)
+
+    assert interrupted_at(list(range(1, whole.points + 1)), lambda: _cache.write_entry(path, payload), check)
+
+
+def command(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """A process of the command line."""
+    code = f"import sys; sys.path[:0] = {[p for p in sys.path if p]!r}; sys.argv = {['wse-emu', *arguments]!r}\n"
+    code += "from wse_emu.cli.entry import main\nmain()"
+    words = [sys.executable, "-c", code]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+
+
+@pytest.fixture
+def _sigint() -> Iterator[None]:
+    """Children begin with Python's own handler, whatever this process was started with."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_sigint")
+@pytest.mark.skipif(sys.platform == "win32", reason="about SIGINT")
+def test_a_real_signal_ends_the_command_with_one_line(saved: Path, tmp_path: Path) -> None:
+    """Sent as soon as the command has said its first word."""
+    (tmp_path / "ids").write_text("1 2 3")
+    arguments = ["run", str(saved), "--ids", str(tmp_path / "ids"), "--max-new-tokens", "28", "--trace", str(tmp_path / "trace")]
+    with command(*arguments, WSE_EMU_CACHE_DIR=str(tmp_path / "cache")) as child:
+        assert child.stdout is not None
+        assert child.stdout.read(1)
+        child.send_signal(signal.SIGINT)
+        _, error = child.communicate(timeout=120)
+    assert (child.returncode, error) == (Exit.INTERRUPTED, "wse-emu: interrupted\n")
+    assert not [name for name in files(tmp_path) if name.endswith(".part")]
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.usefixtures("_sigint")
+@pytest.mark.skipif(sys.platform == "win32", reason="about SIGINT")
+def test_a_signal_while_the_command_line_is_loading(tmp_path: Path) -> None:
+    """A module of its imports that interrupts."""
+    (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    code = f"import sys; sys.path[:0] = {[str(tmp_path), *(p for p in sys.path if p)]!r}\nfrom wse_emu.cli.entry import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (Exit.INTERRUPTED, "", "wse-emu: interrupted\n")
