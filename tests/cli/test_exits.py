@@ -30,6 +30,7 @@ CODES = {
     errors.TraceError: Exit.USAGE,
     errors.BusyError: Exit.INTERNAL,
     errors.ForkError: Exit.INTERNAL,
+    errors.TieError: Exit.INTERNAL,
     KeyboardInterrupt: Exit.INTERRUPTED,
     BrokenPipeError: Exit.BROKEN_PIPE,
     PermissionError: Exit.CHECKPOINT,
