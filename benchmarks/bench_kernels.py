@@ -253,6 +253,51 @@ def _combine_into(smoke: bool) -> Case:
     return Case(ours, peers, (right,), (bound,), Work(macs=y.size, bytes=3 * y.nbytes), parallel=False)
 
 
+@CASES.add("combine_rows")
+def _combine_rows(smoke: bool) -> Case:
+    t, n = _block(smoke)
+    y, before = normal(t, n), normal(t, n, seed=1)
+    rows, scale = np.arange(0, t, 2), normal(t // 2, seed=2)
+    out = before.copy()
+    right = before.astype(np.float64)
+    right[rows] += scale[:, None].astype(np.float64) * y[rows]
+    bound = 2 * U * (np.abs(right) + np.abs(before))
+
+    def ours() -> F32:
+        ffn.combine_rows(y, rows, scale, out)
+        return out
+
+    def numpy() -> F32:
+        result = before.copy()
+        result[rows] += scale[:, None] * y[rows]
+        return result
+
+    def torch(t: Any, of: Any) -> Call:
+        a, b, r, s = of(y), of(before), of(rows), of(scale)
+        return lambda: b.index_add(0, r, s[:, None] * a[r])
+
+    return Case(ours, {"numpy": numpy, **torch_side(torch)}, (right,), (bound,), Work(macs=y.size // 2, bytes=2 * y.nbytes), parallel=False)
+
+
+@CASES.add("scale_rows")
+def _scale_rows(smoke: bool) -> Case:
+    t, n = _block(smoke)
+    x, rows, scale = normal(t, n), np.arange(0, t, 2), normal(t // 2, seed=2)
+    out = np.empty((t // 2, n), np.float32)
+    right = x[rows] * scale[:, None]
+
+    def ours() -> F32:
+        ffn.scale_rows(x, rows, scale, out)
+        return out
+
+    def torch(t: Any, of: Any) -> Call:
+        a, r, s = of(x), of(rows), of(scale)
+        return lambda: a[r] * s[:, None]
+
+    peers = {"numpy": lambda: x[rows] * scale[:, None], **torch_side(torch)}
+    return Case(ours, peers, (right,), (0,), Work(bytes=2 * out.nbytes), parallel=False)
+
+
 @CASES.add("partial_matmul")
 def _partial_matmul(smoke: bool) -> Case:
     t, n = _block(smoke)

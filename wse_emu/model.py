@@ -24,6 +24,7 @@ from wse_emu.foundation.errors import InputError, SpecError, SramOverflowError, 
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.taps import TapRecord
 from wse_emu.foundation.wafer_spec import WSE3
+from wse_emu.layers.ffn import MoeImplementation
 from wse_emu.layers.kv_cache import KVCache, Sequences
 from wse_emu.memoryx import RESIDENT_BYTES, ArrayStore, ShapeStore, WeightStore, open_store
 from wse_emu.sampling import Sampler
@@ -52,8 +53,9 @@ class ModelOutput:
 
 def from_pretrained(
     path: str | os.PathLike[str], *, wafer: Wafer | None = None, max_tokens: int | None = None, stream_experts: StreamExperts = "activated",
-    prefill_chunk: int | None = None, chunk: int | None = None, prefetch_depth: int = 1, resident_bytes: int = RESIDENT_BYTES,
-    cache_dir: str | os.PathLike[str] | None = None, progress: Callable[[int, int], None] | None = None,
+    moe_implementation: MoeImplementation = "experimental", prefill_chunk: int | None = None, chunk: int | None = None,
+    prefetch_depth: int = 1, resident_bytes: int = RESIDENT_BYTES, cache_dir: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> WaferModel:  # fmt: skip
     """Open a Hugging Face directory; its weights stay in MemoryX.
 
@@ -69,6 +71,9 @@ def from_pretrained(
         Tokens of the longest sequence; the default grid is then chosen at once.
     stream_experts : {"activated", "all"}
         Stream only experts that some token chose, or all.
+    moe_implementation : {"functional", "experimental", "optimized"}
+        How experts find their tokens: every expert computed for every token, then masked; searched expert by expert; sorted once. Never
+        changes a value.
     prefill_chunk : int, optional
         Prompt tokens of each sequence per forward pass; all at once by default.
     chunk : int, optional
@@ -94,7 +99,7 @@ def from_pretrained(
     SramOverflowError
         If `max_tokens` fit no grid.
     """
-    options = _options(wafer, max_tokens, prefill_chunk, stream_experts, chunk, prefetch_depth)
+    options = _options(wafer, max_tokens, prefill_chunk, stream_experts, moe_implementation, chunk, prefetch_depth)
     check_callable("progress", progress)
     checkpoint = open_checkpoint(path)
     dry = wafer is not None and wafer.is_dry
@@ -111,7 +116,8 @@ def from_pretrained(
 
 def from_config(
     config: Mapping[str, Any] | ModelSpec, *, seed: int = 0, wafer: Wafer | None = None, max_tokens: int | None = None,
-    stream_experts: StreamExperts = "activated", prefill_chunk: int | None = None, chunk: int | None = None, prefetch_depth: int = 1,
+    stream_experts: StreamExperts = "activated", moe_implementation: MoeImplementation = "experimental", prefill_chunk: int | None = None,
+    chunk: int | None = None, prefetch_depth: int = 1,
 ) -> WaferModel:  # fmt: skip
     """Make a model with random weights, each made when it is first needed and then held in memory.
 
@@ -121,14 +127,14 @@ def from_config(
         What config.json would hold, or the specification itself.
     seed : int
         The same seed gives the same weights.
-    wafer, max_tokens, stream_experts, prefill_chunk, chunk, prefetch_depth
+    wafer, max_tokens, stream_experts, moe_implementation, prefill_chunk, chunk, prefetch_depth
         As for `from_pretrained`.
 
     Returns
     -------
     WaferModel
     """
-    options = _options(wafer, max_tokens, prefill_chunk, stream_experts, chunk, prefetch_depth)
+    options = _options(wafer, max_tokens, prefill_chunk, stream_experts, moe_implementation, chunk, prefetch_depth)
     checkpoint = random_checkpoint(config, seed)
     dry = wafer is not None and wafer.is_dry
     store: WeightStore = ShapeStore(checkpoint.spec) if dry else ArrayStore(checkpoint)
@@ -136,8 +142,8 @@ def from_config(
 
 
 def _options(
-    wafer: Wafer | None, max_tokens: int | None, prefill_chunk: int | None, stream_experts: StreamExperts, chunk: int | None,
-    prefetch_depth: int,
+    wafer: Wafer | None, max_tokens: int | None, prefill_chunk: int | None, stream_experts: StreamExperts,
+    moe_implementation: MoeImplementation, chunk: int | None, prefetch_depth: int,
 ) -> EngineOptions:  # fmt: skip
     """Options of the engine; all that a model is made with is checked before any file is touched."""
     if wafer is not None and not isinstance(wafer, Wafer):
@@ -145,7 +151,9 @@ def _options(
     for name, value in (("max_tokens", max_tokens), ("prefill_chunk", prefill_chunk)):
         if value is not None and (type(value) is not int or value < 1):
             raise SpecError(f"`{name}` must be an integer >= 1 or None, got {show(value)}")
-    return EngineOptions(stream_experts=stream_experts, chunk=chunk, prefetch_depth=prefetch_depth)
+    return EngineOptions(
+        stream_experts=stream_experts, moe_implementation=moe_implementation, chunk=chunk, prefetch_depth=prefetch_depth
+    )
 
 
 class WaferModel:

@@ -52,3 +52,36 @@ def combine_into(y: NDArray[np.float32], rows: NDArray[np.int64], scale: NDArray
     for i in range(y.shape[0]):
         for j in range(y.shape[1]):
             out[rows[i], first + j] = fma(scale[i], y[i, j], out[rows[i], first + j])
+
+
+@kernel()
+def combine_rows(y: NDArray[np.float32], rows: NDArray[np.int64], scale: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    """``out[r, j] = fma(scale[i], y[r, j], out[r, j])`` for ``r = rows[i]``: the mask after an expert was computed for every token.
+
+    Parameters
+    ----------
+    y, out : ndarray, (t, n), float32
+        The expert's output for every token; `out` is read and written.
+    rows, scale : ndarray, (m,), int64 and float32
+        Tokens that chose it, and their weights.
+    """
+    for i in range(rows.shape[0]):
+        r = rows[i]
+        for j in range(out.shape[1]):
+            out[r, j] = fma(scale[i], y[r, j], out[r, j])
+
+
+@kernel()
+def scale_rows(x: NDArray[np.float32], rows: NDArray[np.int64], scale: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    """``out[i, j] = x[rows[i], j] * scale[i]``: tokens gathered and weighted before an expert.
+
+    Parameters
+    ----------
+    x : ndarray, (t, n), float32
+    rows, scale : ndarray, (m,), int64 and float32
+    out : ndarray, (m, n), float32
+        Written.
+    """
+    for i in range(rows.shape[0]):
+        for j in range(out.shape[1]):
+            out[i, j] = x[rows[i], j] * scale[i]

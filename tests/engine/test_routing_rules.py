@@ -93,3 +93,68 @@ def test_a_rule_that_config_json_cannot_say_is_not_lost_in_silence(tmp_path) -> 
     with pytest.raises(wse.SaveError, match="cannot say this model's routing rule"):
         model.save(tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.slow
+@settings(max_examples=4, suppress_health_check=[HealthCheck.too_slow])
+@given(st.integers(0, 1 << 31), st.integers(1, 4), st.integers(1, 3))
+@example(2, 7, 2)
+def test_three_implementations_give_the_same_bits(seed: int, rows: int, cols: int) -> None:
+    spec = spec_of(seed)
+    spec = replace(spec, routing=replace(spec.routing, probability_before_ffn=False))
+    outs = [model_of(spec, rows, cols, moe_implementation=name)(PROMPTS) for name in ("functional", "experimental", "optimized")]
+    for out in outs[1:]:
+        np.testing.assert_array_equal(out.logits, outs[0].logits)
+
+
+@pytest.mark.parametrize("implementation", ["functional", "optimized"])
+def test_an_implementation_leaves_one_ledger_on_every_executor_and_passes_verify(implementation: str) -> None:
+    executors = ("batched", "isolated", "interpreted", "dry")
+    models = [model_of(SPEC, executor=executor, moe_implementation=implementation) for executor in executors]
+    outs = [model(PROMPTS[:1, :2]) for model in models[:3]]
+    models[3](PROMPTS[:1, :2], routing=models[0].recorded_routing)
+    np.testing.assert_array_equal(outs[0].logits, outs[1].logits)
+    for model in models[1:]:
+        assert model.wafer.ledger.events() == models[0].wafer.ledger.events()
+        assert model.wafer.sram.high_water_bytes == models[0].wafer.sram.high_water_bytes
+    report = models[0].verify(PROMPTS)
+    assert report.passed, report
+
+
+def test_implementations_are_counted_as_what_they_do() -> None:
+    """Every expert for every token: num_experts / top_k times the experts' work. Sorting: one launch for all experts."""
+    events = {}
+    for name in ("functional", "experimental", "optimized"):
+        model = model_of(SPEC, moe_implementation=name)
+        model(PROMPTS)
+        events[name] = [e for e in model.wafer.ledger.events() if e.stage == "experts"]
+
+    def macs(name: str, launch: str) -> int:
+        return sum(e.macs for e in events[name] if e.name == launch)
+
+    assert macs("functional", "partial_matmul") == macs("experimental", "partial_matmul") * SPEC.num_experts // SPEC.top_k
+    assert macs("optimized", "partial_matmul") == macs("experimental", "partial_matmul")
+    assert macs("functional", "combine_rows") == macs("experimental", "combine_into")
+    launches = {name: [e.name for e in of] for name, of in events.items()}
+    assert launches["experimental"].count("select_expert") == SPEC.num_layers * SPEC.num_experts
+    assert launches["optimized"].count("group_tokens") == SPEC.num_layers
+    assert "select_expert" not in launches["optimized"]
+
+
+def test_weights_before_the_expert_are_not_for_functional() -> None:
+    spec = replace(SPEC, routing=RoutingRule(probability_before_ffn=True))
+    with pytest.raises(wse.SpecError, match="with `probability_before_ffn` use 'experimental' or 'optimized'"):
+        model_of(spec, moe_implementation="functional")(PROMPTS)
+    with pytest.raises(wse.SpecError, match="`moe_implementation` must be one of functional, experimental, optimized, got 'fast'"):
+        model_of(SPEC, moe_implementation="fast")
+
+
+@pytest.mark.parametrize("implementation", ["experimental", "optimized"])
+def test_weights_before_the_expert_on_isolated_cores(implementation: str) -> None:
+    spec = replace(SPEC, routing=RoutingRule(probability_before_ffn=True, expert_weighting_normalization=False))
+    models = [model_of(spec, executor=executor, moe_implementation=implementation) for executor in ("batched", "isolated")]
+    outs = [model(PROMPTS[:2]) for model in models]
+    np.testing.assert_array_equal(outs[0].logits, outs[1].logits)
+    assert models[0].wafer.ledger.events() == models[1].wafer.ledger.events()
+    report = models[0].verify(PROMPTS)
+    assert report.passed, report

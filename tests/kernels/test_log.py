@@ -18,7 +18,8 @@ def ulps(got: F32, exact: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def applied(kernel, x: F32) -> F32:
     out = np.empty_like(x)
-    kernel(x, out)
+    with np.errstate(all="ignore"):
+        kernel(x, out)
     return out
 
 
@@ -53,5 +54,4 @@ def test_edges() -> None:
 @pytest.mark.parametrize("kernel", [log_array, softplus_array])
 def test_plain_python_gives_the_same_bits(kernel) -> None:
     x = np.concatenate([np.random.default_rng(0).standard_normal(300).astype(np.float32) ** 3, floats(1e-45, 3e38, 300)])
-    with np.errstate(all="ignore"):
-        np.testing.assert_array_equal(applied(kernel, x).view(np.int32), applied(plain(kernel), x).view(np.int32))
+    np.testing.assert_array_equal(applied(kernel, x).view(np.int32), applied(plain(kernel), x).view(np.int32))

@@ -49,13 +49,14 @@ def _experts(run: ForwardPass, normal: PlacedTensor, y: PlacedTensor, stream: La
             stack.enter_context(routing)
             run.note_routing(routing)
             chosen: Sequence[int] = range(spec.num_experts)
-            if run.options.stream_experts == "activated":
+            if run.options.stream_experts == "activated" and run.options.moe_implementation != "functional":
                 chosen = report_chosen(wafer, routing, run.bands, spec.num_experts).tolist()
         taps = _expert_taps(run)
         with run.scope("experts"):
             experts_ffn(
                 wafer, normal, routing, _stream_experts(run, chosen, stream), spec.moe_intermediate_size, y, run.bands,
-                n_experts=spec.num_experts, chunk=run.options.piece, taps=taps,
+                n_experts=spec.num_experts, chunk=run.options.piece, taps=taps, implementation=run.options.moe_implementation,
+                before=spec.routing.probability_before_ffn,
             )  # fmt: skip
     if run.result.taps is not None and taps is not None:
         stages = run.result.taps.stages

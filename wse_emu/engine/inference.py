@@ -14,6 +14,7 @@ from wse_emu.engine.forward_pass import ForwardPass, ForwardResult
 from wse_emu.engine.options import EngineOptions
 from wse_emu.engine.routing_trace import RoutingTrace
 from wse_emu.engine.weights import ModelWeights
+from wse_emu.foundation.errors import SpecError
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.taps import TapRecord
 from wse_emu.layers.edges import logits
@@ -46,6 +47,11 @@ class Engine:
         self.store = store
         self.spec: ModelSpec = store.spec
         self.options = options or EngineOptions()
+        if self.spec.is_moe and self.spec.routing.probability_before_ffn and self.options.moe_implementation == "functional":
+            raise SpecError(
+                "`moe_implementation` 'functional' computes every expert for every token, which has no weight to multiply its input by: "
+                "with `probability_before_ffn` use 'experimental' or 'optimized'"
+            )
         self.heads = HeadLayout(self.spec.num_kv_heads, self.spec.queries_per_kv, self.spec.head_dim, wafer.cols)
         self.weights = ModelWeights(store, self.options, shapes_only=wafer.is_dry)
         self._stream: LayerStream | None = None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from wse_emu.foundation.arguments import show
 from wse_emu.foundation.errors import SpecError
+from wse_emu.layers.ffn import MoeImplementation
 from wse_emu.layers.linear import DEFAULT_CHUNK
 
 StreamExperts = Literal["activated", "all"]
@@ -22,12 +23,18 @@ class EngineOptions:
     """Stream only experts that some token chose, or all."""
     chunk: int | None = None
     """Most output columns of one streamed piece of a matrix; None takes the largest of `CHUNKS` that fits (see `wse_emu.engine.plan`)."""
+    moe_implementation: MoeImplementation = "experimental"
+    """How experts find their tokens: "functional" computes every expert for every token, then masks; "experimental" searches each row's
+    tokens expert by expert; "optimized" sorts them once. The bits are the same, work, messages and SRAM are not."""
     prefetch_depth: int = 1
     """Layers made resident ahead of use; 0 starts no thread."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.stream_experts, str) or self.stream_experts not in ("activated", "all"):
             raise SpecError(f"`stream_experts` must be 'activated' or 'all', got {show(self.stream_experts)}")
+        if self.moe_implementation not in get_args(MoeImplementation):
+            known = ", ".join(get_args(MoeImplementation))
+            raise SpecError(f"`moe_implementation` must be one of {known}, got {self.moe_implementation!r}")
         if self.chunk is not None and (type(self.chunk) is not int or self.chunk < 2):
             raise SpecError(f"`chunk` must be an integer >= 2 or None, got {show(self.chunk)}")
         if type(self.prefetch_depth) is not int or self.prefetch_depth < 0:

@@ -92,6 +92,7 @@ class StageLocal:
             return weights, expert_weights_bound(x, ids, spec.routing).astype(np.float64)
         if name == "ffn_out" and spec.is_moe_layer(layer):
             _, weights, outs = inputs
+            weights = np.ones_like(weights) if spec.routing.probability_before_ffn else weights
             return np.einsum("tk,tkh->th", weights, outs), tolerance.combine_bound(weights, outs)
         if name == "ffn_hidden":
             return self._swiglu(layer, x, None)
@@ -108,10 +109,17 @@ class StageLocal:
         for expert in np.unique(ids):
             at = np.nonzero(ids == expert)
             if name == "expert_hidden":
-                value[at], bound[at] = self._swiglu(layer, x[at[0]], int(expert))
+                value[at], bound[at] = self._swiglu(layer, self._entering(layer, x, at), int(expert))
             else:
                 value[at], bound[at] = self._linear(x[at], tensors.layer_tensor(spec, layer, "w_down", int(expert)))
         return value, bound
+
+    def _entering(self, layer: int, x: F64, at: tuple[NDArray[np.int64], ...]) -> F64:
+        """What enters an expert, (n, hidden): its tokens, times their weights if the rule says so; exactly, in float32."""
+        if not self._spec.routing.probability_before_ffn:
+            return x[at[0]]
+        product: NDArray[np.float32] = x[at[0]].astype(np.float32) * self._record.stages[layer, "topk_weights"][at][:, None]
+        return product.astype(np.float64)
 
     def _attend(self, layer: int) -> dict[str, Bounded]:
         """Maximum, denominator and context, each from the stages before it; a stage whose inputs lack a part is not to be asked for."""

@@ -99,6 +99,8 @@ def inputs_of(spec: ModelSpec, stage: Stage) -> tuple[Stage, ...]:
     if name == "ffn_out":
         assert layer is not None
         names: tuple[str, ...] = ("topk_ids", "topk_weights", "expert_out") if spec.is_moe_layer(layer) else ("ffn_hidden",)
+    elif name == "expert_hidden" and spec.routing.probability_before_ffn:
+        names = ("ffn_norm", "topk_ids", "topk_weights")
     elif name in ("topk_ids", "topk_weights") and not spec.routing.is_learned:
         names = () if name == "topk_ids" else ("topk_ids",)
     elif name in ("q_rope", "k_rope"):

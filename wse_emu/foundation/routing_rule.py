@@ -66,6 +66,8 @@ class RoutingRule:
     """Whether logits stay float32; else they are rounded to `selection_dtype` before the score is taken."""
     selection_dtype: SelectionDtype = "float32"
     """Format that scores are rounded to before the choice; weights are taken from the rounded scores where both come from one formula."""
+    probability_before_ffn: bool = False
+    """Whether an expert's input is multiplied by the weight, instead of its output."""
 
     def __post_init__(self) -> None:
         for name, options in _CHOICES.items():
@@ -157,7 +159,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType({
     "expert_weighting_nonlinearity": get_args(Weighting),
     "selection_dtype": get_args(SelectionDtype),
 })  # fmt: skip
-_SWITCHES = ("e_score_correction_bias", "expert_weighting_normalization", "router_use_bias", "router_fp32")
+_SWITCHES = ("e_score_correction_bias", "expert_weighting_normalization", "router_use_bias", "router_fp32", "probability_before_ffn")
 
 MIXTRAL_ROUTING = RoutingRule()
 """The default."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,13 +14,31 @@ from wse_emu.layers.linear import COMBINE, DEFAULT_CHUNK, SWIGLU, Selection, all
 from wse_emu.layers.router import Routing
 from wse_emu.layers.stream import StreamedMatrix
 from wse_emu.wafer.kernel import Kernel
+from wse_emu.wafer.ledger import Event
 from wse_emu.wafer.placement import Split, TokenBands
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.wafer import Wafer
+from wse_kernels.ffn import combine_rows, scale_rows
 from wse_kernels.norm import fill_zero
 from wse_kernels.routing import group_tokens, select_expert
 
+MoeImplementation = Literal["functional", "experimental", "optimized"]
+
 FILL_ZERO = Kernel(body=fill_zero, params=("x",), out=("x",), code_bytes=64)
+GROUP_TOKENS = Kernel(
+    body=group_tokens,
+    params=("topk_ids", "topk_weights", "starts", "rows", "scale"),
+    out=("starts", "rows", "scale"),
+    code_bytes=256,
+)
+COMBINE_ROWS = Kernel(
+    body=combine_rows,
+    params=("y", "rows", "scale", "out"),
+    inout=("out",),
+    code_bytes=160,
+    macs=lambda s: s["rows"][0] * s["y"][1],
+)
+SCALE_ROWS = Kernel(body=scale_rows, params=("x", "rows", "scale", "out"), out=("out",), code_bytes=128)
 SELECT_EXPERT = Kernel(
     body=select_expert,
     params=("topk_ids", "topk_weights", "expert", "rows", "scale", "n_rows"),
@@ -58,12 +78,19 @@ def dense_ffn(
     width = weights.down.n_in
     place = wafer.placement((bands.n_tokens, width), x.placement.axis0, ("col", Split.balanced(width, wafer.cols)))
     with wafer.empty("ffn hidden", place) as h:
-        matmul(wafer, x, weights.gate_up, h, bands, mode=SWIGLU, chunk=chunk)
-        all_gather_bands(wafer, h, bands)
+        _every_token(wafer, x, weights, h, out, bands, chunk)
         if probe is not None:
             probe("ffn_hidden", h)
-        matmul(wafer, h, weights.down, out, bands, chunk=chunk)
-        all_gather_bands(wafer, out, bands)
+
+
+def _every_token(
+    wafer: Wafer, x: PlacedTensor, weights: FfnWeights, h: PlacedTensor, out: PlacedTensor, bands: TokenBands, chunk: int
+) -> None:
+    """One network for all tokens: hidden layer and output, complete on every row of a band."""
+    matmul(wafer, x, weights.gate_up, h, bands, mode=SWIGLU, chunk=chunk)
+    all_gather_bands(wafer, h, bands)
+    matmul(wafer, h, weights.down, out, bands, chunk=chunk)
+    all_gather_bands(wafer, out, bands)
 
 
 @dataclass(slots=True)
@@ -79,10 +106,12 @@ class ExpertTaps:
 def experts_ffn(
     wafer: Wafer, x: PlacedTensor, routing: Routing, experts: Iterable[tuple[int, FfnWeights]], width: int, out: PlacedTensor,
     bands: TokenBands, *, n_experts: int, chunk: int = DEFAULT_CHUNK, taps: ExpertTaps | None = None,
+    implementation: MoeImplementation = "experimental", before: bool = False,
 ) -> None:  # fmt: skip
     """Mixture of experts: ``out[t] = sum over chosen e, ascending, of weight[t, e] * ffn_e(x[t])``, each added with fma from +0.
 
-    Expert by expert, the weights stream past all rows; every row applies them to its own tokens that chose the expert.
+    Expert by expert, the weights stream past all rows; every row applies them to its own tokens that chose the expert. However that is
+    done, the bits are the same: a token's numbers never meet another token's.
 
     Parameters
     ----------
@@ -100,39 +129,127 @@ def experts_ffn(
         Most columns of one streamed piece.
     taps : ExpertTaps, optional
         Filled through the probe channel.
+    implementation : {"functional", "experimental", "optimized"}
+        Compute every expert for every token and mask the result; or, expert by expert, search for the tokens that chose it; or sort the
+        tokens by expert once.
+    before : bool
+        Multiply the expert's input by the token's weight instead of its output; not with "functional".
     """
     place = wafer.placement((bands.n_tokens, width), x.placement.axis0, ("col", Split.balanced(width, wafer.cols)))
-    lists = wafer.placement((1, bands.n_tokens), (None, None), ("row", bands.split))
-    counts = wafer.placement((1, wafer.rows), (None, None), ("row", _counters(bands)))
     wafer.launch(FILL_ZERO, x=out)
-    grouped = _Grouped(routing, n_experts)
-    with (
-        wafer.empty("expert hidden", place) as h,
-        wafer.empty("expert tokens", lists, np.int64, ndim=1) as rows,
-        wafer.empty("expert token weights", lists, ndim=1) as scale,
-        wafer.empty("expert token count", counts, np.int64, ndim=1) as n_rows,
-    ):
-        for expert, weights in experts:
-            args = {
-                "topk_ids": routing.ids,
-                "topk_weights": routing.weights,
-                "expert": expert,
-                "rows": rows,
-                "scale": scale,
-                "n_rows": n_rows,
-            }
-            if wafer.cores is not None:
-                wafer.launch(SELECT_EXPERT, **args)
-                selection = _selection_of_cores(rows, scale, n_rows, bands)
-            else:
-                wafer.account(SELECT_EXPERT, **args)
-                selection = grouped.selection(expert, bands)
-            matmul(wafer, x, weights.gate_up, h, bands, mode=SWIGLU, take=selection, chunk=chunk)
-            all_gather_bands(wafer, h, bands, selection)
-            if taps is not None:
-                _tap(wafer, h, weights, out, bands, selection, grouped.tokens(expert), (routing.topk_ids == expert), taps, chunk)
-            matmul(wafer, h, weights.down, out, bands, mode=COMBINE, put=selection, chunk=chunk)
+    with wafer.empty("expert hidden", place) as h:
+        with ExitStack() as stack:
+            lists = stack.enter_context(_ExpertLists(wafer, routing, bands, n_experts, sorted_once=implementation == "optimized"))
+            if implementation == "functional":
+                _mask_every_token(wafer, x, routing, experts, lists, h, out, bands, taps, chunk)
+                return
+            scaled = stack.enter_context(wafer.empty("weighted tokens", x.placement)) if before else None
+            for expert, weights in experts:
+                selection = lists.selection(expert)
+                if scaled is None:
+                    matmul(wafer, x, weights.gate_up, h, bands, mode=SWIGLU, take=selection, chunk=chunk)
+                else:
+                    _on_selected(wafer, SCALE_ROWS, selection, {"x": x, "out": scaled}, bands, compact="out")
+                    matmul(wafer, scaled, weights.gate_up, h, bands, mode=SWIGLU, compact=selection, chunk=chunk)
+                    selection = replace(selection, scale=np.ones_like(selection.scale), scale_blocks=None)
+                all_gather_bands(wafer, h, bands, selection)
+                if taps is not None:
+                    _tap(wafer, h, weights, out, bands, selection, lists.tokens(expert), (routing.topk_ids == expert), taps, chunk)
+                matmul(wafer, h, weights.down, out, bands, mode=COMBINE, put=selection, chunk=chunk)
     all_gather_bands(wafer, out, bands)
+
+
+def _mask_every_token(
+    wafer: Wafer, x: PlacedTensor, routing: Routing, experts: Iterable[tuple[int, FfnWeights]], lists: _ExpertLists, h: PlacedTensor,
+    out: PlacedTensor, bands: TokenBands, taps: ExpertTaps | None, chunk: int,
+) -> None:  # fmt: skip
+    """Every expert for every token; of the result, what was asked for is added. Rows of a band do so alike, and need not be gathered."""
+    with wafer.empty("expert output", out.placement) as y:
+        for expert, weights in experts:
+            _every_token(wafer, x, weights, h, y, bands, chunk)
+            if taps is not None:
+                tokens, slots = np.nonzero(routing.topk_ids == expert)
+                taps.hidden[tokens, slots] = wafer.drain(h, kind="probe")[tokens]
+                taps.out[tokens, slots] = wafer.drain(y, kind="probe")[tokens]
+            _on_selected(wafer, COMBINE_ROWS, lists.selection(expert), {"y": y, "out": out}, bands)
+
+
+def _on_selected(
+    wafer: Wafer, kernel: Kernel, selection: Selection, tensors: dict[str, PlacedTensor], bands: TokenBands, compact: str = ""
+) -> None:
+    """Run a body on every core that holds selected tokens, with their lists; of the tensor `compact` it has the first places only."""
+    split = tensors["out"].placement.axis1[1]
+    rows = np.flatnonzero(selection.counts)
+    with wafer.sram.code(kernel.name, kernel.code_bytes):
+        if wafer.cores is not None:
+            for row in rows.tolist():
+                for col in split.used.tolist():
+                    places, scale = selection.heads(row, col)
+                    blocks = {name: tensor.held[row, col] for name, tensor in tensors.items()}
+                    if compact:
+                        blocks[compact] = blocks[compact].view(slice(0, int(selection.counts[row])))
+                    wafer.cores.run(kernel, (row, col), {**blocks, "rows": places, "scale": scale})
+        elif not wafer.is_dry:
+            for col in split.used.tolist():
+                panels = {}
+                for name, tensor in tensors.items():
+                    n = selection.n_tokens if name == compact else bands.n_tokens
+                    j0, j1 = int(split.starts[col]), int(split.stops[col])
+                    panels[name] = tensor.flat[n * j0 : n * j1].reshape(n, j1 - j0)
+                kernel.body(*({**panels, "rows": selection.rows, "scale": selection.scale}[name] for name in kernel.params))
+    macs = int(selection.counts.sum()) * split.total if kernel.macs else 0
+    wafer.record(Event(None, "", "launch", kernel.name, count=int(rows.size * split.used.size), macs=macs))
+
+
+class _ExpertLists:
+    """Tokens of every expert, on every core of their row: searched for expert by expert, or sorted once."""
+
+    def __init__(self, wafer: Wafer, routing: Routing, bands: TokenBands, n_experts: int, *, sorted_once: bool) -> None:
+        self._wafer, self._routing, self._bands, self._sorted = wafer, routing, bands, sorted_once
+        self._known = _Grouped(routing, n_experts)
+        top_k = routing.topk_ids.shape[1]
+        entries = bands.split.scaled(top_k) if sorted_once else bands.split
+        lists = wafer.placement((1, entries.total), (None, None), ("row", entries))
+        counts = wafer.placement((1, wafer.rows * (n_experts + 1)), (None, None), ("row", _counters(bands).scaled(n_experts + 1)))
+        one = wafer.placement((1, wafer.rows), (None, None), ("row", _counters(bands)))
+        with ExitStack() as stack:
+            self._rows = stack.enter_context(wafer.empty("expert tokens", lists, np.int64, ndim=1))
+            self._scale = stack.enter_context(wafer.empty("expert token weights", lists, ndim=1))
+            self._counts = stack.enter_context(wafer.empty("expert token count", counts if sorted_once else one, np.int64, ndim=1))
+            if sorted_once:
+                self._run(GROUP_TOKENS, starts=self._counts)
+            self._held = stack.pop_all()
+
+    def __enter__(self) -> _ExpertLists:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._held.close()
+
+    def _run(self, kernel: Kernel, **more: Any) -> None:
+        """Make lists on the cores; without cores of their own, only the launch is counted."""
+        args = {"topk_ids": self._routing.ids, "topk_weights": self._routing.weights, "rows": self._rows, "scale": self._scale, **more}
+        (self._wafer.launch if self._wafer.cores is not None else self._wafer.account)(kernel, **args)
+
+    def tokens(self, expert: int) -> NDArray[np.int64]:
+        """Tokens that chose `expert`, ascending."""
+        return self._known.tokens(expert)
+
+    def selection(self, expert: int) -> Selection:
+        """The same as a selection."""
+        bands = self._bands
+        if not self._sorted:
+            self._run(SELECT_EXPERT, expert=expert, n_rows=self._counts)
+        if self._wafer.cores is None:
+            return self._known.selection(expert, bands)
+        counts, firsts, chosen = np.zeros(bands.n_rows, np.int64), np.zeros(bands.n_rows, np.int64), []
+        for row in range(bands.used_rows):
+            block = self._counts.block(row, 0)
+            firsts[row], stop = (block[expert], block[expert + 1]) if self._sorted else (0, block[0])
+            counts[row] = stop - firsts[row]
+            if row % bands.n_feature_bands == 0:
+                chosen.append(self._rows.block(row, 0)[firsts[row] : stop] + bands.split.starts[row])
+        return Selection(counts, np.concatenate(chosen), np.zeros(1, np.float32), self._rows, self._scale, firsts)
 
 
 class _Grouped:
@@ -159,17 +276,6 @@ def _counters(bands: TokenBands) -> Split:
     split = bands.split
     index = np.where(split.sizes > 0, np.arange(len(split)) // bands.n_feature_bands, 0)
     return Split(bands.n_rows, index, np.where(split.sizes > 0, index + 1, index))
-
-
-def _selection_of_cores(rows: PlacedTensor, scale: PlacedTensor, n_rows: PlacedTensor, bands: TokenBands) -> Selection:
-    """What each row of cores selected for itself."""
-    counts = np.zeros(bands.n_rows, np.int64)
-    chosen = []
-    for row in range(bands.used_rows):
-        counts[row] = n_rows.block(row, 0)[0]
-        if row % bands.n_feature_bands == 0:
-            chosen.append(rows.block(row, 0)[: counts[row]] + bands.split.starts[row])
-    return Selection(counts, np.concatenate(chosen), np.zeros(1, np.float32), rows, scale)
 
 
 def _tap(

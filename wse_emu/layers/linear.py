@@ -57,7 +57,17 @@ class Selection:
     row_blocks: PlacedTensor | None = None
     """Isolated executor: on every core, its selected tokens (local index), then zeros."""
     scale_blocks: PlacedTensor | None = None
-    """Isolated executor: their weights."""
+    """Isolated executor: their weights; None where all are 1."""
+    firsts: Ints | None = None
+    """(n_rows,) entry of those lists at which the selection begins on each row of cores; None is 0 everywhere."""
+
+    def heads(self, row: int, col: int) -> tuple[Block, Any]:
+        """Isolated executor: a core's selected tokens and their weights."""
+        assert self.row_blocks is not None
+        m, first = int(self.counts[row]), 0 if self.firsts is None else int(self.firsts[row])
+        part = slice(first, first + m)
+        scale: Any = np.ones(m, np.float32) if self.scale_blocks is None else self.scale_blocks.held[row, col].view(part)
+        return self.row_blocks.held[row, col].view(part), scale
 
     @property
     def n_tokens(self) -> int:
@@ -248,7 +258,7 @@ def _isolated(
     finished = macs = 0
 
     def local_rows(row: int, m: int) -> Callable[[int], Any]:
-        return lambda col: _ramp(m) if take is None else _taken(take, bands, row, col, m)
+        return lambda col: _ramp(m) if take is None else _taken(take, bands, row, col)
 
     for owner in out_split.used.tolist():
         size, start = int(out_split.sizes[owner]), int(out_split.starts[owner])
@@ -276,7 +286,7 @@ def _isolated(
                     else:
                         assert put is not None
                         where, kernel = (slice(None), slice(first, first + n)), COMBINE_INTO
-                        places, scale = (_head(t, row, owner, m) for t in (put.row_blocks, put.scale_blocks))
+                        places, scale = put.heads(row, owner)
                         args = {"y": y, "rows": places, "scale": scale, "first": first, "out": target}
                     macs += _finish(wafer.cores, kernel, target, where, args)
     events = products.events()
@@ -285,18 +295,12 @@ def _isolated(
     return tuple(events)
 
 
-def _taken(take: Selection, bands: TokenBands, row: int, col: int, m: int) -> Any:
+def _taken(take: Selection, bands: TokenBands, row: int, col: int) -> Any:
     """Local indices of the selected tokens: the core's own list, or one that the program knows."""
     if take.row_blocks is not None:
-        return _head(take.row_blocks, row, col, m)
+        return take.heads(row, col)[0]
     low, high = np.searchsorted(take.rows, (bands.split.starts[row], bands.split.stops[row]))
     return take.rows[low:high] - bands.split.starts[row]
-
-
-def _head(tensor: PlacedTensor | None, row: int, col: int, m: int) -> Block:
-    """First m entries of a core's list, as a block that shares its memory."""
-    assert tensor is not None
-    return tensor.held[row, col].view(slice(0, m))
 
 
 def _finish(cores: Cores, kernel: Kernel, target: Block, where: tuple[slice, slice], args: dict[str, Any]) -> int:

@@ -56,12 +56,13 @@ def experts_ffn(
     combined = np.zeros_like(x)
     for expert in range(spec.num_experts):
         mask = ids == expert  # (T, k), at most one slot of a token
-        stage = dict(dense_ffn(weights, layer, x, expert))  # every token, chosen or not
+        factor = np.where(mask, share, 0).sum(axis=1, keepdims=True)
+        before = rule.probability_before_ffn
+        stage = dict(dense_ffn(weights, layer, x * factor if before else x, expert))  # every token, chosen or not
         t, slot = np.nonzero(mask)
         hidden[t, slot] = stage["ffn_hidden"][t]
         outs[t, slot] = stage["ffn_out"][t]
-        factor = np.where(mask, share, 0).sum(axis=1, keepdims=True)
-        combined += np.where(mask.any(axis=1, keepdims=True), factor * stage["ffn_out"], 0)
+        combined += np.where(mask.any(axis=1, keepdims=True), stage["ffn_out"] if before else factor * stage["ffn_out"], 0)
     yield "expert_hidden", hidden
     yield "expert_out", outs
     yield "ffn_out", combined

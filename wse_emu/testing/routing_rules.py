@@ -56,6 +56,7 @@ def random_rule(rng: np.random.Generator, *, algorithms: tuple[str, ...] = ("lea
         routed_scaling_factor=one_of(1.0, 2.5),
         router_jitter_noise=one_of(0.01, 0.3) if plain else 0.0,
         router_use_bias=bool(rng.integers(2)),
+        probability_before_ffn=bool(rng.integers(2)),
         router_fp32=dtype == "float32" or bool(rng.integers(2)),
         selection_dtype=dtype,
     )
