@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,10 @@ import numpy as np
 import pytest
 
 import wse_emu as wse
+from wse_emu.checkpoint.replace import new_directory
 from wse_emu.cli.entry import main
 from wse_emu.cli.exits import Exit
-from wse_emu.memoryx import build
+from wse_emu.memoryx import LayerStream, build
 from wse_kernels import _cache
 
 from .interrupts import Interrupt, spread
@@ -69,8 +71,8 @@ def prefetch_threads() -> list[threading.Thread]:
 @pytest.mark.parametrize(
     ("executor", "n", "dense"),
     [
-        ("batched", 60, 12), ("isolated", 10, 5),
-        pytest.param("batched", 500, 150, marks=pytest.mark.slow), pytest.param("isolated", 25, 10, marks=pytest.mark.slow),
+        ("batched", 50, 10), ("isolated", 6, 3),
+        pytest.param("batched", 250, 100, marks=pytest.mark.slow), pytest.param("isolated", 15, 8, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_an_interrupted_run(executor: str, n: int, dense: int) -> None:
@@ -162,7 +164,7 @@ def test_an_interrupted_opening_leaves_the_cache_whole(saved: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["new", "overwritten"])
-@pytest.mark.parametrize(("n", "dense"), [(30, 10), pytest.param(200, 100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("n", "dense"), [(20, 8), pytest.param(100, 60, marks=pytest.mark.slow)])
 def test_an_interrupted_save_is_whole_or_not_there(tmp_path: Path, there: bool, n: int, dense: int) -> None:
     model, other = make_model(), make_model(seed=4)
     target = tmp_path / "to" / "checkpoint"
@@ -193,7 +195,7 @@ def test_an_interrupted_save_is_whole_or_not_there(tmp_path: Path, there: bool, 
     assert interrupted_at(spread(whole.points, n, dense), lambda: model.save(target, overwrite=there), check)
 
 
-@pytest.mark.parametrize(("n", "dense"), [(8, 3), pytest.param(40, 12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("n", "dense"), [(6, 2), pytest.param(20, 8, marks=pytest.mark.slow)])
 def test_an_interrupted_command(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], n: int, dense: int
 ) -> None:
@@ -244,6 +246,68 @@ def test_an_interrupted_command(
     points = spread(whole.points, n, dense)[1:]  # the first is the beginning of `main` itself
     assert interrupted_at(points, run, check) == 0
     assert codes.count(Exit.INTERRUPTED) > len(points) / 2
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "overwritten"])
+def test_a_directory_is_whole_wherever_its_making_is_interrupted(tmp_path: Path, there: bool) -> None:
+    """Every point: also between the two renames, and while what was there is removed."""
+    target = tmp_path / "to" / "directory"
+
+    def prepare() -> None:
+        shutil.rmtree(target.parent, ignore_errors=True)
+        target.parent.mkdir()
+        if there:
+            target.mkdir()
+            (target / "file").write_text("old")
+
+    def work() -> None:
+        with new_directory(target, overwrite=True, replaceable=lambda name: True) as part:
+            (part / "file").write_text("new")
+
+    def check(where: str) -> None:
+        found = {p.relative_to(target.parent).as_posix(): p.is_file() and p.read_text() for p in target.parent.rglob("*")}
+        wholes = [{"directory": False, "directory/file": text} for text in ("old", "new")]
+        assert found in (wholes if there else [{}, wholes[1]]), where
+        prepare()
+
+    prepare()
+    with Interrupt() as whole:
+        work()
+    prepare()
+    assert interrupted_at(list(range(1, whole.points + 1)), work, check)
+
+
+def test_a_second_ctrl_c_while_the_wafer_is_put_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    wafer = wse.Wafer(wse.WSE3, rows=2, cols=2, executor="isolated")
+    before, back_to, calls = what_is_there(wafer), wafer.sram.back_to, []
+
+    def once_more(mark: Any) -> None:
+        calls.append(mark)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        back_to(mark)
+
+    monkeypatch.setattr(wafer.sram, "back_to", once_more)
+
+    def work() -> None:
+        with wafer.all_or_nothing():
+            wafer.place(np.zeros((2, 2), np.float32))
+            wafer.ledger.current_scope = 3, "left by an interrupt"
+            raise OSError("of the run")
+
+    with pytest.raises(OSError, match="of the run"):
+        work()
+    assert what_is_there(wafer) == before
+    assert len(calls) == 2
+
+
+def test_a_stream_that_nobody_leaves_ends_its_thread() -> None:
+    stream = LayerStream(make_model().store, depth=1)
+    stream.__enter__()
+    (thread,) = [t for t in threading.enumerate() if t.name == "memoryx-prefetch"]
+    del stream
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_an_interrupted_kernel_cache_holds_whole_files(tmp_path: Path) -> None:
