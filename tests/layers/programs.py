@@ -81,7 +81,7 @@ def selection_on_cores(wafer: wse.Wafer, bands: TokenBands, chosen: Ints, scale:
         local[0, start : start + n], weights[0, start : start + n] = chosen[mine] - start, scale[mine]
     place = wafer.placement((1, bands.n_tokens), (None, None), ("row", bands.split))
     lists = [wafer.empty("chosen", place, np.int64, ndim=1), wafer.empty("scales", place, ndim=1)]
-    for tensor, values in zip(lists, (local, weights), strict=True):
+    for tensor, values in zip(lists, (local[0], weights[0]), strict=True):
         wafer.inject(tensor, None if wafer.is_dry else values)
     known = Selection.of_tokens(chosen, bands.split, scale)
     return Selection(known.counts, known.rows, known.scale, *lists), lists

@@ -210,8 +210,8 @@ class _ExpertLists:
         top_k = routing.topk_ids.shape[1]
         entries = bands.split.scaled(top_k) if sorted_once else bands.split
         lists = wafer.placement((1, entries.total), (None, None), ("row", entries))
-        counts = wafer.placement((1, wafer.rows * (n_experts + 1)), (None, None), ("row", _counters(bands).scaled(n_experts + 1)))
-        one = wafer.placement((1, wafer.rows), (None, None), ("row", _counters(bands)))
+        counts = wafer.placement((1, bands.n_token_bands * (n_experts + 1)), (None, None), ("row", _counters(bands).scaled(n_experts + 1)))
+        one = wafer.placement((1, bands.n_token_bands), (None, None), ("row", _counters(bands)))
         with ExitStack() as stack:
             self._rows = stack.enter_context(wafer.empty("expert tokens", lists, np.int64, ndim=1))
             self._scale = stack.enter_context(wafer.empty("expert token weights", lists, ndim=1))
@@ -272,10 +272,10 @@ class _Grouped:
 
 
 def _counters(bands: TokenBands) -> Split:
-    """One counter for each row; rows of a band are replicas."""
+    """One counter for each band of tokens; the rows of a band hold replicas."""
     split = bands.split
     index = np.where(split.sizes > 0, np.arange(len(split)) // bands.n_feature_bands, 0)
-    return Split(bands.n_rows, index, np.where(split.sizes > 0, index + 1, index))
+    return Split(bands.n_token_bands, index, np.where(split.sizes > 0, index + 1, index))
 
 
 def _tap(

@@ -60,14 +60,19 @@ def head_norm(
         _chain_cut_heads(wafer, total, heads, slots, bands)
         w_q, w_k = weights if weights is not None else (None, None)
         with (
-            stream_vector(wafer, names[0], w_q, heads.unit_elements, bands) as of_q,
-            stream_vector(wafer, names[1], w_k, heads.unit_elements, bands) as of_k,
+            stream_vector(wafer, names[0], _laid_out(w_q, heads), heads.unit_weights, bands) as of_q,
+            stream_vector(wafer, names[1], _laid_out(w_k, heads), heads.unit_weights, bands) as of_k,
         ):
             run(HEAD_SCALE, qkv=qkv, total=total, q_weight=of_q, k_weight=of_k, q_slots=q, size=size, eps=guard)
         if qkv.data is not None:
             assert w_q is not None
             assert w_k is not None
             mesh_head_norm(qkv.flat, bands.n_tokens, heads.units.offsets, q, heads.head_dim // 2, w_q, w_k, size, guard)
+
+
+def _laid_out(weight: NDArray[np.float32] | None, heads: HeadLayout) -> NDArray[np.float32] | None:
+    """What each column needs of a head's weights, side by side."""
+    return None if weight is None else weight[heads.unit_elements]
 
 
 def _chain_cut_heads(wafer: Wafer, total: PlacedTensor, heads: HeadLayout, slots: int, bands: TokenBands) -> None:

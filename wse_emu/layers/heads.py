@@ -71,14 +71,25 @@ class HeadLayout:
         return Split(self.n_parts, ends - self.heads_per_col, ends)
 
     @cached_property
-    def unit_elements(self) -> Split:
-        """Elements of one head, in the order of its pair units, that each column works on; columns with several whole heads have all."""
-        starts, stops = np.zeros(self.n_cols, np.int64), np.zeros(self.n_cols, np.int64)
+    def unit_elements(self) -> Ints:
+        """Elements of one head, in the order of its pair units, that each column works on, side by side; its whole heads share one set."""
+        return np.concatenate([np.arange(start, stop) for start, stop in self._element_ranges])
+
+    @cached_property
+    def unit_weights(self) -> Split:
+        """`unit_elements` over columns of cores."""
+        stops = np.cumsum([stop - start for start, stop in self._element_ranges])
+        return Split(int(stops[-1]), np.concatenate([[0], stops[:-1]]), stops)
+
+    @cached_property
+    def _element_ranges(self) -> list[tuple[int, int]]:
+        """First and last element (plus one) of a head on each column."""
+        ranges = [(0, 0)] * self.n_cols
         for parts, first in zip(self.heads, range(0, self.units.total, self.head_dim // 2), strict=True):
             for part in parts:
                 begin = int(self.units.starts[part.col]) + part.first_unit - first
-                starts[part.col], stops[part.col] = 2 * begin, 2 * (begin + part.n_units)
-        return Split(self.head_dim, starts, stops)
+                ranges[part.col] = 2 * begin, 2 * (begin + part.n_units)
+        return ranges
 
     @cached_property
     def max_part_units(self) -> int:

@@ -40,21 +40,20 @@ def rms_norm(
     rows, (_, features) = x.placement.axis0, x.placement.axis1
     n_tokens, n = x.placement.shape
     cols = features.used
-    last = int(cols[-1])
-    partial_place = wafer.placement((n_tokens, wafer.cols), rows, ("col", Split.uniform(1, wafer.cols)))
-    end_place = wafer.placement((n_tokens, 1), rows, ("col", Split.single(1, last, wafer.cols)))
-    total_place = wafer.placement((n_tokens, 1), rows, (None, None))
+    partial_place = wafer.placement((n_tokens, cols.size), rows, ("col", Split.uniform(1, wafer.cols, cols)))
+    end_place = wafer.placement((n_tokens, 1), rows, ("col", Split.single(1, int(cols[-1]), wafer.cols)))
+    total_place = wafer.placement((n_tokens, 1), rows, ("col", Split.everywhere(1, wafer.cols, cols)))
     with wafer.empty("sum of squares", total_place) as total:
         with wafer.empty("partial sums of squares", partial_place) as partial, wafer.empty("row sum", end_place) as end:
             wafer.launch(SUM_SQUARES, x=x, ss=partial)
-            chain_row(wafer, partial, end, cols)
-            broadcast_row(wafer, end, total, cols)
+            chain_row(wafer, partial, end)
+            broadcast_row(wafer, end, total)
         with stream_vector(wafer, name, weight, features, bands) as w:
             wafer.launch(RMS_SCALE, x=x, total=total, weight=w, size=np.float32(n), eps=np.float32(eps), out=out)
 
 
 def stream_vector(wafer: Wafer, name: str, values: NDArray[np.float32] | None, split: Split, bands: TokenBands) -> PlacedTensor:
-    """Broadcast each column's part of a vector (columns may ask for the same part) down to the rows that hold tokens; free it after use."""
+    """Broadcast each column's part of a vector down to the rows that hold tokens; free it after use."""
     tensor = wafer.empty(name, wafer.placement((1, split.total), (None, None), ("col", split)))
     last = bands.used_rows - 1
     if wafer.cores is None:

@@ -53,6 +53,18 @@ class Block:
         part.array, part.defined = self.array[where], self.defined[where]
         return part
 
+    def shaped(self, *shape: int) -> Block:
+        """The block with other axes; memory and flags are shared."""
+        part = object.__new__(Block)
+        part.core, part.name, part.start = self.core, self.name, self.start
+        part.array, part.defined = self.array.reshape(shape), self.defined.reshape(shape)
+        return part
+
+    @property
+    def plane(self) -> Block:
+        """The block with two axes: a vector is one row."""
+        return self if self.array.ndim == 2 else self.shaped(1, self.array.size)
+
     def read(self, where: Slices = WHOLE) -> NDArray[Any]:
         """View of defined elements.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
@@ -19,7 +20,13 @@ GridAxis = Literal["row", "col"]
 class Split:
     """Ranges ``[starts[i], stops[i])`` of an axis of `total` elements that the grid's rows (or columns) ``i`` hold.
 
-    Ranges may be empty (idle rows) and may repeat (replicas): see `banded`. Two splits with equal ranges are equal.
+    Ranges may be empty (idle rows), may repeat (replicas) and may come in any order; together they cover the axis. Two ranges that differ
+    share no element: who owned it, and what a drain would read, could not be told. Two splits with equal ranges are equal.
+
+    Raises
+    ------
+    PlacementError
+        If a range leaves the axis or runs backwards, two ranges overlap without being equal, or an element lies nowhere.
     """
 
     total: int
@@ -27,14 +34,39 @@ class Split:
     stops: Ints
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "total", _count(self.total, "`total` of a split"))
         for name in ("starts", "stops"):
-            value = np.ascontiguousarray(getattr(self, name), dtype=np.int64)
-            value.flags.writeable = False
-            object.__setattr__(self, name, value)
-        if self.starts.shape != self.stops.shape or self.starts.ndim != 1:
-            raise PlacementError("`starts` and `stops` must be one-dimensional and of one length")
-        if self.starts.size and not ((self.starts >= 0).all() and (self.starts <= self.stops).all() and (self.stops <= self.total).all()):
+            given = np.asarray(getattr(self, name))
+            if given.ndim != 1 or given.size == 0 or given.dtype.kind not in "iu":
+                raise PlacementError(
+                    f"`{name}` of a split must be a vector of at least one integer, got {given.dtype} of shape {given.shape}"
+                )
+            object.__setattr__(self, name, _frozen(given.astype(np.int64)))
+        if self.starts.shape != self.stops.shape:
+            raise PlacementError(f"`starts` and `stops` of a split must be of one length, got {self.starts.size} and {self.stops.size}")
+        if not ((self.starts >= 0).all() and (self.starts <= self.stops).all() and (self.stops <= self.total).all()):
             raise PlacementError(f"ranges must lie in 0..{self.total} and not run backwards")
+        used = self.sizes > 0  # where an empty range lies says nothing: it gets one place, the end of what lies before
+        ends = np.maximum.accumulate(np.where(used, self.stops, 0))
+        object.__setattr__(self, "starts", _frozen(np.where(used, self.starts, ends)))
+        object.__setattr__(self, "stops", _frozen(np.where(used, self.stops, ends)))
+        if not self.is_partition:
+            self._check_cover()
+
+    def _check_cover(self) -> None:
+        ranges = np.unique(np.stack([self.starts, self.stops], axis=1)[self.used], axis=0)
+        ends = np.concatenate([[0], ranges[:, 1]])
+        begins = np.concatenate([ranges[:, 0], [self.total]])
+        wrong = np.flatnonzero(begins != ends)
+        if not wrong.size:
+            return
+        i = int(wrong[0])
+        if begins[i] < ends[i]:
+            (a0, a1), (b0, b1) = ranges[i - 1].tolist(), ranges[i].tolist()
+            raise PlacementError(f"ranges [{a0}, {a1}) and [{b0}, {b1}) of a split overlap; they must be equal (replicas) or share nothing")
+        raise PlacementError(
+            f"elements {int(ends[i])}..{int(begins[i]) - 1} of {self.total} lie nowhere; the ranges of a split cover the axis"
+        )
 
     @cached_property
     def key(self) -> tuple[int, bytes, bytes]:
@@ -57,9 +89,7 @@ class Split:
     @cached_property
     def sizes(self) -> Ints:
         """Elements held by each row or column."""
-        sizes: Ints = self.stops - self.starts
-        sizes.flags.writeable = False
-        return sizes
+        return _frozen(self.stops - self.starts)
 
     @cached_property
     def max_size(self) -> int:
@@ -88,9 +118,8 @@ class Split:
     @cached_property
     def representatives(self) -> Ints:
         """First index of each distinct non-empty range, ascending."""
-        _, first = np.unique(np.stack([self.starts, self.stops]), axis=1, return_index=True)
-        first = np.sort(first)
-        kept: Ints = first[self.sizes[first] > 0].astype(np.int64)
+        _, first = np.unique(self.starts[self.used], return_index=True)
+        kept: Ints = np.sort(self.used[first])
         return kept
 
     @cached_property
@@ -105,6 +134,14 @@ class Split:
         """The same split of an axis whose elements are groups of `factor`."""
         return _scaled(self, factor)
 
+    @cached_property
+    def labels(self) -> Ints:
+        """(n,) first index that holds the same range as each index, -1 where the range is empty."""
+        labels = np.full(len(self), -1, np.int64)
+        _, first, inverse = np.unique(self.starts[self.used], return_index=True, return_inverse=True)
+        labels[self.used] = self.used[first][inverse.reshape(-1)]
+        return _frozen(labels)
+
     @staticmethod
     def balanced(total: int, parts: int) -> Split:
         """Partition with sizes that differ by at most one; with fewer elements than parts, some parts are empty."""
@@ -116,14 +153,14 @@ class Split:
         return _single(total, index, parts)
 
     @staticmethod
-    def everywhere(total: int, parts: int) -> Split:
-        """Everything at every index (replicas)."""
-        return _everywhere(total, parts)
+    def everywhere(total: int, parts: int, at: Sequence[int] | Ints | None = None) -> Split:
+        """Everything at every index (replicas), or only at the indices `at`, ascending."""
+        return _everywhere(total, parts, _indices(at, parts))
 
     @staticmethod
-    def uniform(size: int, parts: int) -> Split:
-        """`size` private elements at each index."""
-        return _uniform(size, parts)
+    def uniform(size: int, parts: int, at: Sequence[int] | Ints | None = None) -> Split:
+        """`size` private elements at each index, or only at the indices `at`, ascending."""
+        return _uniform(size, parts, _indices(at, parts))
 
 
 @lru_cache(maxsize=4096)
@@ -131,30 +168,65 @@ def _scaled(split: Split, factor: int) -> Split:
     return Split(split.total * factor, split.starts * factor, split.stops * factor)
 
 
-@lru_cache(maxsize=4096)
+def _frozen(values: Ints) -> Ints:
+    values.flags.writeable = False
+    return values
+
+
+def _count(value: int, what: str, least: int = 0) -> int:
+    """`value` as an int, if it is an integer of at least `least`."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < least:
+        raise PlacementError(f"{what} must be an integer of at least {least}, got {value!r}")
+    return int(value)
+
+
+def _indices(at: Sequence[int] | Ints | None, parts: int) -> bytes | None:
+    """Indices as a key for caches, None for all."""
+    parts = _count(parts, "`parts` of a split", 1)
+    if at is None:
+        return None
+    given = np.asarray(at)
+    if given.ndim != 1 or given.size == 0 or given.dtype.kind not in "iu":
+        raise PlacementError(f"`at` must name at least one of the {parts} positions by its number, got {at!r}")
+    if given[0] < 0 or given[-1] >= parts or (given[1:] <= given[:-1]).any():
+        raise PlacementError(f"`at` must rise within 0..{parts - 1}, got {given.tolist()}")
+    if given.size == parts:
+        return None
+    return given.astype(np.int64).tobytes()
+
+
+@lru_cache(maxsize=4096, typed=True)
 def _balanced(total: int, parts: int) -> Split:
-    if total < 0 or parts <= 0:
-        raise PlacementError(f"cannot split {total} elements over {parts} parts")
+    total, parts = _count(total, "elements of a split"), _count(parts, "`parts` of a split", 1)
     edges = np.arange(parts + 1, dtype=np.int64) * total // parts
     return Split(total, edges[:-1], edges[1:])
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024, typed=True)
 def _single(total: int, index: int, parts: int) -> Split:
+    total, index, parts = _count(total, "elements of a split"), _count(index, "`index` of a split"), _count(parts, "`parts` of a split", 1)
+    if index >= parts:
+        raise PlacementError(f"`index` must lie in 0..{parts - 1}, got {index}")
     starts = np.where(np.arange(parts) <= index, 0, total)
     stops = np.where(np.arange(parts) < index, 0, total)
     return Split(total, starts, stops)
 
 
-@lru_cache(maxsize=1024)
-def _everywhere(total: int, parts: int) -> Split:
-    return Split(total, np.zeros(parts, np.int64), np.full(parts, total, np.int64))
+@lru_cache(maxsize=1024, typed=True)
+def _everywhere(total: int, parts: int, at: bytes | None) -> Split:
+    total = _count(total, "elements of a split")
+    stops = np.full(parts, total if at is None else 0, np.int64)
+    if at is not None:
+        stops[np.frombuffer(at, np.int64)] = total
+    return Split(total, np.zeros(parts, np.int64), stops)
 
 
-@lru_cache(maxsize=1024)
-def _uniform(size: int, parts: int) -> Split:
-    starts = np.arange(parts, dtype=np.int64) * size
-    return Split(size * parts, starts, starts + size)
+@lru_cache(maxsize=1024, typed=True)
+def _uniform(size: int, parts: int, at: bytes | None) -> Split:
+    size = _count(size, "elements of a split")
+    used = np.ones(parts, np.int64) if at is None else np.bincount(np.frombuffer(at, np.int64), minlength=parts)
+    stops = np.cumsum(used * size)
+    return Split(int(stops[-1]), stops - used * size, stops)
 
 
 @dataclass(frozen=True)
@@ -245,9 +317,17 @@ class Placement:
 
     def __post_init__(self) -> None:
         length = {"row": self.n_rows, "col": self.n_cols, None: 1}
+        if len(self.shape) != 2:
+            raise PlacementError(f"a placement has two axes, got shape {self.shape}")
+        object.__setattr__(self, "shape", tuple(_count(n, f"axis {axis} of a placement") for axis, n in enumerate(self.shape)))
         for axis, (grid, split) in enumerate((self.axis0, self.axis1)):
+            if grid not in length:
+                raise PlacementError(f"axis {axis}: a grid axis is 'row', 'col' or None, got {grid!r}")
+            if not isinstance(split, Split):
+                raise PlacementError(f"axis {axis}: expected a `Split`, got {split!r}")
             if len(split) != length[grid]:
-                raise PlacementError(f"axis {axis}: a split of {len(split)} parts does not fit {length[grid]} {grid or 'whole'} positions")
+                over = f"{length[grid]} {grid}s" if grid else "an axis that is whole on every core (use `Split.balanced(n, 1)` or None)"
+                raise PlacementError(f"axis {axis}: a split of {len(split)} parts does not fit {over}")
             if split.total != self.shape[axis]:
                 raise PlacementError(f"axis {axis}: the split covers {split.total} elements, the tensor has {self.shape[axis]}")
         if self.axis0[0] is not None and self.axis0[0] == self.axis1[0]:
@@ -319,7 +399,7 @@ class Placement:
                 lines.append(f"  axis {axis}: whole on every core ({split.total})")
             else:
                 sizes = split.sizes
-                unique = "" if split.is_partition else ", replicated over bands"
+                unique = "" if split.representatives.size == split.used.size else ", with replicas"
                 lines.append(f"  axis {axis}: over {grid}s, {int(sizes.min())}..{int(sizes.max())} each{unique}")
         lines += [f"  {name}: replicas" for name, over in (("rows", rows), ("cols", cols)) if over is None]
         if self.n_rows * self.n_cols <= 64:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wse_emu.foundation.errors import SramStateError
+from wse_emu.foundation.errors import PlacementError, SramStateError
 from wse_emu.wafer.cores import Block
 from wse_emu.wafer.placement import Placement
 from wse_emu.wafer.sram import Reservation
@@ -71,8 +71,12 @@ class PlacedTensor:
         ------
         SramStateError
             If the tensor was freed, or the executor is ``dry``.
+        PlacementError
+            If the core lies off the grid.
         """
         self._check_live()
+        if not (0 <= row < self.wafer.rows and 0 <= col < self.wafer.cols):
+            raise PlacementError(f"`{self.name}`: core ({row}, {col}) is off the grid of {self.wafer.rows} x {self.wafer.cols} cores")
         shape = self.block_shape(row, col)
         if self.blocks is not None:
             found = self.blocks.get((row, col))
@@ -99,9 +103,23 @@ class PlacedTensor:
         self._reservation = None
         self.data = self.blocks = None
 
-    def _check_live(self) -> None:
+    def check_placed(self, wafer: Wafer) -> None:
+        """Raise unless the tensor lies on `wafer`.
+
+        Raises
+        ------
+        SramStateError
+            If it was freed.
+        PlacementError
+            If it lies on another wafer.
+        """
         if self._reservation is None:
             raise SramStateError(f"`{self.name}` is not on the wafer: it was freed before")
+        if self.wafer is not wafer:
+            raise PlacementError(f"`{self.name}` lies on another wafer")
+
+    def _check_live(self) -> None:
+        self.check_placed(self.wafer)
         if self.data is None and self.blocks is None:
             raise SramStateError(f"`{self.name}` has no values: the `dry` executor moves shapes and counts only")
 

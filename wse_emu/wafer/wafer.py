@@ -33,6 +33,8 @@ class _LaunchPlan(NamedTuple):
 
     rows: Ints
     """Rows that compute in the batched executor (replicas once)."""
+    cols: Ints
+    """Columns, likewise."""
     used_rows: Ints
     used_cols: Ints
     macs: int
@@ -105,24 +107,35 @@ class Wafer:
         lies = self.sram.high_water_map
         return str(lies) if lies is not None else "nothing was placed yet"
 
-    def record(self, event: Event) -> None:
-        """Write an event in the ledger; a move of a kind not seen before takes its colors.
+    def record(self, *events: Event) -> None:
+        """Write events in the ledger, all or none; a move of a kind not seen before takes its colors.
 
         Raises
         ------
         RouteError
             If the routes of all kinds of moves together need more colors than the fabric has.
         """
-        if event.colors > self._colors.get(event.kind, 0):
-            taken = {**self._colors, event.kind: event.colors}
+        self._colors = self._colors_with(events)
+        for event in events:
+            self.ledger.record(event)
+
+    def check_routes(self, *events: Event) -> None:
+        """Raise, before anything moves, what `record` would raise for these events."""
+        self._colors_with(events)
+
+    def _colors_with(self, events: Sequence[Event]) -> dict[str, int]:
+        taken = self._colors
+        for event in events:
+            if event.colors <= taken.get(event.kind, 0):
+                continue
+            taken = {**taken, event.kind: event.colors}
             if sum(taken.values()) > self.spec.n_colors:
                 needs = ", ".join(f"{kind} {n}" for kind, n in taken.items())
                 raise RouteError(
                     f"{event.kind} of `{event.name}`: the routes need {sum(taken.values())} colors ({needs}), "
                     f"{self.spec.name} has {self.spec.n_colors}"
                 )
-            self._colors = taken
-        self.ledger.record(event)
+        return taken
 
     # ---- tensors
 
@@ -136,12 +149,32 @@ class Wafer:
     def empty(self, name: str, placement: Placement, dtype: DTypeLike = np.float32, *, ndim: int = 2) -> PlacedTensor:
         """Reserve SRAM for a tensor; its content is undefined.
 
+        Parameters
+        ----------
+        name : str
+            Name in reports.
+        placement : Placement
+            From `placement`; the number of axes is 2, or 1 for a tensor of shape ``(1, n)`` that kernels see as a vector.
+        dtype : dtype, default float32
+            Integers and floating point numbers of 4 or 8 bytes.
+        ndim : int
+
         Raises
         ------
+        PlacementError
+            If the placement is for another grid, or the element type is none of these.
         SramOverflowError
             If it does not fit on some core.
         """
-        dtype = np.dtype(dtype)
+        dtype = _element_type(name, dtype)
+        if not isinstance(placement, Placement):
+            raise PlacementError(f"`{name}`: expected a placement, made by `Wafer.placement`, got {placement!r}")
+        if (placement.n_rows, placement.n_cols) != (self.rows, self.cols):
+            raise PlacementError(
+                f"`{name}`: its placement is for {placement.n_rows} x {placement.n_cols} cores, the wafer has {self.rows} x {self.cols}"
+            )
+        if ndim not in (1, 2) or (ndim == 1 and (placement.shape[0] != 1 or placement.axis0[0] is not None)):
+            raise PlacementError(f"`{name}`: `ndim` is 2, or 1 for a tensor of shape (1, n) with a whole first axis, got {ndim!r}")
         reservation = self.sram.allocate(name, placement.row_factor, placement.col_factor, dtype.itemsize)
         data: NDArray[Any] | None = None
         blocks: dict[tuple[int, int], Block] | None = None
@@ -189,7 +222,7 @@ class Wafer:
         Parameters
         ----------
         array : array_like, one or two axes
-            Elements of 4 or 8 bytes.
+            Integers or floating point numbers of 4 or 8 bytes.
         axes : sequence of {"row", "col", None}, optional
             Grid axis that splits each tensor axis; None keeps the axis whole on every core. Default: rows over rows, columns over columns;
             one axis over columns.
@@ -203,15 +236,18 @@ class Wafer:
         Raises
         ------
         PlacementError
-            If the array has not one or two axes, or an element size that is no whole number of wavelets, or `axes` does not fit it.
+            If the array has not one or two axes, or another element type, or `axes` does not fit it.
         SramOverflowError
             If it does not fit.
         """
-        host = np.ascontiguousarray(array)
-        if host.ndim not in (1, 2):
-            raise PlacementError(f"`{name}` must have one or two axes, got shape {host.shape}")
-        if host.dtype.itemsize % _WORD:
-            raise PlacementError(f"`{name}`: elements must fill whole 32-bit words, got {host.dtype}; convert to float32 or int32")
+        try:
+            given = np.asarray(array)
+        except ValueError as error:
+            raise PlacementError(f"`{name}`: no array: {error}") from error
+        if given.ndim not in (1, 2):
+            raise PlacementError(f"`{name}` must have one or two axes, got shape {given.shape}")
+        _element_type(name, given.dtype)
+        host = np.ascontiguousarray(given)
         names: Sequence[GridAxis | None] = (("row", "col") if host.ndim == 2 else ("col",)) if axes is None else axes
         if len(names) != host.ndim:
             raise PlacementError(f"`{name}` has {host.ndim} axes, `axes` names {len(names)}")
@@ -242,18 +278,38 @@ class Wafer:
         tensor : PlacedTensor
             Written.
         array : ndarray of the tensor's shape, or None with the ``dry`` executor
-        kind : str
+        kind : {"inject", "stream", "control", "probe"}
             Account in the ledger.
+
+        Raises
+        ------
+        PlacementError
+            If the array has another shape or element type: nothing is converted.
+        SramStateError
+            If the tensor was freed.
+        RouteError
+            If the account is not one of those, or the routes need too many colors.
         """
+        self._check_edge(tensor, kind, ("inject", "stream", "control", "probe"))
+        if array is None and not self.is_dry:
+            raise PlacementError(f"`{tensor.name}`: only the `dry` executor brings in a tensor without values")
+        if array is not None and (array.shape != tensor.shape or array.dtype != tensor.dtype):
+            raise PlacementError(
+                f"`{tensor.name}` {tensor.shape} {tensor.dtype} cannot take an array of shape {array.shape} and type {array.dtype}"
+            )
         place = tensor.placement
+        words = place.row_factor * (tensor.dtype.itemsize // _WORD)
+        event = costs.edge(kind, tensor.name, words, place.col_factor)
         if self.cores is None:
-            words = place.row_factor * (tensor.dtype.itemsize // _WORD)
-            self.record(costs.edge(kind, tensor.name, words, place.col_factor))
+            self.record(event)
             if tensor.data is not None:
-                _to_panels(np.asarray(array, tensor.dtype).reshape(place.shape), place, tensor.data)
+                assert array is not None
+                to_panels(array.reshape(place.shape), place, tensor.data)
             return
+        assert array is not None
+        self.check_routes(event)
         traffic = self.cores.traffic()
-        host = np.asarray(array, tensor.dtype).reshape(place.shape)
+        host = array.reshape(place.shape)
         for (row, col), block in tensor.held.items():
             i0, i1, j0, j1 = place.ranges(row, col)
             self.cores.from_edge(traffic, host[i0:i1, j0:j1], col, [block])
@@ -263,32 +319,54 @@ class Wafer:
     def drain(self, tensor: PlacedTensor, *, kind: str = "drain") -> NDArray[Any]:
         """Take a tensor out at the north edge; replicas leave once.
 
+        Parameters
+        ----------
+        tensor : PlacedTensor
+        kind : {"drain", "control", "probe"}
+            Account in the ledger.
+
         Returns
         -------
         ndarray
             Whole tensor; with the ``dry`` executor, zeros.
+
+        Raises
+        ------
+        SramStateError
+            If the tensor was freed.
+        RouteError
+            If the account is not one of those, or the routes need too many colors.
+        UninitializedReadError
+            If an element was never written (isolated and interpreted executors).
         """
+        self._check_edge(tensor, kind, ("drain", "control", "probe"))
         place = tensor.placement
         whole = np.zeros(place.shape, tensor.dtype)
         rows, cols = self._once(place.split_of("row"), self.rows), self._once(place.split_of("col"), self.cols)
+        words, factor = np.zeros(self.rows, np.int64), np.zeros(self.cols, np.int64)
+        words[rows] = place.row_factor[rows] * (tensor.dtype.itemsize // _WORD)
+        factor[cols] = place.col_factor[cols]
+        event = costs.edge(kind, tensor.name, words, factor)
         if self.cores is None:
-            words = np.zeros(self.rows, np.int64)
-            words[rows] = place.row_factor[rows] * (tensor.dtype.itemsize // _WORD)
-            factor = np.zeros(self.cols, np.int64)
-            factor[cols] = place.col_factor[cols]
-            self.record(costs.edge(kind, tensor.name, words, factor))
+            self.record(event)
             if tensor.data is not None:
-                _from_panels(tensor.data, place, whole)
+                from_panels(tensor.data, place, whole)
         else:
+            self.check_routes(event)
             traffic = self.cores.traffic()
-            for row in rows:
-                for col in cols:
-                    block = tensor.held.get((int(row), int(col)))
+            for row in rows.tolist():
+                for col in cols.tolist():
+                    block = tensor.held.get((row, col))
                     if block is not None:
-                        i0, i1, j0, j1 = place.ranges(int(row), int(col))
+                        i0, i1, j0, j1 = place.ranges(row, col)
                         whole[i0:i1, j0:j1] = self.cores.to_edge(traffic, block).reshape(i1 - i0, j1 - j0)
             self.record(traffic.event(kind, tensor.name, costs.COLORS[kind]))
         return whole.reshape(tensor.shape)
+
+    def _check_edge(self, tensor: PlacedTensor, kind: str, kinds: tuple[str, ...]) -> None:
+        tensor.check_placed(self)
+        if kind not in kinds:
+            raise RouteError(f"`{tensor.name}`: `kind` must be one of {', '.join(kinds)}, got {kind!r}")
 
     @staticmethod
     def _once(split: Split | None, n: int) -> Ints:
@@ -353,19 +431,22 @@ class Wafer:
             if isinstance(arg, PlacedTensor):
                 if arg.wafer is not self:
                     raise KernelError(f"kernel `{kernel.name}`: `{name}` lies on another wafer")
+                if name in kernel.scratch:
+                    raise KernelError(f"kernel `{kernel.name}`: `{name}` must be a scratch request (`wse.scratch`), got a placed tensor")
+                arg.check_placed(self)
                 tensors[name] = arg
             elif (name in kernel.scratch) != isinstance(arg, Scratch):
                 raise KernelError(f"kernel `{kernel.name}`: `{name}` must {'' if name in kernel.scratch else 'not '}be a scratch request")
-            elif isinstance(arg, (float, complex, np.ndarray, list)):
-                raise KernelError(
-                    f"kernel `{kernel.name}`: `{name}` must be a placed tensor or a typed scalar, got {type(arg).__name__}; "
-                    f"place the array, or write np.float32(...)"
-                )
+            elif not isinstance(arg, Scratch):
+                _check_scalar(kernel, name, arg)
         if not tensors:
             raise KernelError(f"kernel `{kernel.name}`: no argument is a placed tensor")
         for name in (*kernel.out, *kernel.inout):
             if name not in tensors:
                 raise KernelError(f"kernel `{kernel.name}`: `{name}` is written, so it must be a placed tensor")
+            for other, tensor in tensors.items():
+                if other != name and tensor is tensors[name]:
+                    raise KernelError(f"kernel `{kernel.name}`: `{name}` is written, so the same tensor cannot be `{other}` too")
         return tensors
 
     def _plan(self, kernel: Kernel, args: dict[str, Any], tensors: dict[str, PlacedTensor]) -> _LaunchPlan:
@@ -386,14 +467,10 @@ class Wafer:
                 if split is not None and split not in splits[axis]:
                     splits[axis].append(split)
         used_rows, used_cols = _all_used(splits["row"], self.rows), _all_used(splits["col"], self.cols)
-        rows = used_rows
-        if any(not s.is_partition for s in splits["row"]):
-            representatives = splits["row"][0].representatives
-            if any(not np.array_equal(s.representatives, representatives) for s in splits["row"]):
-                raise KernelError(f"kernel `{kernel.name}`: its tensors replicate rows differently; redistribute one of them first")
-            rows = representatives[np.isin(representatives, used_rows)]
-        if not splits["row"]:
-            rows = used_rows[:1]
+        rows, cols = _different(splits["row"], used_rows), _different(splits["col"], used_cols)
+        if used_rows.size and used_cols.size:
+            self._check_replicas(kernel, tensors, "row", used_rows, rows)
+            self._check_replicas(kernel, tensors, "col", used_cols, cols)
         macs = 0
         if kernel.macs is not None:
             for row, n_rows in _classes([s.sizes for s in splits["row"]], used_rows):
@@ -401,7 +478,43 @@ class Wafer:
                     shapes: dict[str, Any] = {n: t.block_shape(row, col) for n, t in tensors.items()}
                     shapes.update({n: a for n, a in args.items() if n not in tensors})
                     macs += kernel.macs(shapes) * n_rows * n_cols
-        return _LaunchPlan(rows, used_rows, used_cols, macs)
+        return _LaunchPlan(rows, cols, used_rows, used_cols, macs)
+
+    def _check_replicas(self, kernel: Kernel, tensors: dict[str, PlacedTensor], axis: GridAxis, used: Ints, runs: Ints) -> None:
+        """Raise if replicas of a written tensor could come to differ: each must be written, from the same blocks."""
+        n = self.rows if axis == "row" else self.cols
+        is_used = np.zeros(n, np.bool_)
+        is_used[used] = True
+        lines = "rows" if axis == "row" else "columns"
+        for name in (*kernel.out, *kernel.inout):
+            split = tensors[name].placement.split_of(axis)
+            labels = np.zeros(n, np.int64) if split is None else split.labels
+            copies = np.bincount(labels[labels >= 0], minlength=n)
+            written = np.bincount(labels[used], minlength=n)
+            if copies.max() == 1 or not written.any():
+                continue
+            left_out = np.flatnonzero((labels >= 0) & ~is_used & (written[labels] > 0))
+            if left_out.size:
+                raise KernelError(
+                    f"kernel `{kernel.name}`: `{name}` has replicas on several {lines}, but nothing runs on {axis} {int(left_out[0])}, "
+                    f"where another argument has no block; the replicas would differ. Place `{name}` only where the kernel runs, and "
+                    f"broadcast it"
+                )
+            if kernel.takes_core and (written > 1).any():
+                raise KernelError(
+                    f"kernel `{kernel.name}` takes `core` and writes `{name}`, which has replicas on several {lines}; they would differ. "
+                    f"Split `{name}` over {lines}"
+                )
+            ran = np.bincount(labels[runs], minlength=n)
+            if (ran > 1).any():
+                for other, tensor in tensors.items():
+                    theirs = tensor.placement.split_of(axis)
+                    if theirs is not None and _different([theirs], used).size > np.count_nonzero(written):
+                        raise KernelError(
+                            f"kernel `{kernel.name}`: `{name}` has replicas on several {lines}, but `{other}` differs there; the replicas "
+                            f"would differ. Split `{name}` over {lines} as `{other}` is, and combine it with a move"
+                        )
+                raise KernelError(f"kernel `{kernel.name}`: `{name}` has replicas on several {lines}, where other arguments differ")
 
     def _reserve_scratch(self, kernel: Kernel, args: dict[str, Any]) -> list[Reservation]:
         rows = np.ones(self.rows, np.int64)
@@ -418,13 +531,13 @@ class Wafer:
                 values += [arg.data, arg.placement.table]
             elif isinstance(arg, Scratch):
                 kinds.append("w" if len(arg.shape) == 2 else "v")
-                values.append(np.empty((plan.rows.size * plan.used_cols.size, *arg.shape), arg.dtype))
+                values.append(np.empty((plan.rows.size * plan.cols.size, *arg.shape), arg.dtype))
             else:
                 kinds.append("s")
                 values.append(arg)
         driver = make_driver(kernel.body, "".join(kinds), takes_core=kernel.takes_core)
         units = plan.macs + sum(value.size for value in values if isinstance(value, np.ndarray))
-        driver(units, plan.rows, plan.used_cols, self.rows, self.cols, *values)
+        driver(units, plan.rows, plan.cols, self.rows, self.cols, *values)
 
     def _launch_isolated(self, kernel: Kernel, args: dict[str, Any], plan: _LaunchPlan) -> int:
         assert self.cores is not None
@@ -450,11 +563,36 @@ class Wafer:
         return macs
 
 
+def _check_scalar(kernel: Kernel, name: str, arg: object) -> None:
+    if isinstance(arg, (bool, np.bool_)) or (isinstance(arg, np.number) and arg.dtype.kind in "fiu"):
+        return
+    if isinstance(arg, int):
+        if not -(2**63) <= arg < 2**63:
+            raise KernelError(f"kernel `{kernel.name}`: `{name}` must fit 64 bits, got {arg}")
+        return
+    raise KernelError(
+        f"kernel `{kernel.name}`: `{name}` must be a placed tensor or a typed scalar, got {type(arg).__name__}; "
+        f"place the array, or write np.float32(...)"
+    )
+
+
 def _all_used(splits: list[Split], n: int) -> Ints:
     used = np.ones(n, np.bool_)
     for split in splits:
         used &= split.sizes > 0
     return np.flatnonzero(used)
+
+
+def _different(splits: list[Split], used: Ints) -> Ints:
+    """First of the positions in `used` for every combination of ranges that the splits have there."""
+    if not splits or not used.size:
+        return used[:1]
+    if len(splits) == 1:
+        _, first = np.unique(splits[0].labels[used], return_index=True)
+    else:
+        _, first = np.unique(np.stack([s.labels[used] for s in splits]), axis=1, return_index=True)
+    kept: Ints = used[np.sort(first)]
+    return kept
 
 
 def _classes(sizes: list[Ints], used: Ints) -> list[tuple[int, int]]:
@@ -467,14 +605,14 @@ def _classes(sizes: list[Ints], used: Ints) -> list[tuple[int, int]]:
     return [(int(used[f]), int(n)) for f, n in zip(first, counts, strict=True)]
 
 
-def _to_panels(whole: NDArray[Any], place: Placement, flat: NDArray[Any]) -> None:
+def to_panels(whole: NDArray[Any], place: Placement, flat: NDArray[Any]) -> None:
     """Write an (m, n) array into the flat buffer of a placed tensor."""
     for start, stop in _panels(place):
         flat[place.shape[0] * start : place.shape[0] * stop].reshape(place.shape[0], stop - start)[...] = whole[:, start:stop]
 
 
-def _from_panels(flat: NDArray[Any], place: Placement, whole: NDArray[Any]) -> None:
-    """Inverse of `_to_panels`."""
+def from_panels(flat: NDArray[Any], place: Placement, whole: NDArray[Any]) -> None:
+    """Inverse of `to_panels`."""
     for start, stop in _panels(place):
         whole[:, start:stop] = flat[place.shape[0] * start : place.shape[0] * stop].reshape(place.shape[0], stop - start)
 
@@ -483,6 +621,15 @@ def _panels(place: Placement) -> list[tuple[int, int]]:
     grid, split = place.axis1
     if grid is None or place.shape[0] == 1:
         return [(0, place.shape[1])]
-    if not split.is_partition:
-        raise RouteError("columns of a tensor cannot be replicated over the grid and gathered")
-    return [(int(split.starts[i]), int(split.stops[i])) for i in split.used]
+    return [(int(split.starts[i]), int(split.stops[i])) for i in split.representatives]
+
+
+def _element_type(name: str, dtype: DTypeLike) -> np.dtype[Any]:
+    """`dtype`, if cores can hold it and the fabric can carry it."""
+    found = np.dtype(dtype)
+    if found.kind not in "fiu" or found.itemsize not in (_WORD, 2 * _WORD) or not found.isnative:
+        raise PlacementError(
+            f"`{name}`: elements must be integers or floating point numbers that fill one or two 32-bit words, got {found}; "
+            f"convert to float32 or int32"
+        )
+    return found
