@@ -14,6 +14,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 SMALL: dict[str, dict[str, Any]] = {
     "custom_kernel": {"n_tokens": 3, "hidden": 5, "n_experts": 2},
+    "moves": {"m": 5, "k": 7, "rows": 2, "cols": 3},
     "quickstart": {"rows": 2, "cols": 3, "n_tokens": 4, "max_new_tokens": 2},
     "routing_research": {"rows": 2, "cols": 3, "n_tokens": 4, "max_new_tokens": 3},
     "sliding_window": {"rows": 4, "cols": 2, "n_tokens": 20, "window": 5},
@@ -44,6 +45,14 @@ def test_custom_kernel_agrees_in_all_executors(capsys: pytest.CaptureFixture[str
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "the three agree bit for bit: True"
     assert ["140 multiply-adds" in line for line in lines[:-1]] == [True] * 3
+
+
+def test_moves_agree_in_all_executors(capsys: pytest.CaptureFixture[str]) -> None:
+    load("moves").main(**SMALL["moves"])
+    error, same, *rows = capsys.readouterr().out.splitlines()
+    assert float(error.split()[-1]) < 1e-5
+    assert same == "the three agree bit for bit: True"
+    assert {row.split()[0]: int(row.split()[3]) for row in rows} == {"inject": 196, "launch": 0, "chain": 40, "deliver": 20, "gather": 12}
 
 
 def test_quickstart_verifies(capsys: pytest.CaptureFixture[str]) -> None:

@@ -156,10 +156,12 @@ def chain() -> str:
     def sums(n: int) -> tuple[NDArray[np.float32], list[Event]]:
         """The chain over the first `n` columns, run one core at a time: what it delivers, and its events."""
         wafer = wse.Wafer(wse.WSE3, rows=rows, cols=cols, executor="isolated")
-        parts = wafer.place(values, name="partial sums")
-        out = wafer.empty("sum", wafer.placement((rows, 1), parts.placement.axis0, ("col", Split.single(1, owner, cols))))
+        of_rows = ("row", Split.balanced(rows, rows))
+        parts = wafer.empty("partial sums", wafer.placement((rows, n), of_rows, ("col", Split.uniform(1, cols, range(n)))))
+        wafer.inject(parts, np.ascontiguousarray(values[:, :n]))
+        out = wafer.empty("sum", wafer.placement((rows, 1), of_rows, ("col", Split.single(1, owner, cols))))
         start = len(wafer.ledger)
-        chain_row(wafer, parts, out, np.arange(n))
+        chain_row(wafer, parts, out)
         events = wafer.ledger.events(start)
         return out.gather()[:, 0], events
 

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from wse_emu.foundation.wafer_spec import TINY, WSE2, WSE3, WaferSpec
     from wse_emu.model import ModelOutput, WaferModel, from_config, from_pretrained
     from wse_emu.sampling import Sampler
+    from wse_emu.wafer import moves
     from wse_emu.wafer.kernel import kernel, scratch
+    from wse_emu.wafer.placement import Split
     from wse_emu.wafer.wafer import Wafer
 
 _HOME = {
@@ -53,7 +55,9 @@ _HOME = {
     "wse_emu.foundation.wafer_spec": ("TINY", "WSE2", "WSE3", "WaferSpec"),
     "wse_emu.model": ("ModelOutput", "WaferModel", "from_config", "from_pretrained"),
     "wse_emu.sampling": ("Sampler",),
+    "wse_emu.wafer": ("moves",),
     "wse_emu.wafer.kernel": ("kernel", "scratch"),
+    "wse_emu.wafer.placement": ("Split",),
     "wse_emu.wafer.wafer": ("Wafer",),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -77,6 +81,7 @@ __all__ = [
     "Sampler",
     "SaveError",
     "SpecError",
+    "Split",
     "SramOverflowError",
     "SramStateError",
     "StoreError",
@@ -91,6 +96,7 @@ __all__ = [
     "from_config",
     "from_pretrained",
     "kernel",
+    "moves",
     "scratch",
 ]
 
@@ -100,7 +106,8 @@ def __getattr__(name: str) -> object:
         module = _MODULE_OF[name]
     except KeyError:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
-    value = getattr(import_module(module), name)
+    # `moves` is a module of its package
+    value = import_module(f"{module}.{name}") if name == "moves" else getattr(import_module(module), name)
     globals()[name] = value
     return value
 

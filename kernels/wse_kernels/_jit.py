@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numba
 import numpy as np
 from numba import types
-from numba.core import compiler, config, serialize, sigutils
+from numba.core import compiler, config, ir, serialize, sigutils
 from numba.core.caching import NullCache
 from numba.core.errors import NumbaError, UnsupportedBytecodeError
 from numba.extending import is_jitted, register_jitable
@@ -30,6 +31,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 _RESULT: Any = compiler.CompileResult
 _dumps: Any = serialize.dumps
 _normalize: Any = sigutils.normalize_signature
+_unliteral: Any = types.unliteral
+type_of: Callable[[Any], Any] = cast(Any, numba).typeof
 
 _KERNELS = "wse_kernels"
 _COVERED = (_KERNELS, "wse_emu")
@@ -138,6 +141,47 @@ def helper(function: F) -> F:
 def plain(function: F) -> F:
     """Return the plain Python function of a kernel (of anything else, the function itself)."""
     return cast(F, getattr(function, "py_func", function))
+
+
+def promotions(result: Any) -> Iterator[tuple[int, str]]:
+    """Lines of a compiled function on which a float32 meets a number of another type, and what it meets.
+
+    Compiled code computes them in float64; in plain Python a Python number takes the type of the float32. Comparisons with a constant that
+    float32 holds exactly are the same in both.
+
+    Parameters
+    ----------
+    result : CompileResult
+        One specialisation, compiled in this process (one from the disk cache carries no types).
+    """
+    notes = result.type_annotation
+    blocks = getattr(notes, "blocks", None)
+    if blocks is None:
+        return
+    constants: dict[str, list[Any]] = {}
+    for block in blocks.values():
+        for assign in block.find_insts(ir.Assign):
+            constants.setdefault(assign.target.name, []).append(
+                assign.value.value if isinstance(assign.value, (ir.Const, ir.Global, ir.FreeVar)) else None
+            )
+    for expression, signature in notes.calltypes.items():
+        if not isinstance(expression, ir.Expr) or expression.op not in ("binop", "inplace_binop", "call"):
+            continue
+        names = [v.name for v in (expression.args if expression.op == "call" else (expression.lhs, expression.rhs))]
+        found = [_unliteral(notes.typemap[name]) for name in names]
+        others = [(n, t) for n, t in zip(names, found, strict=True) if isinstance(t, types.Number) and t != types.float32]
+        if types.float32 not in found or not others:
+            continue
+        name, other = others[0]
+        if signature.return_type == types.boolean and expression.op != "call":
+            (value, *more) = constants.get(name, [None])
+            exact = isinstance(other, types.Integer) or (not more and isinstance(value, float) and float(np.float32(value)) == value)
+            if not exact:
+                yield expression.loc.line, f"a float32 is compared with {other}"
+        elif signature.return_type == types.float64:
+            yield expression.loc.line, f"a float32 meets {other}"
+        elif expression.op != "call" and expression.fn in (operator.pow, operator.ipow):
+            yield expression.loc.line, f"a float32 is raised to a power of {other}"
 
 
 def _arguments(sig: Any) -> tuple[Any, ...]:

@@ -184,7 +184,9 @@ def splits(draw: st.DrawFn, total: int, parts: int) -> Split:
 @st.composite
 def placements(draw: st.DrawFn, shape: tuple[int, int], grid: tuple[int, int]) -> Placement:
     """Any placement: each axis over rows, over columns or whole."""
-    first, second = draw(st.sampled_from([("row", "col"), ("col", "row"), ("row", None), (None, "row"), ("col", None), (None, "col"), (None, None)]))
+    first, second = draw(
+        st.sampled_from([("row", "col"), ("col", "row"), ("row", None), (None, "row"), ("col", None), (None, "col"), (None, None)])
+    )
     length = {"row": grid[0], "col": grid[1], None: 1}
     pairs = [
         (axis, draw(splits(n, length[axis])) if axis else Split.balanced(n, 1)) for axis, n in zip((first, second), shape, strict=True)

@@ -45,7 +45,9 @@ def along(draw: st.DrawFn, passed: str, grid: tuple[int, int], shape: tuple[int,
     """Which tensor axis moves, and a function that makes a placement from a pair for that axis; the other axis is drawn."""
     axis = draw(st.integers(0, 1))
     other = "col" if passed == "row" else "row"
-    across = (other, draw(splits(shape[1 - axis], grid[LENGTH[other]]))) if draw(st.booleans()) else (None, Split.balanced(shape[1 - axis], 1))
+    across = (
+        (other, draw(splits(shape[1 - axis], grid[LENGTH[other]]))) if draw(st.booleans()) else (None, Split.balanced(shape[1 - axis], 1))
+    )
 
     def place(pair: tuple[Any, Split]) -> Placement:
         pairs = (pair, across) if axis == 0 else (across, pair)

@@ -9,24 +9,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from wse_emu.foundation.errors import KernelError, RouteError, SramOverflowError, UninitializedReadError
+from wse_emu.foundation.errors import KernelError, RouteError, SramOverflowError, UninitializedReadError, WseError
 from wse_emu.foundation.wafer_spec import WaferSpec
 from wse_emu.wafer.kernel import Core, Kernel
 from wse_emu.wafer.traffic import Traffic
+from wse_kernels._jit import COMPILE_ERRORS
 
 Slices = tuple[slice | NDArray[np.int64], ...] | slice
 Borrow = Callable[[tuple[int, int], str, tuple[int, ...], DTypeLike], "Block"]
 WHOLE: slice = slice(None)
+_POISON = {
+    np.dtype(np.float32): np.array([0x7FC0D1AD], np.uint32).view(np.float32)[0],
+    np.dtype(np.float64): np.array([0x7FF8D1ADD1ADD1AD], np.uint64).view(np.float64)[0],
+}
+"""NaNs that no arithmetic makes of its own: an output that still holds one was not written."""
+_GRAIN = 4
+"""Bytes to which the size of a block is rounded up."""
 
 
 class Block:
     """One core's piece of a tensor: a view of the core's arena, and which elements have been written."""
 
-    __slots__ = ("array", "core", "defined", "name", "start")
+    __slots__ = ("__weakref__", "_derive", "_parts", "array", "core", "defined", "name", "start")
 
     def __init__(self, core: tuple[int, int], name: str, start: int, array: NDArray[Any]) -> None:
         self.core = core
@@ -34,36 +43,69 @@ class Block:
         self.start = start
         self.array = array
         self.defined: NDArray[np.bool_] = np.zeros(array.shape, np.bool_)
+        self._derive: Callable[[NDArray[Any]], NDArray[Any]] | None = None
+        self._parts: WeakSet[Block] = WeakSet()
         self.poison()
 
     def poison(self, where: Slices = WHOLE) -> None:
         """Make the content undefined again."""
-        self.array[where] = np.nan if self.array.dtype.kind == "f" else np.iinfo(self.array.dtype).max
+        kind = self.array.dtype.kind
+        poison = _POISON.get(self.array.dtype, np.nan) if kind == "f" else True if kind == "b" else np.iinfo(self.array.dtype).max
+        self.array[where] = poison
         self.defined[where] = False
+
+    def settle(self) -> None:
+        """After a kernel that writes the block: what it left untouched stays undefined, as far as that can be told (floating point)."""
+        poison = _POISON.get(self.array.dtype)
+        if poison is None or self.defined.all():
+            self.defined.fill(True)
+            return
+        bits = f"u{self.array.itemsize}"
+        self.defined |= self.array.view(bits) != poison.view(bits)
 
     def prefix(self, *shape: int) -> Block:
         """A poisoned block of `shape` in the first bytes of this one."""
         n = int(np.prod(shape))
-        return Block(self.core, self.name, self.start, self.array.reshape(-1)[:n].reshape(shape))
+        part = self._part(lambda array: array.reshape(-1)[:n].reshape(shape))
+        part.defined = np.zeros(shape, np.bool_)
+        part.poison()
+        return part
 
     def view(self, where: slice) -> Block:
         """The leading-axis slice `where` as a block that shares memory and flags with this one."""
-        part = object.__new__(Block)
-        part.core, part.name, part.start = self.core, self.name, self.start
-        part.array, part.defined = self.array[where], self.defined[where]
+        part = self._part(lambda array: array[where])
+        part.defined = self.defined[where]
         return part
 
     def shaped(self, *shape: int) -> Block:
         """The block with other axes; memory and flags are shared."""
-        part = object.__new__(Block)
-        part.core, part.name, part.start = self.core, self.name, self.start
-        part.array, part.defined = self.array.reshape(shape), self.defined.reshape(shape)
+        part = self._part(lambda array: array.reshape(shape))
+        part.defined = self.defined.reshape(shape)
         return part
 
     @property
     def plane(self) -> Block:
         """The block with two axes: a vector is one row."""
         return self if self.array.ndim == 2 else self.shaped(1, self.array.size)
+
+    def _part(self, derive: Callable[[NDArray[Any]], NDArray[Any]]) -> Block:
+        """A block in this one's memory, which follows it when the arena moves it."""
+        part = object.__new__(Block)
+        part.core, part.name, part.start = self.core, self.name, self.start
+        part._parts = self._parts  # all parts of a block, and theirs, are found from the block itself
+        part._derive, before = derive, self._derive
+        if before is not None:
+            part._derive = lambda array: derive(before(array))
+        part.array = derive(self.array)
+        self._parts.add(part)
+        return part
+
+    def moved(self, start: int, array: NDArray[Any]) -> None:
+        """The arena moved the block: it lies in `array` now, and its parts with it."""
+        self.start, self.array = start, array
+        for part in self._parts:
+            assert part._derive is not None
+            part.start, part.array = start, part._derive(array)
 
     def read(self, where: Slices = WHOLE) -> NDArray[Any]:
         """View of defined elements.
@@ -88,24 +130,25 @@ class Block:
 
 
 class Arena:
-    """SRAM of one core; blocks are carved first-fit and moved together when free bytes lie scattered."""
+    """SRAM of one core, without its code; blocks are carved first-fit and moved together when free bytes lie scattered."""
 
     def __init__(self, core: tuple[int, int], spec: WaferSpec) -> None:
         self.core = core
-        self._memory = np.zeros(spec.sram_bytes_per_core, np.uint8)
-        self._floor = -(-spec.base_code_bytes // 8) * 8
+        self._memory = np.zeros((spec.sram_bytes_per_core - spec.base_code_bytes) // _GRAIN * _GRAIN, np.uint8)
         self._blocks: list[Block] = []
 
     def allocate(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> Block:
         """Carve a poisoned block; alignment is that of the element type."""
         dtype = np.dtype(dtype)
-        size = int(np.prod(shape)) * dtype.itemsize
-        start = self._find(size)
+        size = _whole_words(int(np.prod(shape)) * dtype.itemsize)
+        start = self._find(size, dtype.itemsize)
         if start is None:
             self._compact()
-            start = self._find(size)
+            start = self._find(size, dtype.itemsize)
         if start is None:
-            raise SramOverflowError(f"core {self.core}: `{name}` needs {size} bytes; the arena holds {self._used()} of {self._memory.size}")
+            raise SramOverflowError(
+                f"core {self.core}: `{name}` needs {size} bytes; blocks hold {sum(map(_size, self._blocks))} of {self._memory.size}"
+            )
         block = Block(self.core, name, start, self._view(start, shape, dtype))
         self._blocks.append(block)
         self._blocks.sort(key=lambda b: b.start)
@@ -129,25 +172,35 @@ class Arena:
         size = int(np.prod(shape)) * dtype.itemsize
         return self._memory[start : start + size].view(dtype).reshape(shape)
 
-    def _used(self) -> int:
-        return self._floor + sum(b.array.nbytes for b in self._blocks)
-
-    def _find(self, size: int) -> int | None:
-        at = self._floor
+    def _find(self, size: int, alignment: int) -> int | None:
+        at = 0
         for block in self._blocks:
             if block.start - at >= size:
                 return at
-            at = max(at, -(-(block.start + block.array.nbytes) // 8) * 8)
+            at = max(at, -(-(block.start + _size(block)) // alignment) * alignment)
         return at if self._memory.size - at >= size else None
 
     def _compact(self) -> None:
-        at = self._floor
-        for block in self._blocks:
-            content = block.array.copy()
-            block.start = at
-            block.array = self._view(at, content.shape, content.dtype)
+        """Blocks of 8-byte elements to the low end, the others to the high end: no byte is lost to alignment between them."""
+        low, high = 0, self._memory.size
+        contents = [block.array.copy() for block in self._blocks]
+        for block, content in zip(self._blocks, contents, strict=True):
+            size = _size(block)
+            if content.itemsize > _GRAIN:
+                start, low = low, low + size
+            else:
+                start = high = high - size
+            block.moved(start, self._view(start, content.shape, content.dtype))
             block.array[...] = content
-            at += -(-content.nbytes // 8) * 8
+        self._blocks.sort(key=lambda b: b.start)
+
+
+def _size(block: Block) -> int:
+    return _whole_words(block.array.nbytes)
+
+
+def _whole_words(n_bytes: int) -> int:
+    return -(-n_bytes // _GRAIN) * _GRAIN
 
 
 class Cores:
@@ -224,6 +277,10 @@ class Cores:
                 arg.read()
                 if name not in kernel.inout:
                     guarded.append((name, arg.array, arg.array.copy()))
+                    if kernel.guarded:
+                        values.append(arg.array.view())
+                        values[-1].flags.writeable = False
+                        continue
             values.append(arg.array)
         if kernel.takes_core:
             values.insert(0, Core(core[0], core[1], *self.shape))
@@ -231,11 +288,15 @@ class Cores:
             macs = kernel.run(values, shapes, interpreted=self.interpreted)
         except IndexError as error:
             raise KernelError(f"kernel `{kernel.name}` on core {core}: {error}; its blocks are {shapes}") from error
+        except Exception as error:
+            if isinstance(error, (WseError, *COMPILE_ERRORS)):
+                raise
+            raise kernel.failed(error, f" on core {core}") from error
         for name, array, before in guarded:
             if not np.array_equal(array.view(np.uint8), before.view(np.uint8)):
                 raise KernelError(f"kernel `{kernel.name}` wrote to `{name}`, which is read-only: name it in `out`")
         for name in (*kernel.out, *kernel.inout):
-            args[name].defined.fill(True)
+            args[name].settle()
         return macs
 
     def send(

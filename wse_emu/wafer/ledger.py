@@ -198,7 +198,7 @@ class Ledger:
         InputError
             If `by` names anything else.
         """
-        if isinstance(by, str) or set(by) - set(_KEYS):
+        if isinstance(by, str) or not isinstance(by, Sequence) or not all(isinstance(name, str) and name in _KEYS for name in by):
             raise InputError(f"`by` must be a sequence of layer, stage, kind and name, for instance ('kind',); got {by!r}")
         at = [_KEYS.index(name) for name in by]
         first_max = len(_SUMMED)

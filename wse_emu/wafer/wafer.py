@@ -254,7 +254,7 @@ class Wafer:
         length = {"row": self.rows, "col": self.cols, None: 1}
         for axis in names:
             if axis not in length:
-                raise PlacementError(f"`{name}`: `axes` may hold 'row', 'col' and None, got {axis!r}")
+                raise PlacementError(f"`{name}`: `axes` may hold 'row', 'col' and None, got {show(axis)}")
         pairs = [(grid, Split.balanced(n, length[grid])) for grid, n in zip(names, host.shape, strict=True)]
         if host.ndim == 1:
             pairs.insert(0, (None, Split.balanced(1, 1)))
@@ -393,7 +393,8 @@ class Wafer:
         UninitializedReadError
             If a core would read what nothing wrote (isolated and interpreted executors).
         """
-        tensors = self._check_args(kernel, args)
+        args, tensors = self._check_args(kernel, args)
+        kernel.check_body()
         plan = self._plan(kernel, args, tensors)
         with self.sram.code(kernel.name, kernel.code_bytes):
             reserved = self._reserve_scratch(kernel, args)
@@ -414,14 +415,17 @@ class Wafer:
     @in_turn
     def account(self, kernel: Kernel, **args: Any) -> None:
         """Write a launch in the ledger whose work a fused driver does elsewhere; arguments as for `launch`."""
-        plan = self._plan(kernel, args, self._check_args(kernel, args))
+        plan = self._plan(kernel, *self._check_args(kernel, args))
         with self.sram.code(kernel.name, kernel.code_bytes):
             count = int(plan.used_rows.size * plan.used_cols.size)
         self.record(Event(None, "", "launch", kernel.name, count=count, macs=plan.macs))
 
-    def _check_args(self, kernel: Kernel, args: dict[str, Any]) -> dict[str, PlacedTensor]:
+    def _check_args(self, kernel: Kernel, args: dict[str, Any]) -> tuple[dict[str, Any], dict[str, PlacedTensor]]:
+        """All arguments, defaults among them, and those that are tensors."""
         if not isinstance(kernel, Kernel):
             raise KernelError(f"`launch` takes a kernel, got {kernel!r}; declare the function with @wse.kernel(out=(...))")
+        if kernel.defaults:
+            args = {**kernel.defaults, **args}
         if set(args) != set(kernel.params):
             wrong = [("missing", set(kernel.params) - set(args)), ("unknown", set(args) - set(kernel.params))]
             said = "; ".join(f"{word} {', '.join(f'`{name}`' for name in sorted(names))}" for word, names in wrong if names)
@@ -447,7 +451,7 @@ class Wafer:
             for other, tensor in tensors.items():
                 if other != name and tensor is tensors[name]:
                     raise KernelError(f"kernel `{kernel.name}`: `{name}` is written, so the same tensor cannot be `{other}` too")
-        return tensors
+        return args, tensors
 
     def _plan(self, kernel: Kernel, args: dict[str, Any], tensors: dict[str, PlacedTensor]) -> _LaunchPlan:
         scalars = tuple(v for n, v in sorted(args.items()) if n not in tensors and not isinstance(v, Scratch)) if kernel.macs else ()
@@ -467,6 +471,8 @@ class Wafer:
                 if split is not None and split not in splits[axis]:
                     splits[axis].append(split)
         used_rows, used_cols = _all_used(splits["row"], self.rows), _all_used(splits["col"], self.cols)
+        if any(0 in tensor.placement.shape for tensor in tensors.values()):  # no core has a block of it
+            used_rows, used_cols = used_rows[:0], used_cols[:0]
         rows, cols = _different(splits["row"], used_rows), _different(splits["col"], used_cols)
         if used_rows.size and used_cols.size:
             self._check_replicas(kernel, tensors, "row", used_rows, rows)
@@ -477,7 +483,7 @@ class Wafer:
                 for col, n_cols in _classes([s.sizes for s in splits["col"]], used_cols):
                     shapes: dict[str, Any] = {n: t.block_shape(row, col) for n, t in tensors.items()}
                     shapes.update({n: a for n, a in args.items() if n not in tensors})
-                    macs += kernel.macs(shapes) * n_rows * n_cols
+                    macs += kernel.count(shapes) * n_rows * n_cols
         return _LaunchPlan(rows, cols, used_rows, used_cols, macs)
 
     def _check_replicas(self, kernel: Kernel, tensors: dict[str, PlacedTensor], axis: GridAxis, used: Ints, runs: Ints) -> None:
@@ -528,7 +534,11 @@ class Wafer:
             arg = args[name]
             if isinstance(arg, PlacedTensor):
                 kinds.append(str(arg.ndim))
-                values += [arg.data, arg.placement.table]
+                data = arg.flat
+                if kernel.guarded and name not in kernel.out and name not in kernel.inout:
+                    data = data.view()
+                    data.flags.writeable = False
+                values += [data, arg.placement.table]
             elif isinstance(arg, Scratch):
                 kinds.append("w" if len(arg.shape) == 2 else "v")
                 values.append(np.empty((plan.rows.size * plan.cols.size, *arg.shape), arg.dtype))
@@ -537,7 +547,15 @@ class Wafer:
                 values.append(arg)
         driver = make_driver(kernel.body, "".join(kinds), takes_core=kernel.takes_core)
         units = plan.macs + sum(value.size for value in values if isinstance(value, np.ndarray))
-        driver(units, plan.rows, plan.cols, self.rows, self.cols, *values)
+        places = (plan.rows, plan.cols, self.rows, self.cols)
+        if kernel.guarded:
+            kernel.vet(driver.function, kernel.body, (0, 1, *places, *values))
+        try:
+            driver(units, *places, *values)
+        except Exception as error:
+            if isinstance(error, COMPILE_ERRORS):
+                raise
+            raise kernel.failed(error) from error
 
     def _launch_isolated(self, kernel: Kernel, args: dict[str, Any], plan: _LaunchPlan) -> int:
         assert self.cores is not None
