@@ -64,6 +64,7 @@ def where_am_i(core, y):
             y[i, j] = 1000 * core.row + 100 * core.col + 10 * core.n_rows + core.n_cols
 
 
+@pytest.mark.slow  # its body is compiled in three ways
 @settings(max_examples=2 * MAX_EXAMPLES)
 @given(st.data(), GRIDS, st.integers(0, 6), st.integers(0, 6), SEEDS)
 def test_an_elementwise_kernel_is_its_formula_on_any_placement(data, grid, m, n, seed) -> None:
@@ -95,6 +96,7 @@ def test_an_elementwise_kernel_is_its_formula_on_any_placement(data, grid, m, n,
         assert_same_bits(block, np.ascontiguousarray(expected[block_range(place, *core)]))
 
 
+@pytest.mark.slow  # its body is compiled in three ways
 @settings(max_examples=2 * MAX_EXAMPLES)
 @given(st.data(), GRIDS, st.integers(1, 6), st.integers(1, 6))
 def test_launches_on_unlike_placements_agree_or_are_refused_by_all(data, grid, m, n) -> None:
@@ -133,6 +135,7 @@ def test_launches_on_unlike_placements_agree_or_are_refused_by_all(data, grid, m
         assert "replicas" in said.pop()
 
 
+@pytest.mark.slow  # its body is compiled in three ways
 @given(GRIDS, st.data())
 def test_a_kernel_knows_its_core(grid, data) -> None:
     rows, cols = grid

@@ -142,6 +142,18 @@ def test_a_wrong_split_or_placement_is_told(make: Any, said: str) -> None:
         make()
 
 
+def test_an_axis_without_a_split_is_balanced() -> None:
+    wafer = wse.Wafer(wse.TINY, rows=2, cols=3)
+    place = wafer.placement([5, 7], ["row", None], (None, None))
+    assert place == Placement((5, 7), ("row", Split.balanced(5, 2)), (None, Split.balanced(7, 1)), 2, 3)
+    with pytest.raises(
+        wse.PlacementError, match=r"a placement takes a shape \(m, n\) and a pair \(grid axis, split\) for each axis, got 5, "
+    ):
+        wafer.placement(5, ("row", None), (None, None))
+    with pytest.raises(wse.PlacementError, match=r"a placement takes integers, grid axes and splits: unhashable type: 'list'"):
+        wafer.placement((5, [7]), ("row", None), (None, None))
+
+
 def place_on(shape: Any, rows: Any) -> Placement:
     grid, split = rows
     split = Split.balanced(4, 2) if split is None and grid is not None else split or Split.balanced(4, 1)

@@ -10,9 +10,9 @@ rows, replicated in bands of rows, or whole on every core.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable
+from functools import lru_cache, wraps
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,22 @@ __all__ = [
 ChainOp = Literal["add", "max", "or"]
 """How `chain_col` combines two blocks."""
 
+_F = TypeVar("_F", bound=Callable[..., None])
+
+
+def _move(function: _F) -> _F:
+    """Let a move run when it is its thread's turn on the wafer."""
+
+    @wraps(function)
+    def alone(wafer: Wafer, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(wafer, Wafer):
+            raise RouteError(f"the first argument of a move is the wafer, got {type(wafer).__name__}")
+        with wafer.turn.lock:
+            function(wafer, *args, **kwargs)
+
+    return cast(_F, alone)
+
+
 CHAIN_ADD = Kernel(body=chain_add, params=("acc", "p"), inout=("acc",), code_bytes=160)
 """``acc = acc + p``: what a station of a chain does with what came in."""
 CHAIN_MAX = Kernel(body=chain_max, params=("acc", "p"), inout=("acc",), code_bytes=160)
@@ -60,6 +76,7 @@ _STATION: dict[str, tuple[Kernel, type[np.generic]]] = {
 # ---- along a row or a column
 
 
+@_move
 def broadcast_row(wafer: Wafer, source: PlacedTensor, out: PlacedTensor) -> None:
     """Copy what one column of cores holds to other columns, along every row: one multicast a row.
 
@@ -75,11 +92,13 @@ def broadcast_row(wafer: Wafer, source: PlacedTensor, out: PlacedTensor) -> None
     _broadcast(wafer, source, out, "col")
 
 
+@_move
 def broadcast_col(wafer: Wafer, source: PlacedTensor, out: PlacedTensor) -> None:
     """Copy what one row of cores holds to other rows, along every column; `broadcast_row` with rows and columns exchanged."""
     _broadcast(wafer, source, out, "row")
 
 
+@_move
 def all_gather_row(wafer: Wafer, source: PlacedTensor, out: PlacedTensor) -> None:
     """Give every column the blocks of all columns, along every row: each core multicasts its own.
 
@@ -94,11 +113,13 @@ def all_gather_row(wafer: Wafer, source: PlacedTensor, out: PlacedTensor) -> Non
     _all_gather(wafer, source, out, "col")
 
 
+@_move
 def all_gather_col(wafer: Wafer, source: PlacedTensor, out: PlacedTensor) -> None:
     """Give every row the blocks of all rows, along every column; `all_gather_row` with rows and columns exchanged."""
     _all_gather(wafer, source, out, "row")
 
 
+@_move
 def shift_rows(wafer: Wafer, source: PlacedTensor, out: PlacedTensor, n: int) -> None:
     """Send every core's block `n` rows south (north if negative); rows that no block reaches keep what `out` held.
 
@@ -113,6 +134,7 @@ def shift_rows(wafer: Wafer, source: PlacedTensor, out: PlacedTensor, n: int) ->
     _shift(wafer, source, out, n, "row")
 
 
+@_move
 def shift_cols(wafer: Wafer, source: PlacedTensor, out: PlacedTensor, n: int) -> None:
     """Send every core's block `n` columns east (west if negative); `shift_rows` with rows and columns exchanged."""
     _shift(wafer, source, out, n, "col")
@@ -121,6 +143,7 @@ def shift_cols(wafer: Wafer, source: PlacedTensor, out: PlacedTensor, n: int) ->
 # ---- chains
 
 
+@_move
 def chain_row(wafer: Wafer, partials: PlacedTensor, out: PlacedTensor) -> None:
     """Add private partial blocks along every row, west to east, and deliver the sum to the columns that own it.
 
@@ -197,6 +220,7 @@ def _chain_row_plan(partials: Placement, out: Placement, name: str, out_name: st
     return _ChainRow(stations, owners, lines, events)
 
 
+@_move
 def chain_col(wafer: Wafer, partials: PlacedTensor, out: PlacedTensor, op: ChainOp = "add") -> None:
     """Combine private blocks along every column, north to south; the result stays on the last row that holds one, where `out` lies.
 
@@ -295,6 +319,7 @@ def _combine(op: ChainOp, total: NDArray[Any], more: NDArray[Any]) -> None:
 # ---- from core to core
 
 
+@_move
 def send(wafer: Wafer, source: PlacedTensor, out: PlacedTensor, from_core: tuple[int, int], to_core: tuple[int, int]) -> None:
     """Send one core's block of `source` to another core's block of `out`, along the row first, then along the column.
 
@@ -341,6 +366,7 @@ def send(wafer: Wafer, source: PlacedTensor, out: PlacedTensor, from_core: tuple
     wafer.record(traffic.event("send", source.name, costs.COLORS["send"]))
 
 
+@_move
 def gather_to_core(wafer: Wafer, source: PlacedTensor, out: PlacedTensor) -> None:
     """Bring all blocks of a tensor to the one core on which `out` lies, along rows first, then along that core's column.
 
@@ -582,8 +608,6 @@ def _same_shape(source: Placement, out: Placement, name: str, out_name: str) -> 
 
 
 def _check(wafer: Wafer, source: PlacedTensor, out: PlacedTensor, role: str, *, same: bool = False) -> None:
-    if not isinstance(wafer, Wafer):
-        raise RouteError(f"the first argument of a move is the wafer, got {type(wafer).__name__}")
     for name, tensor in ((role, source), ("out", out)):
         if not isinstance(tensor, PlacedTensor):
             raise RouteError(f"`{name}` must be a placed tensor (`Wafer.place`, `Wafer.empty`), got {type(tensor).__name__}")

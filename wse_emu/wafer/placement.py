@@ -416,7 +416,9 @@ def placed(
     n_rows: int,
     n_cols: int,
 ) -> Placement:
-    """`Placement` of an ``(m, n)`` tensor with ``(grid axis, split)`` for each tensor axis; a split of None is the whole axis."""
-    axis0 = (rows[0], rows[1] if rows[1] is not None else Split.balanced(shape[0], 1))
-    axis1 = (cols[0], cols[1] if cols[1] is not None else Split.balanced(shape[1], 1))
+    """`Placement` of an ``(m, n)`` tensor with ``(grid axis, split)`` for each tensor axis; without a split the axis is balanced."""
+    length = {"row": n_rows, "col": n_cols}
+    (grid0, split0), (grid1, split1) = rows, cols
+    axis0 = (grid0, Split.balanced(shape[0], length.get(grid0 or "", 1)) if split0 is None else split0)
+    axis1 = (grid1, Split.balanced(shape[1], length.get(grid1 or "", 1)) if split1 is None else split1)
     return Placement(shape, axis0, axis1, n_rows, n_cols)

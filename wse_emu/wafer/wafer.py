@@ -142,8 +142,31 @@ class Wafer:
     def placement(
         self, shape: tuple[int, int], rows: tuple[GridAxis | None, Split | None], cols: tuple[GridAxis | None, Split | None]
     ) -> Placement:
-        """Placement of a two-axis tensor on this grid; see `Placement`."""
-        return placed(shape, rows, cols, self.rows, self.cols)
+        """Placement of a two-axis tensor on this grid; see `Placement`.
+
+        Parameters
+        ----------
+        shape : tuple of int
+            (m, n) of the whole tensor.
+        rows, cols : (grid axis, Split or None)
+            For each tensor axis the grid axis that splits it (``"row"``, ``"col"``, or None: whole on every core), and how; without a split
+            it is balanced.
+
+        Raises
+        ------
+        PlacementError
+            If the splits do not fit the shape or the grid.
+        """
+        pairs = [tuple(pair) if isinstance(pair, (tuple, list)) else () for pair in (shape, rows, cols)]
+        if any(len(pair) != 2 for pair in pairs):
+            raise PlacementError(
+                f"a placement takes a shape (m, n) and a pair (grid axis, split) for each axis, got {show(shape)}, {show(rows)} and "
+                f"{show(cols)}"
+            )
+        try:
+            return placed(*pairs, self.rows, self.cols)
+        except TypeError as error:  # what cannot be hashed is no integer, name or split
+            raise PlacementError(f"a placement takes integers, grid axes and splits: {error}") from error
 
     @in_turn
     def empty(self, name: str, placement: Placement, dtype: DTypeLike = np.float32, *, ndim: int = 2) -> PlacedTensor:
@@ -388,8 +411,12 @@ class Wafer:
         Raises
         ------
         KernelError
-            If an argument is missing, unknown or of the wrong kind, replicas of one tensor meet another row split, or the body does not
-            compile.
+            If an argument is missing, unknown or of the wrong kind, a result has replicas that would come to differ, or the body does not
+            compile or raises.
+        SramStateError
+            If a tensor was freed.
+        SramOverflowError
+            If the kernel's code or its scratch does not fit.
         UninitializedReadError
             If a core would read what nothing wrote (isolated and interpreted executors).
         """
