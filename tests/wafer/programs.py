@@ -40,7 +40,7 @@ def numbers(seed: int, *shape: int) -> Array:
     rng = np.random.default_rng(seed)
     values = rng.standard_normal(shape) * 10.0 ** rng.integers(-3, 4, shape)
     special = rng.choice(np.array([0.0, -0.0, np.inf, -np.inf, np.nan]), shape)
-    return np.where(rng.random(shape) < 0.1, special, values).astype(np.float32)
+    return np.where(rng.random(shape) < 0.3, special, values).astype(np.float32)
 
 
 def assert_same_bits(ours: Array, theirs: Array) -> None:

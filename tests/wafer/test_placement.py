@@ -49,7 +49,18 @@ def test_a_split_covers_its_axis_and_its_ranges_are_equal_or_disjoint(total: int
         with pytest.raises(wse.PlacementError, match=r"ranges must lie in|overlap; they must be equal|lie nowhere; the ranges of a split"):
             Split(total, starts, stops)
         return
-    split = Split(total, starts, stops)
+    check_split(Split(total, starts, stops), total, ranges)
+
+
+@settings(max_examples=4 * MAX_EXAMPLES)
+@given(st.data(), st.integers(0, 9), st.integers(1, 6))
+def test_replicas_and_other_orders_are_told_by_their_labels(data: Any, total: int, parts: int) -> None:
+    split = data.draw(splits(total, parts))
+    check_split(split, total, list(zip(split.starts.tolist(), split.stops.tolist(), strict=True)))
+
+
+def check_split(split: Split, total: int, ranges: list[tuple[int, int]]) -> None:
+    """Everything a split says of itself, from the sets of elements that its ranges hold."""
     held = [set(range(a, b)) for a, b in ranges]
     assert [set(range(a, b)) for a, b in zip(split.starts.tolist(), split.stops.tolist(), strict=True)] == held
     assert split.sizes.tolist() == [len(h) for h in held]

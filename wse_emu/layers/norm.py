@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
 from wse_emu.wafer import costs
 from wse_emu.wafer.kernel import Kernel
 from wse_emu.wafer.moves import broadcast_row, chain_row
-from wse_emu.wafer.placement import Split, TokenBands
+from wse_emu.wafer.placement import Placement, Split, TokenBands
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.wafer import Wafer
 from wse_kernels.norm import add_to, rms_scale, sum_squares
@@ -37,12 +39,8 @@ def rms_norm(
         Written.
     bands : TokenBands
     """
-    rows, (_, features) = x.placement.axis0, x.placement.axis1
-    n_tokens, n = x.placement.shape
-    cols = features.used
-    partial_place = wafer.placement((n_tokens, cols.size), rows, ("col", Split.uniform(1, wafer.cols, cols)))
-    end_place = wafer.placement((n_tokens, 1), rows, ("col", Split.single(1, int(cols[-1]), wafer.cols)))
-    total_place = wafer.placement((n_tokens, 1), rows, ("col", Split.everywhere(1, wafer.cols, cols)))
+    (_, features), n = x.placement.axis1, x.placement.shape[1]
+    partial_place, end_place, total_place = _sum_places(x.placement)
     with wafer.empty("sum of squares", total_place) as total:
         with wafer.empty("partial sums of squares", partial_place) as partial, wafer.empty("row sum", end_place) as end:
             wafer.launch(SUM_SQUARES, x=x, ss=partial)
@@ -50,6 +48,15 @@ def rms_norm(
             broadcast_row(wafer, end, total)
         with stream_vector(wafer, name, weight, features, bands) as w:
             wafer.launch(RMS_SCALE, x=x, total=total, weight=w, size=np.float32(n), eps=np.float32(eps), out=out)
+
+
+@lru_cache(maxsize=1024)
+def _sum_places(x: Placement) -> tuple[Placement, Placement, Placement]:
+    """Where a row's sums lie: partial ones on every column that has features, the sum on the last of them, then on all."""
+    cols, n_cols = x.axis1[1].used, x.n_cols
+    splits = Split.uniform(1, n_cols, cols), Split.single(1, int(cols[-1]), n_cols), Split.everywhere(1, n_cols, cols)
+    partial, end, total = (Placement((x.shape[0], split.total), x.axis0, ("col", split), x.n_rows, n_cols) for split in splits)
+    return partial, end, total
 
 
 def stream_vector(wafer: Wafer, name: str, values: NDArray[np.float32] | None, split: Split, bands: TokenBands) -> PlacedTensor:
