@@ -187,6 +187,7 @@ class Memory(RuleBasedStateMachine):
     def nothing_is_lost_or_shared(self) -> None:
         for block, values in self.blocks:
             np.testing.assert_array_equal(block.read(), values)
+            assert block.array.flags.aligned
         for whole, part, where in self.parts:
             assert part.array.size == 0 or np.shares_memory(part.array, whole.array)
             np.testing.assert_array_equal(part.read(), whole.read()[where])
