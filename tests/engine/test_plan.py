@@ -299,9 +299,9 @@ def test_streaming_everything_is_every_parameter_but_the_embedding() -> None:
 
 
 def test_prompts_are_cut_into_passes() -> None:
-    assert prompt_chunks((5, 2), None) == [[(0, 5), (1, 2)]]
-    assert prompt_chunks((5, 2), 2) == [[(0, 2), (1, 2)], [(0, 2)], [(0, 1)]]
-    assert prompt_chunks((2, 5), 9) == [[(0, 2), (1, 5)]]
+    assert list(prompt_chunks((5, 2), None)) == [[(0, 5), (1, 2)]]
+    assert list(prompt_chunks((5, 2), 2)) == [[(0, 2), (1, 2)], [(0, 2)], [(0, 1)]]
+    assert list(prompt_chunks((2, 5), 9)) == [[(0, 2), (1, 5)]]
 
 
 def test_workload_lists_every_kind_of_pass_once() -> None:

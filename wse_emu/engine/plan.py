@@ -7,6 +7,7 @@ reserved, and that is the peak of the whole run. No weights are needed.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -24,6 +25,16 @@ from wse_emu.layers.kv_cache import KVCache, Sequences
 from wse_emu.wafer.sram import SramMap
 from wse_emu.wafer.wafer import Wafer
 
+MAX_PROMPT_TOKENS = 1 << 20
+"""Tokens of all prompts together that are planned for."""
+
+
+def check_prompt_tokens(n_tokens: int) -> None:
+    """Raise `InputError` for more prompt tokens than anything here plans for, before arrays of that size are made."""
+    if n_tokens > MAX_PROMPT_TOKENS:
+        rule = f"at most {MAX_PROMPT_TOKENS} are planned for; give fewer or shorter ones"
+        raise InputError(f"{show(n_tokens)} tokens of prompts (`prompt_tokens` times `batch`): {rule}")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
@@ -38,20 +49,19 @@ class Workload:
 
     @staticmethod
     def of(prompts: tuple[int, ...], new_tokens: int, prefill_chunk: int | None, *, probe: bool = False) -> Workload:
-        """Prompts of these lengths in chunks, then `new_tokens` one by one."""
+        """Prompts of these lengths in chunks, then `new_tokens` one by one; raises as `check_prompt_tokens`."""
+        check_prompt_tokens(sum(prompts))
         passes = list(dict.fromkeys(tuple(chunk) for chunk in prompt_chunks(prompts, prefill_chunk)))
         if new_tokens > 1:
             passes.append(tuple((i, 1) for i in range(len(prompts))))
         return Workload(capacity=tuple(n + new_tokens for n in prompts), passes=tuple(passes), probe=probe)
 
 
-def prompt_chunks(lengths: tuple[int, ...], chunk: int | None) -> list[list[tuple[int, int]]]:
+def prompt_chunks(lengths: tuple[int, ...], chunk: int | None) -> Iterator[list[tuple[int, int]]]:
     """Forward passes for prompts of these lengths: for each pass (sequence, tokens) of the sequences that still have tokens."""
     step = max(lengths) if chunk is None else chunk
-    return [
-        [(i, min(step, n - first)) for i, n in enumerate(lengths) if n > first]
-        for first in range(0, max(lengths), step)
-    ]  # fmt: skip
+    for first in range(0, max(lengths), step):
+        yield [(i, min(step, n - first)) for i, n in enumerate(lengths) if n > first]
 
 
 def sequences_of(slots: list[int], n_new: list[int], start: list[int], length: list[int] | None = None) -> Sequences:
@@ -177,7 +187,7 @@ def plan_model(
     SpecError
         If a number breaks its range.
     InputError
-        If the sequence is longer than the model's positions.
+        If the sequence is longer than the model's positions, or there are more than `MAX_PROMPT_TOKENS` tokens of prompts.
     """
     for name, value, least in (("prompt_tokens", prompt_tokens, 1), ("new_tokens", new_tokens, 0), ("batch", batch, 1)):
         if type(value) is not int or value < least:
@@ -192,6 +202,7 @@ def plan_model(
             f"{show(prompt_tokens)} tokens of prompt and {show(new_tokens)} new ones are more than the model's "
             f"{spec.context_length} positions"
         )
+    check_prompt_tokens(prompt_tokens * batch)
     options = options or EngineOptions()
     work = Workload.of((prompt_tokens,) * batch, new_tokens, prefill_chunk, probe=verify)
     chosen = rows is None and cols is None
