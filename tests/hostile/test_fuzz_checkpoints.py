@@ -183,7 +183,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_or_answers_rightly(
 
 
 @pytest.mark.slow
-@settings(max_examples=CASES // 5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=CASES // 8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(step=LAYOUT_STEPS, during=st.one_of(st.none(), st.integers(0, 6)), kind=st.sampled_from(list(CONFIGS)))
 def test_a_damaged_layout_file_is_made_again_or_refused(field: Field, step: tuple[Any, ...], during: int | None, kind: str) -> None:
     """Damaged between two runs it is made again; while it is in use, `during` layers after the start, the run is refused or right."""

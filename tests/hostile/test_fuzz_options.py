@@ -27,7 +27,7 @@ from .damage import KEYS, plausible, values
 from .watch import listing, watched_opens
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
-CASES = 1000 if THOROUGH else 60
+CASES = 1000 if THOROUGH else 30
 
 words = st.one_of(
     st.integers(-3, 9).map(str),
