@@ -138,22 +138,29 @@ def _named(directory: Path, name: str) -> Path:
     return found[int(name[-1]) % len(found)] if found else directory / "model.safetensors"
 
 
+def _content(file: Path) -> bytes:
+    """Content of a regular file: an earlier step may have put there what has no end, or what waits for ever."""
+    if not file.is_file():
+        raise OSError(f"{file} is no file any more")
+    return file.read_bytes()
+
+
 def _set(directory: Path, name: str, key: str, value: Any) -> None:
     file = directory / name
-    content = json.loads(file.read_bytes())
+    content = json.loads(_content(file))
     content[key] = value
     file.write_text(json.dumps(content))
 
 
 def _drop(directory: Path, name: str, key: str) -> None:
     file = directory / name
-    content = json.loads(file.read_bytes())
+    content = json.loads(_content(file))
     content.pop(key, None)
     file.write_text(json.dumps(content))
 
 
 def _set_rope(directory: Path, key: str, value: Any) -> None:
-    content = json.loads((directory / "config.json").read_bytes())
+    content = json.loads(_content(directory / "config.json"))
     name = "rope_parameters" if "rope_parameters" in content else "rope_scaling"
     inner = content.get(name) or {}
     inner[key] = value
@@ -166,14 +173,14 @@ def _write(directory: Path, name: str, content: bytes) -> None:
 
 def _flip(directory: Path, name: str, at: int, mask: int) -> None:
     file = _named(directory, name)
-    content = bytearray(file.read_bytes())
+    content = bytearray(_content(file))
     content[at % len(content)] ^= mask
     file.write_bytes(content)
 
 
 def _insert(directory: Path, name: str, at: int, more: bytes) -> None:
     file = _named(directory, name)
-    content = file.read_bytes()
+    content = _content(file)
     at %= len(content)
     file.write_bytes(content[:at] + more + content[at:])
 
@@ -213,7 +220,7 @@ def _kind(directory: Path, name: str, kind: str) -> None:
 
 def _link(directory: Path, name: str, to: str) -> None:
     file = _named(directory, name)
-    content = file.read_bytes()
+    content = _content(file)
     file.unlink()
     outside = directory.parent / "outside"
     if to == "outside same name":
@@ -231,14 +238,14 @@ def _link(directory: Path, name: str, to: str) -> None:
 
 def _swap(directory: Path, one: str, other: str) -> None:
     a, b = _named(directory, one), _named(directory, other)
-    content = a.read_bytes()
-    a.write_bytes(b.read_bytes())
+    content = _content(a)
+    a.write_bytes(_content(b))
     b.write_bytes(content)
 
 
 def _map(directory: Path, n: int, to: Any) -> None:
     file = directory / INDEX
-    content = json.loads(file.read_bytes())
+    content = json.loads(_content(file))
     names = sorted(content["weight_map"])
     content["weight_map"][names[n % len(names)]] = _named(directory, to).name if isinstance(to, str) and to.startswith("@") else to
     file.write_text(json.dumps(content))
@@ -246,7 +253,7 @@ def _map(directory: Path, n: int, to: Any) -> None:
 
 def _map_new(directory: Path, name: str, to: Any) -> None:
     file = directory / INDEX
-    content = json.loads(file.read_bytes())
+    content = json.loads(_content(file))
     content["weight_map"][name] = _named(directory, to).name if isinstance(to, str) and to.startswith("@") else to
     file.write_text(json.dumps(content))
 
@@ -255,7 +262,7 @@ def _header(directory: Path, change: Callable[[dict[str, Any], str], Any], n: in
     """Rewrite the header of one file of weights; its data stay."""
     files = sorted(directory.glob("*.safetensors"))
     file = files[n % len(files)]
-    content = file.read_bytes()
+    content = _content(file)
     size = int.from_bytes(content[:8], "little")
     table = json.loads(content[8 : 8 + size])
     names = sorted(k for k in table if k != "__metadata__")
@@ -302,7 +309,7 @@ def _entry_twice(directory: Path, n: int) -> None:
 
 def _header_bytes(directory: Path, size: int) -> None:
     file = _named(directory, "@weights 0")
-    file.write_bytes(size.to_bytes(8, "little") + file.read_bytes()[8:])
+    file.write_bytes(size.to_bytes(8, "little") + _content(file)[8:])
 
 
 def _header_pad(directory: Path, n: int) -> None:
@@ -342,7 +349,7 @@ def _scale(directory: Path, n: int, factor: float) -> None:
 def _tensor(directory: Path, n: int, change: Callable[[dict[str, Any], bytes], bytes]) -> None:
     files = sorted(directory.glob("*.safetensors"))
     file = files[n % len(files)]
-    content = file.read_bytes()
+    content = _content(file)
     start = 8 + int.from_bytes(content[:8], "little")
     table = json.loads(content[8:start])
     names = sorted(k for k in table if k != "__metadata__")
