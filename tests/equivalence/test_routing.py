@@ -1,10 +1,13 @@
 """Which routing decisions are excused, and which are not."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from wse_emu.equivalence.routing import judge_routing
+from wse_emu.equivalence.routing import judge_assigned, judge_routing
 from wse_emu.equivalence.routing_bounds import probability_tolerance
+from wse_emu.foundation.routing_rule import RoutingRule
 from wse_emu.foundation.taps import TapRecord
 
 
@@ -85,3 +88,71 @@ def test_probability_tolerance_grows_with_the_distance_from_the_maximum():
     assert allowed[0, 1] == pytest.approx(10 * u)
     assert np.isinf(allowed[2, 2])
     assert np.isfinite(allowed[0, 2])
+
+
+GROUPS = RoutingRule(router_selection_nonlinearity="none", expert_weighting_nonlinearity="softmax", n_group=3, topk_group=1)
+
+
+def judge_by(rule, ids, own, exact=None, bound=1e-6, correction=None):
+    own = np.array([own], np.float32)
+    exact = own.astype(np.float64) if exact is None else np.array([exact], np.float64)
+    zero = np.zeros(1, np.int64)
+    record = TapRecord(zero, zero, zero)
+    added = None if correction is None else np.array(correction, np.float64)
+    return judge_routing(record, 0, np.array([ids]), own, exact, np.full(exact.shape, bound), rule=rule, correction=added)
+
+
+def test_experts_of_a_shut_group_may_score_higher():
+    """The best expert lies in group 0; a group that scores as high by a hair was opened instead, and its own best were taken."""
+    own = [5.0, 0.0, 5.0, 1.0, 4.0, 4.0]
+    assert judge_by(GROUPS, [0, 1], own).fault is None
+    near = judge_by(GROUPS, [2, 3], [5.0, 0.0, 5.0000005, 1.0, 4.0, 4.0], exact=[5.0, 0.0, 5.0 - 1e-7, 1.0, 4.0, 4.0])
+    assert near.fault is None
+    assert (len(near.near_ties), near.swaps) == (1, 0)
+
+
+def test_a_group_opened_against_its_score_is_wrong():
+    found = judge_by(GROUPS, [4, 5], [5.0, 0.0, 3.0, 1.0, 4.0, 4.0])
+    assert (found.swaps, found.misordered) == (1, 1)
+    assert found.fault.expert == 4
+    assert "float64 scores put expert 0 above expert 4 by 1" in found.fault.message
+
+
+def test_the_worse_expert_of_an_open_group_is_wrong():
+    rule = replace(GROUPS, topk_group=2)
+    own = [5.0, 4.5, 4.0, 1.0, 0.0, 0.0]
+    assert judge_by(rule, [0, 1], own).fault is None
+    assert judge_by(rule, [0, 2], own).misordered == 1  # both groups gave an expert
+    own = [5.0, 2.0, 4.0, 3.0, 0.0, 9.0]
+    assert judge_by(rule, [5, 0], own).fault is None
+    assert judge_by(rule, [5, 1], own).misordered == 1
+
+
+def test_a_tie_of_groups_goes_as_the_policy_says():
+    own = [5.0, 0.0, 5.0, 1.0, 4.0, 4.0]
+    assert judge_by(GROUPS, [2, 3], own).misordered == 1
+    assert judge_by(replace(GROUPS, tie_policy="highest_id"), [2, 3], own).fault is None
+    assert judge_by(replace(GROUPS, tie_policy="highest_id"), [0, 1], own).misordered == 1
+
+
+def test_a_correction_may_tie_what_float32_cannot_tell_apart():
+    rule = RoutingRule(router_selection_nonlinearity="sigmoid", expert_weighting_nonlinearity="sigmoid", e_score_correction_bias=True)
+    own, correction = [0.0, 1e-7, -9.0], [100.0, 100.0, 0.0]  # float32 holds 100.5 and 100.50000002 alike
+    assert judge_by(rule, [0], own, correction=correction).fault is None
+    assert judge_by(rule, [1], own, correction=correction).fault is None
+    assert judge_by(rule, [2], own, correction=correction).misordered == 1
+    assert judge_by(rule, [0], [0.0, 1e-7, -9.0], bound=0.0, correction=[0.0, 1e-5, 0.0]).misordered == 1
+
+
+def test_scores_of_16_bits_tie_and_the_policy_decides():
+    rule = RoutingRule(router_selection_nonlinearity="sigmoid", expert_weighting_nonlinearity="sigmoid", selection_dtype="bfloat16")
+    own = [1.0, 1.0001, 0.0]
+    assert judge_by(rule, [0], own, bound=0.0).fault is None
+    assert judge_by(rule, [1], own, bound=0.0).misordered == 1
+    assert judge_by(rule, [0], own, bound=0.0).exact_ties == 1
+
+
+def test_numbers_leave_no_room():
+    assert judge_assigned(np.array([[1, 2], [0, 1]]), np.array([4, 3]), 3).fault is None
+    found = judge_assigned(np.array([[1, 2], [1, 0]]), np.array([4, 3]), 3)
+    assert (found.misordered, found.fault.token, found.fault.slot, found.fault.expert) == (1, 1, 0, 1)
