@@ -137,7 +137,7 @@ def test_a_tie_of_groups_goes_as_the_policy_says():
 
 def test_a_correction_may_tie_what_float32_cannot_tell_apart():
     rule = RoutingRule(router_selection_nonlinearity="sigmoid", expert_weighting_nonlinearity="sigmoid", e_score_correction_bias=True)
-    own, correction = [0.0, 1e-7, -9.0], [100.0, 100.0, 0.0]  # float32 holds 100.5 and 100.50000002 alike
+    own, correction = [0.0, 1e-5, -9.0], [1000.0, 1000.0, 0.0]  # float32 holds 1000.5 and 1000.5000025 alike
     assert judge_by(rule, [0], own, correction=correction).fault is None
     assert judge_by(rule, [1], own, correction=correction).fault is None
     assert judge_by(rule, [2], own, correction=correction).misordered == 1
@@ -156,3 +156,16 @@ def test_numbers_leave_no_room():
     assert judge_assigned(np.array([[1, 2], [0, 1]]), np.array([4, 3]), 3).fault is None
     found = judge_assigned(np.array([[1, 2], [1, 0]]), np.array([4, 3]), 3)
     assert (found.misordered, found.fault.token, found.fault.slot, found.fault.expert) == (1, 1, 0, 1)
+
+
+def test_of_a_group_that_gave_an_expert_the_better_ones_count_even_if_another_group_was_as_good():
+    found = judge_by(GROUPS, [3], [5.0, 0.0, 5.0000005, 1.0, 4.0, 4.0], exact=[5.0, 0.0, 5.0 - 1e-7, 1.0, 4.0, 4.0])
+    assert (found.swaps, found.misordered) == (1, 1)
+
+
+def test_the_group_that_was_shut_is_the_one_that_is_nearest():
+    """Two groups are open, one of them gave nothing: the other, as good as the one that did, was shut."""
+    rule = replace(GROUPS, topk_group=2, group_score="top2_sum")
+    found = judge_by(rule, [4], [3.0, 3.0, 4.0, 1.0, 5.0, 1e-6], exact=[3.0, 3.0, 4.0, 1.0, 5.0, -1e-7])
+    assert found.fault is None
+    assert (len(found.near_ties), found.swaps) == (1, 0)
