@@ -46,6 +46,7 @@ def decide(
         return [routing.topk_ids, routing.topk_weights, routing.logits, look(routing.ids), look(routing.weights)]
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(st.integers(0, 1 << 31), GRIDS, st.integers(1, 7), st.integers(1, 6))
 @example(3, (4, 4), 1, 2)
