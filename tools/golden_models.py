@@ -45,6 +45,34 @@ QWEN3_MOE = COMMON | {
     "attention_bias": False, "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 15, "norm_topk_prob": True,
     "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False, "sliding_window": None, "tie_word_embeddings": False,
 }  # fmt: skip
+QWEN2_MOE = COMMON | {
+    "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "vocab_size": 53, "hidden_size": 32, "intermediate_size": 26,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rope_theta": 1e6, "num_experts": 6,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 13, "shared_expert_intermediate_size": 18, "norm_topk_prob": False,
+    "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False, "sliding_window": None, "tie_word_embeddings": False,
+}  # fmt: skip
+OLMOE = COMMON | {
+    "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "vocab_size": 59, "hidden_size": 32, "intermediate_size": 14,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rope_theta": 500.0, "num_experts": 6,
+    "num_experts_per_tok": 3, "norm_topk_prob": False, "attention_bias": False, "clip_qkv": 1.75, "tie_word_embeddings": False,
+}  # fmt: skip
+GRANITEMOE = COMMON | {
+    "architectures": ["GraniteMoeForCausalLM"], "model_type": "granitemoe", "vocab_size": 61, "hidden_size": 40, "intermediate_size": 14,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "rope_theta": 1e5, "num_local_experts": 5,
+    "num_experts_per_tok": 2, "attention_bias": False, "embedding_multiplier": 3.0, "residual_multiplier": 0.6,
+    "attention_multiplier": 0.21, "logits_scaling": 3.0, "tie_word_embeddings": False,
+}  # fmt: skip
+GEMMA = COMMON | {
+    "vocab_size": 57, "hidden_size": 28, "intermediate_size": 34, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 10, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False, "sliding_window": 11, "query_pre_attn_scalar": 17, "final_logit_softcapping": 12.0,
+    "attn_logit_softcapping": None, "tie_word_embeddings": True, "rope_theta": 1e5,
+}  # fmt: skip
+GEMMA2 = GEMMA | {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}
+GEMMA3 = GEMMA | {
+    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "sliding_window_pattern": 2, "rope_local_base_freq": 50.0,
+    "final_logit_softcapping": None,
+}  # fmt: skip
 ROPE = LLAMA | {
     "torch_dtype": "float32", "hidden_size": 28, "intermediate_size": 34, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "max_position_embeddings": 120, "tie_word_embeddings": False,
@@ -93,6 +121,12 @@ CHECKPOINTS: dict[str, Config] = {
     # The two ways in which some layers are dense.
     "qwen3_moe-mixed-float32": _in("float32", QWEN3_MOE, {"num_hidden_layers": 3, "mlp_only_layers": [1]}),
     "qwen3_moe-mixed-bfloat16": _in("bfloat16", QWEN3_MOE, {"num_hidden_layers": 3, "decoder_sparse_step": 2}),
+    "qwen2_moe-float32": _in("float32", QWEN2_MOE),
+    "qwen2_moe-bfloat16": _in("bfloat16", QWEN2_MOE, {"norm_topk_prob": True, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
+    "olmoe-float32": _in("float32", OLMOE),
+    "granitemoe-float32": _in("float32", GRANITEMOE),
+    "gemma2-float32": _in("float32", GEMMA2),
+    "gemma3_text-float32": _in("float32", GEMMA3),
 }  # fmt: skip
 """Directory under tests/golden to config.json."""
 
@@ -104,11 +138,16 @@ def follows_length(config: Config) -> bool:
 
 def is_sparse(config: Config, layer: int) -> bool:
     """Whether a layer is a mixture of experts."""
-    if config["model_type"] == "mixtral":
+    if config["model_type"] in ("mixtral", "olmoe", "granitemoe"):
         return True
-    return (
-        config["model_type"] == "qwen3_moe" and layer not in config["mlp_only_layers"] and (layer + 1) % config["decoder_sparse_step"] == 0
-    )
+    if config["model_type"] not in ("qwen3_moe", "qwen2_moe"):
+        return False
+    return layer not in config["mlp_only_layers"] and (layer + 1) % config["decoder_sparse_step"] == 0
+
+
+def has_normed_heads(config: Config) -> bool:
+    """Whether queries and keys are normalised."""
+    return config["model_type"] in ("qwen3", "qwen3_moe", "olmoe", "gemma3_text")
 
 
 def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
@@ -119,14 +158,23 @@ def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
     rng = np.random.default_rng(seed)
     h, d = config["hidden_size"], config["head_dim"]
     n_q, n_kv = config["num_attention_heads"] * d, config["num_key_value_heads"] * d
-    normed = config["model_type"].startswith("qwen3")
+    family = config["model_type"]
+    normed, gemma = has_normed_heads(config), family.startswith("gemma")
+    over_row = family == "olmoe"
     tensors: dict[str, NDArray[np.float64]] = {}
 
     def matrix(name: str, n_out: int, n_in: int, gain: float = 1.0) -> None:
         tensors[name] = rng.standard_normal((n_out, n_in)) * gain / np.sqrt(n_in)
 
     def norm(name: str, size: int, middle: float = 1.0) -> None:
-        tensors[name] = middle * (1 + 0.3 * rng.standard_normal(size))
+        tensors[name] = middle * (1 + 0.3 * rng.standard_normal(size)) - (1 if gemma else 0)
+
+    def bias(name: str, size: int) -> None:
+        tensors[name] = 0.5 * rng.standard_normal(size)
+
+    def granite_experts(prefix: str, n: int, width: int) -> None:
+        tensors[prefix + "input_linear.weight"] = rng.standard_normal((n, 2 * width, h)) * 1.5 / np.sqrt(h)
+        tensors[prefix + "output_linear.weight"] = rng.standard_normal((n, h, width)) / np.sqrt(width)
 
     def ffn(prefix: str, gate: str, up: str, down: str, width: int) -> None:
         matrix(f"{prefix}{gate}.weight", width, h, 1.5)
@@ -141,20 +189,33 @@ def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
         matrix(p + "self_attn.k_proj.weight", n_kv, h, 0.3 if normed else 1.5)
         matrix(p + "self_attn.v_proj.weight", n_kv, h)
         if normed:  # what is small before the norm shows its epsilon
-            norm(p + "self_attn.q_norm.weight", d, 1.5)
-            norm(p + "self_attn.k_norm.weight", d, 1.5)
+            norm(p + "self_attn.q_norm.weight", n_q if over_row else d, 1.5)
+            norm(p + "self_attn.k_norm.weight", n_kv if over_row else d, 1.5)
+        if family == "qwen2_moe":
+            for x, size in (("q", n_q), ("k", n_kv), ("v", n_kv)):
+                bias(f"{p}self_attn.{x}_proj.bias", size)
         matrix(p + "self_attn.o_proj.weight", h, n_q)
         norm(p + "post_attention_layernorm.weight", h)
+        if gemma:
+            norm(p + "pre_feedforward_layernorm.weight", h)
+            norm(p + "post_feedforward_layernorm.weight", h)
         if not is_sparse(config, i):
             ffn(p + "mlp.", "gate_proj", "up_proj", "down_proj", config["intermediate_size"])
         elif config["model_type"] == "mixtral":
             matrix(p + "block_sparse_moe.gate.weight", config["num_local_experts"], h, 2.0)
             for e in range(config["num_local_experts"]):
                 ffn(f"{p}block_sparse_moe.experts.{e}.", "w1", "w3", "w2", config["intermediate_size"])
+        elif family == "granitemoe":
+            matrix(p + "block_sparse_moe.router.layer.weight", config["num_local_experts"], h, 2.0)
+            granite_experts(p + "block_sparse_moe.", config["num_local_experts"], config["intermediate_size"])
         else:
             matrix(p + "mlp.gate.weight", config["num_experts"], h, 2.0)
             for e in range(config["num_experts"]):
-                ffn(f"{p}mlp.experts.{e}.", "gate_proj", "up_proj", "down_proj", config["moe_intermediate_size"])
+                width = config.get("moe_intermediate_size", config["intermediate_size"])
+                ffn(f"{p}mlp.experts.{e}.", "gate_proj", "up_proj", "down_proj", width)
+            if family == "qwen2_moe":
+                ffn(p + "mlp.shared_expert.", "gate_proj", "up_proj", "down_proj", config["shared_expert_intermediate_size"])
+                matrix(p + "mlp.shared_expert_gate.weight", 1, h)
     norm("model.norm.weight", h)
     if not config["tie_word_embeddings"]:
         matrix("lm_head.weight", config["vocab_size"], h)

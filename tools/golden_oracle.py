@@ -120,13 +120,22 @@ class _Watched:
     """Logits, weights and choices, (tokens, ...) each."""
 
 
+def router_of(layer: Any) -> Any:
+    """Module that gives a layer's router logits, weights and choices; None in a dense layer."""
+    block = layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
+    for name in ("gate", "router"):
+        if hasattr(block, name):
+            return getattr(block, name)
+    return None
+
+
 @contextmanager
 def _watched(model: Any) -> Iterator[_Watched]:
     seen = _Watched()
     layers = list(model.model.layers)
-    places = [([model.model.embed_tokens], seen.embeddings), (layers, seen.layers)]
-    places.append(([layer.mlp.gate for layer in layers if hasattr(layer.mlp, "gate")], seen.routers))
+    places = [(layers, seen.layers), ([router for router in map(router_of, layers) if router is not None], seen.routers)]
     hooks = [m.register_forward_hook(lambda _m, _a, out, into=into: into.append(out)) for modules, into in places for m in modules]
+    hooks.append(layers[0].register_forward_pre_hook(lambda _m, args: seen.embeddings.append(args[0])))
     try:
         yield seen
     finally:

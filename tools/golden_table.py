@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,13 +121,27 @@ experts. A file catches a mistake if either count is not zero or the difference 
 """
 
 
-def write_table(out: Path) -> None:
-    """Write MISTAKES.md for all checkpoints under `out`."""
+def sections(out: Path) -> dict[str, list[str]]:
+    """Lines of MISTAKES.md under each family, as it stands."""
+    found: dict[str, list[str]] = {}
+    family = ""
+    for line in (out / "MISTAKES.md").read_text(encoding="utf-8").splitlines() if (out / "MISTAKES.md").exists() else []:
+        family = line.removeprefix("## ") if line.startswith("## ") else family
+        if family:
+            found.setdefault(family, []).append(line)
+    return found
+
+
+def write_table(out: Path, only: Collection[str] = ()) -> None:
+    """Write MISTAKES.md for all checkpoints under `out`; with `only`, measure these families and keep the other sections."""
     families: dict[str, list[str]] = {}
     for name, config in CHECKPOINTS.items():
         families.setdefault(config["model_type"], []).append(name)
-    lines = [head()]
+    lines, kept = [head()], sections(out)
     for family, names in families.items():
+        if only and family not in only:
+            lines += kept[family]
+            continue
         lines += [*rows(names, out), ""]
         print(f"{family}: mistakes measured", flush=True)
     (out / "MISTAKES.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")

@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
             sizes = {path.name: path.stat().st_size for path in sorted((args.out / name).iterdir())}
             print(f"{name}: seed {seed}, bytes {sizes}", flush=True)
     if args.only != "files":
-        write_table(args.out)
+        write_table(args.out, {CHECKPOINTS[name]["model_type"] for name in args.names})
 
 
 if __name__ == "__main__":

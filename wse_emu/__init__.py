@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from wse_emu.foundation.biases import Biases
     from wse_emu.foundation.errors import (
         BusyError,
         CheckpointError,
@@ -35,7 +36,11 @@ if TYPE_CHECKING:
         WseError,
     )
     from wse_emu.foundation.model_spec import ModelSpec
+    from wse_emu.foundation.norm_spec import NormSpec, QkNorm
+    from wse_emu.foundation.rotary_spec import RotarySpec
     from wse_emu.foundation.routing_rule import ROUTING_PRESETS, RoutingRule
+    from wse_emu.foundation.scales import Scales
+    from wse_emu.foundation.shared_experts import SharedExperts
     from wse_emu.foundation.wafer_spec import TINY, WSE2, WSE3, WaferSpec
     from wse_emu.model import ModelOutput, WaferModel, from_config, from_pretrained
     from wse_emu.sampling import Sampler
@@ -50,8 +55,13 @@ _HOME = {
         "SaveError", "SpecError", "SramOverflowError", "SramStateError", "StoreError", "TieError", "TraceError", "UninitializedReadError",
         "WseError",
     ),
+    "wse_emu.foundation.biases": ("Biases",),
     "wse_emu.foundation.model_spec": ("ModelSpec",),
+    "wse_emu.foundation.norm_spec": ("NormSpec", "QkNorm"),
+    "wse_emu.foundation.rotary_spec": ("RotarySpec",),
     "wse_emu.foundation.routing_rule": ("ROUTING_PRESETS", "RoutingRule"),
+    "wse_emu.foundation.scales": ("Scales",),
+    "wse_emu.foundation.shared_experts": ("SharedExperts",),
     "wse_emu.foundation.wafer_spec": ("TINY", "WSE2", "WSE3", "WaferSpec"),
     "wse_emu.model": ("ModelOutput", "WaferModel", "from_config", "from_pretrained"),
     "wse_emu.sampling": ("Sampler",),
@@ -67,6 +77,7 @@ __all__ = [
     "TINY",
     "WSE2",
     "WSE3",
+    "Biases",
     "BusyError",
     "CheckpointError",
     "ConfigError",
@@ -75,11 +86,16 @@ __all__ = [
     "KernelError",
     "ModelOutput",
     "ModelSpec",
+    "NormSpec",
     "PlacementError",
+    "QkNorm",
+    "RotarySpec",
     "RouteError",
     "RoutingRule",
     "Sampler",
     "SaveError",
+    "Scales",
+    "SharedExperts",
     "SpecError",
     "Split",
     "SramOverflowError",

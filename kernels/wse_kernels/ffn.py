@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wse_kernels._jit import kernel
-from wse_kernels.exp import silu32
+from wse_kernels.exp import gelu_tanh32, silu32
 from wse_kernels.fma import fma
 
 
@@ -30,6 +30,27 @@ def swiglu_into(y: NDArray[np.float32], first: int, h: NDArray[np.float32]) -> N
         for f in range(y.shape[1] // 2):
             gate = y[i, 2 * f]
             h[i, first + f] = silu32(gate) * y[i, 2 * f + 1]
+
+
+@kernel()
+def geglu_into(y: NDArray[np.float32], first: int, h: NDArray[np.float32]) -> None:
+    """``h[:, first + f] = gelu_tanh(y[:, 2 f]) * y[:, 2 f + 1]`` for the gate/up pairs of a delivered chunk.
+
+    Parameters
+    ----------
+    y : ndarray, (m, 2 n), float32
+    first : int
+        Column of ``h`` of the first pair.
+    h : ndarray, (>= m, >= first + n), float32
+        Written there.
+
+    References
+    ----------
+    Shazeer, "GLU variants improve Transformer", 2020, section 2; Hendrycks and Gimpel, "Gaussian error linear units", 2016, section 2.
+    """
+    for i in range(y.shape[0]):
+        for f in range(y.shape[1] // 2):
+            h[i, first + f] = gelu_tanh32(y[i, 2 * f]) * y[i, 2 * f + 1]
 
 
 @kernel()

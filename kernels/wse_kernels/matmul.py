@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wse_kernels._jit import helper, kernel
-from wse_kernels.ffn import swiglu_into
+from wse_kernels.ffn import geglu_into, swiglu_into
 from wse_kernels.fma import fma
 from wse_kernels.matmul_tile import COLS, ROWS, add_tiles, fma_step, load_tile, read_only, store_tile, zero_tile
 from wse_kernels.threads import Driver
@@ -30,6 +30,8 @@ SWIGLU = 1
 """`mesh_matmul` writes ``out[out_rows[i], f] = silu(acc[2 f]) * acc[2 f + 1]``."""
 COMBINE = 2
 """`mesh_matmul` writes ``out[out_rows[i], j] = fma(scale[i], acc, out[out_rows[i], j])``."""
+GEGLU = 3
+"""`mesh_matmul` writes ``out[out_rows[i], f] = gelu_tanh(acc[2 f]) * acc[2 f + 1]``."""
 
 WEIGHT_TILE_COLS = 128
 """Columns of one tile of a weight matrix at rest: each tile is one C-contiguous ``(n_in, <= WEIGHT_TILE_COLS)`` block."""
@@ -208,8 +210,11 @@ def _mesh_matmul(
         _chain_strip(a, r0 - first, r1 - first, strip, w0, stride, k_starts, t)
         i0, i1 = r0 * ROWS, min(m, r1 * ROWS)
         block = t
-        if mode == SWIGLU:
-            swiglu_into(t[: i1 - i0], 0, h[: i1 - i0])
+        if mode in (SWIGLU, GEGLU):
+            if mode == SWIGLU:
+                swiglu_into(t[: i1 - i0], 0, h[: i1 - i0])
+            else:
+                geglu_into(t[: i1 - i0], 0, h[: i1 - i0])
             block, j0, j1 = h, j0 // 2, j1 // 2
         _write_strip(block, i0, i1, j0, j1, out, n_out_rows, out_starts, out_rows, scale, mode == COMBINE)
 
@@ -239,7 +244,7 @@ def mesh_matmul(
     w_offset, n_in, n_out : int
         First element of the matrix in `w`, and its shape.
     out : ndarray, flat, float32
-        Placed output with `n_out_rows` rows; its columns, `n_out` of them (`n_out / 2` with `SWIGLU`), are split by `out_starts`.
+        Placed output with `n_out_rows` rows; its columns, `n_out` of them (half with `SWIGLU` and `GEGLU`), are split by `out_starts`.
     n_out_rows : int
         Rows of the placed output.
     out_starts : ndarray, (n_out_cols + 1,), int64
@@ -249,7 +254,7 @@ def mesh_matmul(
     scale : ndarray, (m,), float32
         Factor of each row, read with `COMBINE` only.
     mode : int
-        `STORE`, `SWIGLU` (gate and up projection in alternate columns; `n_out` even) or `COMBINE`.
+        `STORE`, `SWIGLU` or `GEGLU` (gate and up projection in alternate columns; `n_out` even) or `COMBINE`.
 
     Notes
     -----

@@ -101,7 +101,7 @@ def test_attention(size):
     context32 = chained(p32, v.T.copy()) / den32[:, None]
 
     q, k, v, m, den = (a.astype(np.float64) for a in (q, k, v, m32, den32))
-    e = np.where(mask, tolerance.score_bound(q, k), 0)
+    e = np.where(mask, tolerance.score_bound(q, k, d**-0.5), 0)
     s = np.where(mask, q @ k.T / np.sqrt(d), -np.inf)
     p, e_p = np.exp(s - m[:, None]), tolerance.softmax_term_error(s, m, e)
     checks = {
@@ -130,24 +130,34 @@ def test_scores_of_which_nothing_is_known_allow_whole_terms_and_no_more():
         np.testing.assert_allclose(tolerance.context_bound(p, e_p, v, np.ones(1), n), (whole @ v)[None], rtol=1e-6)
 
 
-def test_swiglu():
+def gated(gate, activation):
+    """Ours, in float32: ``x sigmoid(z)`` with the z of the activation."""
+    z = gate
+    if activation == "gelu_tanh":
+        z = gate * (gate * gate * np.float32(0.044715) + np.float32(1)) * np.float32(2 * np.sqrt(2 / np.pi))
+    return gate / (np.float32(1) + np.exp(-z))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_glu(activation):
     gate = np.concatenate([RNG.standard_normal(5000) * 5, np.linspace(-120, 120, 5001)]).astype(np.float32)
     up = RNG.standard_normal(10001).astype(np.float32)
     zero = np.zeros(10001)
     with np.errstate(over="ignore"):
-        ours = gate / (np.float32(1) + np.exp(-gate)) * up
+        ours = gated(gate, activation) * up
     g, w = gate.astype(np.float64), up.astype(np.float64)
-    ratio = np.abs(ours - formulas.swiglu(g, w)) / tolerance.swiglu_bound(g, w, zero, zero)
+    ratio = np.abs(ours - formulas.glu(g, w, activation)) / tolerance.glu_bound(g, w, zero, zero, activation)
     assert 0.1 < ratio.max() <= 1
 
 
-def test_swiglu_carries_the_errors_of_its_factors():
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_glu_carries_the_errors_of_its_factors(activation):
     g, w = RNG.standard_normal((2, 1000)) * 4
     e_g, e_w = np.abs(RNG.standard_normal((2, 1000))) * 1e-3
-    bound = tolerance.swiglu_bound(g, w, e_g, e_w)
+    bound = tolerance.glu_bound(g, w, e_g, e_w, activation)
     for a in (-1, 1):
         for b in (-1, 1):
-            moved = np.abs(formulas.swiglu(g + a * e_g, w + b * e_w) - formulas.swiglu(g, w))
+            moved = np.abs(formulas.glu(g + a * e_g, w + b * e_w, activation) - formulas.glu(g, w, activation))
             assert (moved <= bound).all()
             assert (moved / bound).max() > 0.5
 

@@ -110,7 +110,7 @@ def test_weights_of_a_neighbouring_expert_name_the_expert(case):
     ids, x = record.stages[1, "topk_ids"], record.stages[1, "ffn_norm"]
     token, slot = np.argwhere(ids == 2)[0]
     gate, up = (weights[tensors.layer_tensor(spec, 1, role, 3).name] for role in ("w_gate", "w_up"))
-    record.stages[1, "expert_hidden"][token, slot] = formulas.swiglu(x[token] @ gate.T, x[token] @ up.T)
+    record.stages[1, "expert_hidden"][token, slot] = formulas.glu(x[token] @ gate.T, x[token] @ up.T, "silu")
     layer, stage, _, where, expert, _ = first(case.verify(end_to_end=False))
     assert (layer, stage, where, expert) == (1, "expert_hidden", (record.seq[token], record.pos[token]), 2)
 

@@ -52,7 +52,7 @@ def assert_is_attention(conversation: Conversation, slot: int, context: F32, max
     for head in range(n_heads):
         qh, kh, vh = q[:, head], k[:, head // conversation.q], v[:, head // conversation.q]
         scores = np.where(seen, qh @ kh.T / np.sqrt(d), -np.inf)
-        e_scores = np.where(seen, tolerance.score_bound(qh, kh), 0.0)
+        e_scores = np.where(seen, tolerance.score_bound(qh, kh, d**-0.5), 0.0)
         m, den = maximum[:, head].astype(np.float64), denominator[:, head].astype(np.float64)
         assert (np.abs(m - scores.max(axis=1)) <= tolerance.maximum_bound(scores, e_scores)).all()
         p = np.where(seen, np.exp(scores - m[:, None]), 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import wse_emu as wse
@@ -23,11 +24,53 @@ QWEN3_MOE = {
     "use_sliding_window": True, "sliding_window": 5, "eos_token_id": None,
 }  # fmt: skip
 CONFIGS = {"mixtral": MIXTRAL, "llama": LLAMA, "qwen3_moe": QWEN3_MOE}
+SHAPE = {
+    "vocab_size": 71, "hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6,
+    "max_position_embeddings": 64, "eos_token_id": None, "initializer_range": 0.3,
+}  # fmt: skip
+RULES = {
+    "llama": {**SHAPE, "model_type": "llama", "intermediate_size": 14, "attention_bias": True, "hidden_act": "gelu_pytorch_tanh"},
+    "qwen2_moe": {
+        **SHAPE, "model_type": "qwen2_moe", "intermediate_size": 14, "num_hidden_layers": 3, "mlp_only_layers": [1], "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 9, "shared_expert_intermediate_size": 11,
+    },
+    "olmoe": {**SHAPE, "model_type": "olmoe", "intermediate_size": 9, "num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 1.0},
+    "granitemoe": {
+        **SHAPE, "model_type": "granitemoe", "intermediate_size": 9, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3, "logits_scaling": 3.0,
+    },
+    "gemma2": {
+        **SHAPE, "model_type": "gemma2", "intermediate_size": 14, "sliding_window": 4, "query_pre_attn_scalar": 9,
+        "final_logit_softcapping": 3.0, "attn_logit_softcapping": None,
+    },
+    "gemma3_text": {
+        **SHAPE, "model_type": "gemma3_text", "intermediate_size": 14, "sliding_window": 4, "sliding_window_pattern": 2,
+        "rope_local_base_freq": 20.0,
+    },
+}  # fmt: skip
+"""What sets each family apart from a Llama, once."""
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "partly rotated": (
+        "llama",
+        {
+            "rotary": wse.RotarySpec(dim=4, interleaved=True, skipped_layers=(1,)), "qk_norm": wse.QkNorm(after_rotary=True),
+            "clip_qkv": 0.5, "activation": "silu",
+        },
+    ),
+    "half rotated": ("llama", {"rotary": wse.RotarySpec(dim=2), "qk_norm": wse.QkNorm(over="row")}),
+    "shared without a gate": ("qwen2_moe", {"shared_experts": wse.SharedExperts(intermediate_size=7)}),
+}  # fmt: skip
+"""What no family of `RULES` has: one of them, and other fields of its spec."""
 
 
 def make_model(
-    family: str, rows: int, cols: int, executor: str = "batched", *, changes: dict[str, Any] | None = None, **options: Any
+    family: str, rows: int, cols: int, executor: str = "batched", *, changes: dict[str, Any] | None = None, rules: bool = False,
+    **options: Any
 ) -> wse.WaferModel:  # fmt: skip
     """The same random model on any grid and executor."""
     wafer = wse.Wafer(wse.WSE3, rows=rows, cols=cols, executor=executor)
-    return wse.from_config(CONFIGS[family] | (changes or {}), seed=3, wafer=wafer, **options)
+    if family in VARIANTS and rules:
+        base, fields = VARIANTS[family]
+        spec = dataclasses.replace(make_model(base, 1, 1, "dry", rules=True).spec, **fields)
+        return wse.from_config(spec, seed=3, wafer=wafer, **options)
+    return wse.from_config((RULES if rules else CONFIGS)[family] | (changes or {}), seed=3, wafer=wafer, **options)

@@ -98,6 +98,64 @@ MODELS: dict[str, dict[str, Any]] = {
         "hidden_size": 30, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "intermediate_size": 34,
         "num_experts": 6, "num_experts_per_tok": 6, "moe_intermediate_size": 12, "rope": {"rope_type": "yarn", **STRETCHED},
     },
+    "llama biases": {
+        "hidden_size": 30, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 6, "intermediate_size": 27,
+        "attention_bias": True, "hidden_act": "gelu_pytorch_tanh",
+    },
+    "qwen2_moe raw": {
+        "hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 40, "num_experts": 7,
+        "num_experts_per_tok": 3, "moe_intermediate_size": 13, "shared_expert_intermediate_size": 21,
+    },
+    "qwen2_moe mixed, normalized, window": {
+        "hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 23, "num_experts": 5,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 11, "shared_expert_intermediate_size": 9, "norm_topk_prob": True,
+        "num_hidden_layers": 4, "mlp_only_layers": [1], "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 3,
+    },
+    "qwen2_moe no biases": {
+        "hidden_size": 28, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 23, "num_experts": 4,
+        "num_experts_per_tok": 1, "moe_intermediate_size": 17, "shared_expert_intermediate_size": 14, "qkv_bias": False,
+    },
+    "olmoe": {
+        "hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 6, "intermediate_size": 17, "num_experts": 7,
+        "num_experts_per_tok": 3,
+    },
+    "olmoe clipped, grouped": {
+        "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 19, "num_experts": 5,
+        "num_experts_per_tok": 2, "clip_qkv": 1.25, "norm_topk_prob": True,
+    },
+    "granitemoe": {
+        "hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 14, "num_local_experts": 6,
+        "num_experts_per_tok": 3, "embedding_multiplier": 6.0, "residual_multiplier": 0.22, "attention_multiplier": 0.2,
+        "logits_scaling": 3.0, "tie_word_embeddings": True,
+    },
+    "granitemoe untied": {
+        "hidden_size": 30, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 22, "num_local_experts": 4,
+        "num_experts_per_tok": 1, "embedding_multiplier": 1.5, "residual_multiplier": 1.3, "attention_multiplier": 0.5,
+    },
+    "gemma2": {
+        "hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10, "intermediate_size": 29,
+        "num_hidden_layers": 3, "sliding_window": 7, "query_pre_attn_scalar": 13, "final_logit_softcapping": 40.0,
+        "attn_logit_softcapping": None,
+    },
+    "gemma2 no caps": {
+        "hidden_size": 28, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 6, "intermediate_size": 33,
+        "sliding_window": 5, "query_pre_attn_scalar": 6, "final_logit_softcapping": None, "attn_logit_softcapping": None,
+        "tie_word_embeddings": False,
+    },
+    "gemma3_text": {
+        "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "intermediate_size": 29,
+        "num_hidden_layers": 4, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "query_pre_attn_scalar": 9,
+        "rope": {
+            "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
+    "gemma3_text capped": {
+        "hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 29,
+        "num_hidden_layers": 3, "sliding_window": 9, "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        "query_pre_attn_scalar": 8, "final_logit_softcapping": 40.0,
+    },
     "llama linear": ROPE_SHAPE | {"rope": {"rope_type": "linear", "factor": 2.5}},
     "llama dynamic": ROPE_SHAPE | {"rope": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 16},
     "llama yarn": ROPE_SHAPE | {
@@ -130,14 +188,18 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def written_by_transformers(directory: Path, name: str, seed: int, dtype: str, **options: Any) -> None:
     """Let transformers make and save a model whose attention and routing are far from uniform."""
     shape = dict(MODELS[name])
-    rope = {"rope_type": "default", "rope_theta": shape.pop("rope_theta", 10000.0)} | shape.pop("rope", {})
-    config = transformers.CONFIG_MAPPING[name.split()[0]](**BASE | shape | {"rope_parameters": rope})
+    rope = shape.pop("rope", {})
+    if "full_attention" not in rope and not name.startswith("gemma3"):
+        rope = {"rope_type": "default", "rope_theta": shape.pop("rope_theta", 10000.0)} | rope
+    config = transformers.CONFIG_MAPPING[name.split()[0]](**BASE | shape | ({"rope_parameters": rope} if rope else {}))
     model = transformers.AutoModelForCausalLM.from_config(config)
     rng = np.random.default_rng(seed)
     with torch.no_grad():
         for parameter, p in sorted(model.named_parameters()):
             noise = torch.from_numpy(rng.standard_normal(tuple(p.shape))).float()
-            if p.ndim == 1:
+            if parameter.endswith("bias"):
+                p.copy_(0.5 * noise)
+            elif p.ndim == 1:
                 p.copy_(1 + 0.3 * noise)
             elif "embed" in parameter:
                 p.copy_(0.5 * noise)
@@ -173,7 +235,7 @@ def consult_fairly(oracle: ModuleType, model: Any, lengths: tuple[int, ...], see
 
 def test_every_family_and_every_rotary_scaling_is_compared() -> None:
     assert {name.split()[0] for name in MODELS} == set(FAMILIES)
-    assert {shape["rope"]["rope_type"] for shape in MODELS.values() if "rope" in shape} == set(ROPE_KINDS)
+    assert {shape["rope"].get("rope_type", "linear") for shape in MODELS.values() if "rope" in shape} == set(ROPE_KINDS)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

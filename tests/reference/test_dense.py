@@ -274,10 +274,22 @@ def test_tensors_of_another_shape_or_kind_are_refused_by_name():
 def test_denominator_is_summed_key_by_key():
     rng = np.random.default_rng(0)
     q, k = (0.01 * rng.standard_normal((n, 1, 4)).astype(np.float32) for n in (1, 3000))
-    maximum, denominator, _ = formulas.attention(q, k, k, np.ones((1, 3000), np.bool_))
+    maximum, denominator, _ = formulas.attention(q, k, k, np.ones((1, 3000), np.bool_), 0.5)
     p = np.exp((q[:, 0] @ k[:, 0].T / np.sqrt(np.float32(4)))[0] - maximum[0, 0])
     total = np.float32(0)
     for term in p:
         total += term
     assert denominator[0, 0] == total
     assert total != p.sum()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_part_of_a_head_is_rotated_as_complex_numbers(interleaved):
+    rng = np.random.default_rng(1)
+    x, angles = rng.standard_normal((3, 2, 10)), rng.standard_normal((3, 3))
+    pairs = [(0, 1), (2, 3), (4, 5)] if interleaved else [(0, 3), (1, 4), (2, 5)]
+    expected = x.copy()
+    for u, (i, j) in enumerate(pairs):
+        z = (x[..., i] + 1j * x[..., j]) * np.exp(1j * angles[:, u])[:, None]
+        expected[..., i], expected[..., j] = z.real, z.imag
+    np.testing.assert_allclose(formulas.rotate(x, angles, interleaved=interleaved), expected, rtol=1e-12)

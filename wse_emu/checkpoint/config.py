@@ -8,12 +8,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from wse_emu.checkpoint.families import FAMILIES, Family, MoeRules, family_of
+from wse_emu.checkpoint.families import FAMILIES, family_of
+from wse_emu.checkpoint.family import Family, MoeRules
 from wse_emu.checkpoint.fields import ABSENT, Fields
 from wse_emu.checkpoint.files import read_bytes
 from wse_emu.checkpoint.jsonfile import parse_object
 from wse_emu.checkpoint.rope import read_rope, rope_config
+from wse_emu.foundation.activations import Activation
 from wse_emu.foundation.arguments import show
+from wse_emu.foundation.biases import Biases
 from wse_emu.foundation.errors import ConfigError, SpecError
 from wse_emu.foundation.model_spec import ModelSpec
 
@@ -56,14 +59,24 @@ def _eos_ids(fields: Fields, vocab_size: int, default: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def _refuse_unsupported(fields: Fields) -> None:
-    for name in ("attention_bias", "mlp_bias"):
+_ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"})
+_PUBLISHED_ACTIVATION: Mapping[str, str] = MappingProxyType({"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"})
+
+
+def _refuse_unsupported(fields: Fields, family: Family) -> None:
+    for name in ("mlp_bias",) if family.attention_bias else ("attention_bias", "mlp_bias"):
         if fields.given(name) and fields.boolean(name, False):
-            raise fields.fail(name, "must be false; biases are not supported")
-    if fields.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise fields.fail("hidden_act", "must be 'silu'")
+            raise fields.fail(name, "must be false; this family's biases are not supported")
     if fields.given("quantization_config"):
         raise fields.fail("quantization_config", "is not supported; use a float32, float16 or bfloat16 checkpoint")
+
+
+def _activation(fields: Fields, family: Family) -> Activation:
+    name, default = family.activation
+    value = fields.get(name, default)
+    if not isinstance(value, str) or value not in _ACTIVATIONS:
+        raise fields.fail(name, f"must be {' or '.join(map(repr, _ACTIVATIONS))}")
+    return _ACTIVATIONS[value]
 
 
 def _head_dim(fields: Fields, family: Family, hidden: int, heads: int) -> int:
@@ -122,14 +135,14 @@ def parse_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | N
     Raises
     ------
     ConfigError
-        If a field is missing, has the wrong type or an absurd value, or asks for what is not supported: another architecture, biases,
-        partly rotated heads, quantised weights. A ``pad_token_id`` of -1 means none.
+        If a field is missing, has the wrong type or an absurd value, or asks for what is not supported: another architecture, biases
+        that the family has not, partly rotated heads, quantised weights. A ``pad_token_id`` of -1 means none.
     """
     if not isinstance(config, Mapping):
         raise ConfigError(f"{where}: must be an object, got {type(config).__name__}")
     fields = Fields(config, where)
     family = family_of(fields)
-    _refuse_unsupported(fields)
+    _refuse_unsupported(fields, family)
     hidden = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")
     default_kv = family.num_kv_heads
@@ -142,10 +155,16 @@ def parse_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | N
     moe = _moe_fields(fields, family.moe, layers)
     if layers * (11 + 3 * moe.get("num_experts", 0)) > MAX_TENSORS:
         raise ConfigError(f"{where}: {layers} layers of {moe.get('num_experts', 0)} experts make more than {MAX_TENSORS} tensors")
-    theta, scaling = read_rope(fields, family.rope_theta, max_positions, head_dim)
+    theta, scaling = read_rope(fields, family.rope_theta, max_positions, head_dim, by_type=family.rope_by_type)
     window, window_layers = family.windows(fields, layers)
+    rules = family.read(fields, layers)
     reach = max(max_positions, 0 if scaling is None else scaling.context_length)
-    if window is not None and window >= reach:  # it holds every key
+    if family.attention_bias and fields.boolean("attention_bias", False):
+        rules = {"biases": Biases(qkv=True, out=True), **rules}
+    if not moe:
+        rules.pop("shared_experts", None)
+    local = "rotary" in rules and rules["rotary"].local_theta is not None
+    if window is not None and window >= reach and not local:  # it holds every key
         window, window_layers = None, ()
     every_layer_moe = bool(moe) and not moe["dense_layers"]
     try:
@@ -162,14 +181,15 @@ def parse_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | N
             rope_theta=theta,
             rope_scaling=scaling,
             max_position_embeddings=max_positions,
-            tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
-            qk_norm=family.qk_norm,
+            tie_word_embeddings=fields.boolean("tie_word_embeddings", family.tie_word_embeddings),
+            activation=_activation(fields, family),
             sliding_window=window,
             sliding_layers=window_layers,
             bos_token_id=_token_id(tokens, "bos_token_id", vocab, _default_id(family.bos_token_id, vocab)),
             eos_token_ids=_eos_ids(tokens, vocab, _default_id(family.eos_token_id, vocab)),
             pad_token_id=_token_id(tokens, "pad_token_id", vocab, None),
             **moe,
+            **rules,
         )
     except ConfigError:
         raise
@@ -248,7 +268,7 @@ def to_config(spec: ModelSpec) -> dict[str, Any]:
         "num_attention_heads": spec.num_heads,
         "num_key_value_heads": spec.num_kv_heads,
         "head_dim": spec.head_dim,
-        "hidden_act": "silu",
+        family.activation[0]: _PUBLISHED_ACTIVATION[spec.activation],
         "max_position_embeddings": spec.max_position_embeddings,
         "rms_norm_eps": spec.rms_norm_eps,
         "rope_theta": spec.rope_theta,
@@ -260,9 +280,11 @@ def to_config(spec: ModelSpec) -> dict[str, Any]:
         "torch_dtype": "float32",
         **family.window_config(spec),
     }
+    if family.attention_bias:
+        config["attention_bias"] = spec.biases.out
     if family.moe is not None:
         config |= _moe_config(spec, family.moe)
-    return config
+    return config | family.write(spec)
 
 
 def _moe_config(spec: ModelSpec, rules: MoeRules) -> dict[str, Any]:

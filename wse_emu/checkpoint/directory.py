@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wse_emu.checkpoint.config import read_config
+from wse_emu.checkpoint.families import FAMILIES
 from wse_emu.checkpoint.files import read_bytes
 from wse_emu.checkpoint.jsonfile import parse_object
-from wse_emu.checkpoint.names import LM_HEAD, PublishedTensor, published_tensors
+from wse_emu.checkpoint.names import own_head, stored_shapes
 from wse_emu.checkpoint.safetensors_file import READABLE, SafetensorsFile, TensorEntry
 from wse_emu.checkpoint.source import Checkpoint
 from wse_emu.foundation.arguments import check_path
@@ -28,6 +30,8 @@ _HASH_WHOLE_BYTES = 64 << 20
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _IDENTITY_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", INDEX)
 _SHOWN = 8
+_IGNORED = (r".*\.rotary_emb\.inv_freq",)
+"""Old files carry the rotary frequencies; they follow from the config, and transformers ignores them too."""
 
 
 class DirectoryTensors:
@@ -85,6 +89,10 @@ class DirectoryTensors:
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Entries ``start:stop`` of the first axis, float32, C-contiguous, read-only."""
         return self._entry(name)[0].read_rows(name, start, stop)
+
+    def read_part(self, name: str, key: tuple[int | slice, ...]) -> NDArray[np.float32]:
+        """Elements that `key` selects, float32, read-only."""
+        return self._entry(name)[0].read_part(name, key)
 
     def close(self) -> None:
         """Let go of the files; arrays handed out stay valid."""
@@ -158,35 +166,43 @@ def _no_weights(path: Path) -> CheckpointError:
     return CheckpointError(f"{path}: has neither {SINGLE} nor {INDEX}{hint}")
 
 
-def _check_against_spec(path: Path, spec: ModelSpec, tensors: DirectoryTensors) -> None:
-    """Names, shapes and types of all tensors, before any is read."""
+def _check_against_spec(path: Path, spec: ModelSpec, tensors: DirectoryTensors) -> tuple[str, ...]:
+    """Names, shapes and types of all tensors, before any is read; returns those that are left out, as transformers does."""
     left = set(tensors.names())
     missing: list[str] = []
 
-    def check(tensor: PublishedTensor) -> None:
-        if tensors.shape(tensor.name) != tensor.shape:
-            raise CheckpointError(f"{path}: {tensor.name} has shape {tensors.shape(tensor.name)}, config.json asks for {tensor.shape}")
-        if tensors.dtype(tensor.name) not in READABLE.values():
-            stored = tensors.dtype(tensor.name)
-            raise CheckpointError(f"{path}: {tensor.name} is stored as {stored}; readable are {', '.join(READABLE.values())}")
+    def check(name: str, shape: tuple[int, ...]) -> None:
+        if tensors.shape(name) != shape:
+            raise CheckpointError(f"{path}: {name} has shape {tensors.shape(name)}, config.json asks for {shape}")
+        if tensors.dtype(name) not in READABLE.values():
+            raise CheckpointError(f"{path}: {name} is stored as {tensors.dtype(name)}; readable are {', '.join(READABLE.values())}")
+        left.discard(name)
 
-    for role, tensor in published_tensors(spec):
-        if tensor.name in left:
-            check(tensor)
-            left.discard(tensor.name)
-        elif not (role == "lm_head" and spec.tie_word_embeddings):
-            missing.append(tensor.name)
+    for name, shape in stored_shapes(spec).items():
+        if name in left:
+            check(name, shape)
+        else:
+            missing.append(name)
     if missing:
-        fused = any(".mlp.experts.gate_up_proj" in n for n in left)
+        fused = any(".experts.gate_up_proj" in n for n in left)
         way = "; experts are fused in this file: save it with transformers' original names (save_original_format=True)" if fused else ""
         raise CheckpointError(f"{path}: tensors that config.json promises are missing: {_list(missing)}{way}")
-    if spec.tie_word_embeddings and LM_HEAD in left:
-        check(PublishedTensor(LM_HEAD, (spec.vocab_size, spec.hidden_size)))
-        left.discard(LM_HEAD)
-    # Old Llama files carry the rotary frequencies; they follow from the config and transformers ignores them too.
-    extra = sorted(n for n in left if not n.endswith(".rotary_emb.inv_freq"))
+    head = own_head(spec)
+    if spec.tie_word_embeddings and head.name in left:
+        check(head.name, head.shape)
+    ignored = {n for n in left if any(re.fullmatch(pattern, n) for pattern in (*_IGNORED, *FAMILIES[spec.family].ignored))}
+    ignored |= {n for n in left if _layer_of(spec, n) >= spec.num_layers}
+    extra = sorted(left - ignored)
     if extra:
         raise CheckpointError(f"{path}: tensors that config.json does not promise: {_list(extra)}; is it another architecture?")
+    return tuple(sorted(ignored))
+
+
+def _layer_of(spec: ModelSpec, name: str) -> int:
+    """Layer that a tensor's name speaks of, -1 if none; a family may publish layers behind the last, which predict further tokens."""
+    before = str(FAMILIES[spec.family].names["layer"]).partition("{n}")[0]
+    number = name.removeprefix(before).partition(".")[0] if name.startswith(before) and FAMILIES[spec.family].predicts_further else ""
+    return int(number) if number.isdecimal() else -1
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -221,7 +237,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     config, spec = read_config(directory)
     tensors = _open_tensors(directory)
     try:
-        _check_against_spec(directory, spec, tensors)
+        ignored = _check_against_spec(directory, spec, tensors)
         digest = hashlib.sha256(tensors.fingerprint.encode())
         for name in _IDENTITY_FILES:
             content = read_bytes(directory / name, limit=MAX_INDEX_BYTES, error=CheckpointError)
@@ -237,6 +253,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         config=config,
         tensors=tensors,
         fingerprint=digest.hexdigest(),
+        ignored=ignored,
         path=directory,
         tokenizer_path=tokenizer if os.path.exists(tokenizer) else None,
     )

@@ -1,73 +1,173 @@
-"""Which published tensor plays which role, per family: names and shapes as in released checkpoints."""
+"""Which published tensor, or which part of one, plays which role, per family: names and shapes as in released checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from wse_emu.checkpoint.families import FAMILIES
+from wse_emu.checkpoint.naming import Part
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.weights import layer_prefix, router_vectors
 
-EMBED = "model.embed_tokens.weight"
-LM_HEAD = "lm_head.weight"
-_VECTORS = {"router_bias": "bias", "e_score_correction_bias": "e_score_correction_bias"}
+if TYPE_CHECKING:
+    from wse_emu.checkpoint.source import TensorSource
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedTensor:
-    """Name and shape of one tensor of a checkpoint; matrices are (out, in)."""
+    """A tensor of a checkpoint, or the part of one that plays a role; matrices are (out, in)."""
 
     name: str
     shape: tuple[int, ...]
+    """Of the role, (out, in) or (n,)."""
+    stored: tuple[int, ...] = ()
+    """Of the whole tensor, where that is another; () is `shape`."""
+    index: int | None = None
+    """Entry of the first axis that is meant: an expert."""
+    first: int = 0
+    step: int = 1
+    """Where the outputs lie on their axis."""
+    first_in: int = 0
+    """Where the inputs begin on theirs."""
+    transposed: bool = False
+    """Whether it is stored (in, out)."""
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Shape of the tensor as it is stored."""
+        return self.stored or self.shape
+
+    def key(self, start: int, stop: int) -> tuple[int | slice, ...]:
+        """Indices of outputs ``start:stop`` in the stored tensor."""
+        outs = slice(self.first + start * self.step, max(self.first, self.first + (stop - 1) * self.step + 1), self.step)
+        axes: list[int | slice] = [outs]
+        if len(self.shape) == 2:
+            axes.append(slice(self.first_in, self.first_in + self.shape[1]))
+        if self.transposed:
+            axes.reverse()
+        return (*([] if self.index is None else [self.index]), *axes)
+
+
+def read_part(source: TensorSource, tensor: PublishedTensor, start: int, stop: int) -> NDArray[np.float32]:
+    """Outputs ``start:stop`` of a role, float32, C-contiguous, (stop - start, in) or (stop - start,); only they are read."""
+    if not tensor.stored:
+        return source.read_rows(tensor.name, start, stop)
+    values = source.read_part(tensor.name, tensor.key(start, stop))
+    return np.ascontiguousarray(values.T if tensor.transposed else values)
 
 
 def published_tensors(spec: ModelSpec) -> Iterator[tuple[str, PublishedTensor]]:
     """Canonical role and published tensor of every weight, embedding first, head last.
 
-    Roles: ``"embed"``, ``"layers.N."`` followed by ``attn_norm w_q w_k w_v``, ``q_norm k_norm`` where heads are normalised,
-    ``w_o ffn_norm`` and ``w_gate w_up w_down`` (dense) or ``router`` (and
-    ``router_bias``, ``e_score_correction_bias`` where the routing rule has them) and ``experts.E.`` with ``w_gate w_up w_down``, then
-    ``"final_norm"`` and ``"lm_head"``. A tied head names the embedding's tensor.
+    Roles: ``"embed"``, ``"layers.N."`` followed by ``attn_norm w_q w_k w_v``, their biases ``b_q b_k b_v``, ``q_norm k_norm``, ``w_o``,
+    ``b_o``, ``attn_after_norm``, ``ffn_norm`` and ``w_gate w_up w_down`` (dense) or ``router``, ``router_bias``,
+    ``e_score_correction_bias``, ``shared.`` and ``experts.E.`` with ``w_gate w_up w_down``, ``shared.gate``, ``ffn_after_norm``,
+    each where the model has it, then ``"final_norm"`` and ``"lm_head"``. A
+    tied head names the embedding's tensor.
     """
+    names = FAMILIES[spec.family].names
+    h = spec.hidden_size
+    yield "embed", PublishedTensor(_plain(names["embed"]), (spec.vocab_size, h))
+    for layer in range(spec.num_layers):
+        shapes = dict(layer_roles(spec, layer))
+        for role, shape in shapes.items():
+            yield layer_prefix(layer) + role, _in_layer(spec, layer, role, shape, shapes)
+    yield "final_norm", PublishedTensor(_plain(names["final_norm"]), (h,))
+    yield "lm_head", PublishedTensor(_plain(names["embed" if spec.tie_word_embeddings else "lm_head"]), (spec.vocab_size, h))
+
+
+def own_head(spec: ModelSpec) -> PublishedTensor:
+    """The head's own tensor, which a tied checkpoint may bring too."""
+    return PublishedTensor(_plain(FAMILIES[spec.family].names["lm_head"]), (spec.vocab_size, spec.hidden_size))
+
+
+def layer_roles(spec: ModelSpec, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Roles of a layer's tensors and their shapes, matrices (out, in)."""
     h, d = spec.hidden_size, spec.head_dim
     q, kv = spec.num_heads * d, spec.num_kv_heads * d
-    yield "embed", PublishedTensor(EMBED, (spec.vocab_size, h))
-    for layer in range(spec.num_layers):
-        role, hf = layer_prefix(layer), f"model.layers.{layer}."
-        yield role + "attn_norm", PublishedTensor(hf + "input_layernorm.weight", (h,))
-        yield role + "w_q", PublishedTensor(hf + "self_attn.q_proj.weight", (q, h))
-        yield role + "w_k", PublishedTensor(hf + "self_attn.k_proj.weight", (kv, h))
-        yield role + "w_v", PublishedTensor(hf + "self_attn.v_proj.weight", (kv, h))
-        if spec.qk_norm:
-            yield role + "q_norm", PublishedTensor(hf + "self_attn.q_norm.weight", (d,))
-            yield role + "k_norm", PublishedTensor(hf + "self_attn.k_norm.weight", (d,))
-        yield role + "w_o", PublishedTensor(hf + "self_attn.o_proj.weight", (h, q))
-        yield role + "ffn_norm", PublishedTensor(hf + "post_attention_layernorm.weight", (h,))
-        yield from _ffn_tensors(spec, layer, role, hf)
-    yield "final_norm", PublishedTensor("model.norm.weight", (h,))
-    yield "lm_head", PublishedTensor(EMBED if spec.tie_word_embeddings else LM_HEAD, (spec.vocab_size, h))
+    yield "attn_norm", (h,)
+    yield from (("w_q", (q, h)), ("w_k", (kv, h)), ("w_v", (kv, h)))
+    if spec.biases.qkv:
+        yield from (("b_q", (q,)), ("b_k", (kv,)), ("b_v", (kv,)))
+    if spec.qk_norm is not None:
+        of_head = spec.qk_norm.over == "head"
+        yield from (("q_norm", (d if of_head else q,)), ("k_norm", (d if of_head else kv,)))
+    yield "w_o", (h, q)
+    if spec.biases.out:
+        yield "b_o", (h,)
+    if spec.norm.after:
+        yield "attn_after_norm", (h,)
+    yield "ffn_norm", (h,)
+    if not spec.is_moe_layer(layer):
+        yield from _ffn("", h, spec.intermediate_size)
+    else:
+        if spec.routing.is_learned:
+            yield "router", (spec.num_experts, h)
+        for name in router_vectors(spec.routing):
+            yield name, (spec.num_experts,)
+        if spec.shared_experts is not None:
+            yield from _ffn("shared.", h, spec.shared_experts.intermediate_size)
+            if spec.shared_experts.gated:
+                yield "shared.gate", (1, h)
+        for e in range(spec.num_experts):
+            yield from _ffn(f"experts.{e}.", h, spec.moe_intermediate_size)
+    if spec.norm.after:
+        yield "ffn_after_norm", (h,)
 
 
-def _ffn_tensors(spec: ModelSpec, layer: int, role: str, hf: str) -> Iterator[tuple[str, PublishedTensor]]:
-    h, f = spec.hidden_size, spec.ffn_width(layer)
-    rules = FAMILIES[spec.family].moe
-    if rules is None or not spec.is_moe_layer(layer):
-        yield role + "w_gate", PublishedTensor(hf + "mlp.gate_proj.weight", (f, h))
-        yield role + "w_up", PublishedTensor(hf + "mlp.up_proj.weight", (f, h))
-        yield role + "w_down", PublishedTensor(hf + "mlp.down_proj.weight", (h, f))
-        return
-    if spec.routing.is_learned:
-        yield role + "router", PublishedTensor(f"{hf}{rules.block}gate.weight", (spec.num_experts, h))
-    for name in router_vectors(spec.routing):
-        yield role + name, PublishedTensor(f"{hf}{rules.block}gate.{_VECTORS[name]}", (spec.num_experts,))
-    for e in range(spec.num_experts):
-        expert, published = f"{role}experts.{e}.", f"{hf}{rules.block}experts.{e}."
-        yield expert + "w_gate", PublishedTensor(f"{published}{rules.gate}.weight", (f, h))
-        yield expert + "w_up", PublishedTensor(f"{published}{rules.up}.weight", (f, h))
-        yield expert + "w_down", PublishedTensor(f"{published}{rules.down}.weight", (h, f))
+def _ffn(prefix: str, h: int, f: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield from ((prefix + "w_gate", (f, h)), (prefix + "w_up", (f, h)), (prefix + "w_down", (h, f)))
+
+
+def _plain(name: str | Part) -> str:
+    assert isinstance(name, str)
+    return name
+
+
+def _in_layer(
+    spec: ModelSpec, layer: int, role: str, shape: tuple[int, ...], shapes: dict[str, tuple[int, ...]]
+) -> PublishedTensor:  # fmt: skip
+    """Tensor of a role of one layer, by the family's table."""
+    names = FAMILIES[spec.family].names
+    expert = int(role.split(".")[1]) if role.startswith("experts.") else None
+    general = role if expert is None else "experts." + role.split(".", 2)[2]
+    entry, prefix = names[general], _plain(names["layer"]).format(n=layer)
+    if isinstance(entry, str):
+        return PublishedTensor(prefix + entry.format(e=expert), shape)
+    role_prefix = role.removesuffix(general.rpartition(".")[2])
+    together = [shapes[role_prefix + r] for r in entry.stacked] or [shape]
+    before = [shapes[role_prefix + r][0] for r in entry.stacked[: entry.stacked.index(general.rpartition(".")[2])]] if entry.stacked else []
+    first, step = (len(before), len(together)) if entry.interleaved else (sum(before), 1)
+    stored = [sum(s[0] for s in together), *shape[1:]]
+    first_in = 0
+    if entry.experts == "rows":
+        assert expert is not None
+        axis = 1 if entry.transposed else 0
+        if entry.transposed:
+            first_in = expert * shape[1]
+        else:
+            first += expert * stored[0]
+        stored[axis] *= spec.num_experts
+    if entry.transposed:
+        stored.reverse()
+    of_experts = [spec.num_experts] if entry.experts == "axis" else []
+    return PublishedTensor(
+        prefix + entry.name, shape, (*of_experts, *stored), expert if of_experts else None, first, step, first_in, entry.transposed
+    )
 
 
 def published_names(spec: ModelSpec) -> dict[str, PublishedTensor]:
     """`published_tensors` as a dictionary from role to tensor."""
     return dict(published_tensors(spec))
+
+
+def stored_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the checkpoint, once, in the order of use: name to the shape it is stored in."""
+    return {t.name: t.whole for _, t in published_tensors(spec)}
+
+

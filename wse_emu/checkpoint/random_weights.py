@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wse_emu.checkpoint.config import parse_config, to_config
-from wse_emu.checkpoint.names import published_tensors
+from wse_emu.checkpoint.names import published_tensors, stored_shapes
 from wse_emu.checkpoint.source import Checkpoint
 from wse_emu.foundation.arguments import MAX_SEED, show
 from wse_emu.foundation.errors import CheckpointError, ConfigError
@@ -24,12 +24,14 @@ _BLOCK_ELEMENTS = 1 << 15
 class RandomTensors:
     """Tensors drawn from seeded normal distributions; a `TensorSource` that holds no data.
 
-    A matrix is ``initializer_range * normal``, a norm's weight ``1 + 0.1 * normal``, so that no weight equals its usual default.
+    A matrix is ``initializer_range * normal``, a norm's weight ``1 + 0.1 * normal`` (about 0 where it means ``1 + w``), a bias ``0.1 *
+    normal``, so that no weight equals its usual default.
     Block ``b`` of the rows of tensor ``n`` comes from a generator of its own, keyed by (seed, n, b).
     """
 
     def __init__(self, spec: ModelSpec, seed: int, initializer_range: float) -> None:
-        self._shapes = {t.name: t.shape for _, t in published_tensors(spec)}
+        self._shapes = stored_shapes(spec)
+        self._middle = {t.name: _middle(spec, role) for role, t in published_tensors(spec) if len(t.shape) == 1}
         self._seed = seed
         self._scale = np.float32(initializer_range)
         key = json.dumps([sorted(self._shapes.items()), seed, initializer_range])
@@ -65,15 +67,36 @@ class RandomTensors:
         shape = self.shape(name)
         if not 0 <= start <= stop <= shape[0]:
             raise CheckpointError(f"random weights: {name} has {shape[0]} rows, {start}:{stop} asked")
-        out = np.empty((stop - start, *shape[1:]), dtype=np.float32)
-        rows = max(1, _BLOCK_ELEMENTS // math.prod(shape[1:]))
+        below = math.prod(shape[1:-1])
+        return self._rows(name, start * below, stop * below).reshape(stop - start, *shape[1:])
+
+    def read_part(self, name: str, key: tuple[int | slice, ...]) -> NDArray[np.float32]:
+        """Elements that `key` selects, float32, read-only."""
+        first, *rest = key
+        if isinstance(first, int) and isinstance(rest[0], slice):  # one expert's rows, out of all experts'
+            rows = range(self.shape(name)[1])[rest[0]]
+            base = first * self.shape(name)[1]
+            part = self._rows(name, base + rows.start, base + rows.stop)[:: rows.step, *rest[1:]]
+        else:
+            assert isinstance(first, slice)
+            rows = range(self.shape(name)[0])[first]
+            part = self.read_rows(name, rows.start, rows.stop)[:: rows.step, *rest]
+        return part
+
+    def _rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows ``start:stop`` with all axes but the last taken as one; of a vector, its elements."""
+        shape = self.shape(name)
+        ends = shape[-1:] if len(shape) > 1 else ()
+        n_rows = math.prod(shape) // math.prod(ends)
+        out = np.empty((stop - start, *ends), dtype=np.float32)
+        rows = max(1, _BLOCK_ELEMENTS // math.prod(ends))
         words = np.frombuffer(hashlib.sha256(name.encode()).digest(), dtype="<u4").tolist()
         for block in range(start // rows, -(-stop // rows)):
-            first, last = block * rows, min((block + 1) * rows, shape[0])
-            values = np.random.default_rng([self._seed, *words, block]).standard_normal((last - first, *shape[1:]), dtype=np.float32)
+            first, last = block * rows, min((block + 1) * rows, n_rows)
+            values = np.random.default_rng([self._seed, *words, block]).standard_normal((last - first, *ends), dtype=np.float32)
             if len(shape) == 1:
                 values *= np.float32(0.1)
-                values += np.float32(1.0)
+                values += self._middle[name]
             else:
                 values *= self._scale
             a, b = max(first, start), min(last, stop)
@@ -83,6 +106,12 @@ class RandomTensors:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _middle(spec: ModelSpec, role: str) -> np.float32:
+    """What a vector's elements lie about."""
+    is_norm = role.endswith("norm")
+    return np.float32(1.0 if is_norm and not spec.norm.unit_offset else 0.0)
 
 
 def random_checkpoint(config: Mapping[str, Any] | ModelSpec, seed: int = 0) -> Checkpoint:

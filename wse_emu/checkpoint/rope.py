@@ -30,8 +30,12 @@ _EXTRA: Mapping[str, frozenset[str]] = MappingProxyType(
 """Keys that each kind knows beside the common ones."""
 
 
-def read_rope(fields: Fields, default_theta: float, max_positions: int, head_dim: int) -> tuple[float, RopeScaling | None]:
+def read_rope(
+    fields: Fields, default_theta: float, max_positions: int, head_dim: int, *, by_type: bool = False
+) -> tuple[float, RopeScaling | None]:
     """Rotary base and scaling, from ``rope_theta``, ``rope_scaling`` and ``rope_parameters``.
+
+    With `by_type` the last may hold those of each kind of layer; these are the ones of layers with full attention.
 
     Raises
     ------
@@ -47,6 +51,8 @@ def read_rope(fields: Fields, default_theta: float, max_positions: int, head_dim
         inner = fields.object(name)
         if inner is None:
             continue
+        if by_type:
+            inner = inner.object("full_attention") or inner
         _whole_head(inner)
         if inner.given("rope_theta"):
             thetas[f"{name}.rope_theta"] = inner.number("rope_theta")

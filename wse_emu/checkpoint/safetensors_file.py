@@ -30,6 +30,7 @@ _ITEM_BITS = {
 }  # fmt: skip
 READABLE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Type names of the format that are read, and what we call them."""
+_STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,13 +129,32 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path}: {name!r} is stored as {entry.dtype}; readable are {', '.join(READABLE)}")
         if not entry.shape or not 0 <= start <= stop <= entry.shape[0]:
             raise CheckpointError(f"{self.path}: {name!r} has shape {entry.shape}, rows {start}:{stop} asked")
+        below = entry.shape[1:]
+        return self._widened(name, self._stored(name, start * math.prod(below), (stop - start, *below)))
+
+    def read_part(self, name: str, key: tuple[int | slice, ...]) -> NDArray[np.float32]:
+        """Elements that `key` selects of a tensor, as float32, read-only; reads no more than the rows of the first axis that is sliced."""
+        entry = self.entries[name]
+        if entry.dtype not in READABLE or len(key) > len(entry.shape):
+            raise CheckpointError(f"{self.path}: {name!r} is {entry.dtype} of shape {entry.shape}, {len(key)} indices asked")
+        first, axis = 0, 0
+        while isinstance(index := key[axis], int):
+            first, axis = (first + index) * entry.shape[axis + 1], axis + 1
+        rows, below = range(entry.shape[axis])[index], entry.shape[axis + 1 :]
+        span = range(rows.start, rows[-1] + 1) if rows else range(0)
+        raw = self._stored(name, (first + span.start) * math.prod(below), (len(span), *below))
+        return self._widened(name, raw[:: rows.step, *key[axis + 1 :]])
+
+    def _stored(self, name: str, first: int, shape: tuple[int, ...]) -> NDArray[Any]:
+        """As many elements as `shape` holds, from the `first` on, as they lie in the file."""
         if self._file.closed:
             raise CheckpointError(f"{self.path}: {name!r} was asked for after the checkpoint was closed")
-        stored = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[entry.dtype]
-        raw: NDArray[Any] = np.empty((stop - start, *entry.shape[1:]), dtype=stored)
-        row_bytes = math.prod(entry.shape[1:]) * raw.itemsize
-        self._file.read_into(raw.reshape(-1).view(np.uint8).data, entry.begin + start * row_bytes)
-        if entry.dtype == "BF16":
+        raw: NDArray[Any] = np.empty(shape, dtype=_STORED[self.entries[name].dtype])
+        self._file.read_into(raw.reshape(-1).view(np.uint8).data, self.entries[name].begin + first * raw.itemsize)
+        return raw
+
+    def _widened(self, name: str, raw: NDArray[Any]) -> NDArray[np.float32]:
+        if self.entries[name].dtype == "BF16":
             bits = raw.astype(np.uint32)
             bits <<= 16
             out = bits.view(np.float32)

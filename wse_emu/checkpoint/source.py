@@ -39,6 +39,9 @@ class TensorSource(Protocol):
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Entries ``start:stop`` of the first axis, float32, C-contiguous, read-only."""
 
+    def read_part(self, name: str, key: tuple[int | slice, ...]) -> NDArray[np.float32]:
+        """Elements that the indices `key` select, float32, read-only; for what lies in a larger tensor (`PublishedTensor.key`)."""
+
     def close(self) -> None:
         """Let go of files; arrays handed out stay valid."""
 
@@ -55,6 +58,8 @@ class Checkpoint:
     tensors: TensorSource = field(repr=False)
     fingerprint: str
     """Text that changes when any file that was read changes (config, generation config, tensors, tokenizer)."""
+    ignored: tuple[str, ...] = ()
+    """Tensors of the directory that transformers leaves out too, such as layers that predict further tokens; sorted."""
     path: Path | None = None
     """Directory; None for random weights."""
     tokenizer_path: Path | None = None

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from wse_emu.checkpoint.config import parse_config, to_config
 from wse_emu.checkpoint.directory import INDEX, SINGLE, open_checkpoint
 from wse_emu.checkpoint.finite import first_not_finite
-from wse_emu.checkpoint.names import published_tensors
+from wse_emu.checkpoint.names import stored_shapes
 from wse_emu.checkpoint.replace import new_directory
 from wse_emu.checkpoint.source import Checkpoint
 from wse_emu.foundation.arguments import check_callable, check_flag, check_path, show
@@ -151,8 +151,9 @@ def save_checkpoint(
 
 def _stored_tensors(checkpoint: Checkpoint, dtype: str | None) -> list[_Tensor]:
     """Tensors in the order of use, each once, wider types first: so each begins at a multiple of its own size."""
-    published = {t.name: t.shape for _, t in published_tensors(checkpoint.spec)}
-    stored = [_Tensor(name, shape, _FORMATS[dtype or checkpoint.tensors.dtype(name)]) for name, shape in published.items()]
+    stored = [
+        _Tensor(name, shape, _FORMATS[dtype or checkpoint.tensors.dtype(name)]) for name, shape in stored_shapes(checkpoint.spec).items()
+    ]
     return sorted(stored, key=lambda t: -t.format.dtype.itemsize)
 
 

@@ -7,15 +7,16 @@ from contextlib import ExitStack
 from wse_emu.engine.forward_pass import ForwardPass
 from wse_emu.foundation.weights import layer_prefix
 from wse_emu.layers.attention import attention
+from wse_emu.layers.elementwise import bias, clip
 from wse_emu.layers.head_norm import head_norm
 from wse_emu.layers.linear import all_gather_bands, matmul
-from wse_emu.layers.norm import add_residual, rms_norm
+from wse_emu.layers.qk_norm import qk_norm
 from wse_emu.layers.rotary import ROTATE_QK
 from wse_emu.memoryx.layout import context_to_published
 from wse_emu.wafer.tensor import PlacedTensor
 
 
-def attention_block(run: ForwardPass, x: PlacedTensor, cos: PlacedTensor, sin: PlacedTensor) -> None:
+def attention_block(run: ForwardPass, x: PlacedTensor) -> None:
     """``x = x + attention(norm(x)) @ w_o``."""
     wafer, spec, layer, weights, heads, bands = run.wafer, run.spec, run.current_layer, run.weights, run.heads, run.bands
     prefix, rows, n, chunk = layer_prefix(layer), run.place.axis0, bands.n_tokens, run.options.piece
@@ -24,23 +25,15 @@ def attention_block(run: ForwardPass, x: PlacedTensor, cos: PlacedTensor, sin: P
             wafer.empty("queries, keys and values", wafer.placement((n, heads.qkv.total), rows, ("col", heads.qkv)))
         )
         with wafer.empty("normalised", run.place) as normal:
-            with run.scope("attention_norm"):
-                rms_norm(wafer, x, prefix + "attn_norm", weights.vector(prefix + "attn_norm"), spec.rms_norm_eps, normal, bands)
-                run.tap("attn_norm", normal)
+            run.norm("attn_norm", x, normal, "attention_norm")
             with run.scope("qkv"):
                 w_qkv = weights.matrix(prefix + "w_qkv", spec.hidden_size, heads.qkv.total)
                 matmul(wafer, normal, w_qkv, qkv, bands, chunk=chunk)
                 all_gather_bands(wafer, qkv, bands)
-                run.tap_qkv(qkv, "")
-        if spec.qk_norm:
-            with run.scope("head_norm"):
-                names = (prefix + "q_norm", prefix + "k_norm")
-                head_weights = None if wafer.is_dry else (weights.store.vector(names[0]), weights.store.vector(names[1]))
-                head_norm(wafer, qkv, heads, names, head_weights, spec.rms_norm_eps, bands)
-                run.tap_qkv(qkv, "_norm")
-        with run.scope("rotary"):
-            wafer.launch(ROTATE_QK, qkv=qkv, cos=cos, sin=sin, q_slots=spec.queries_per_kv)
-            run.tap_qkv(qkv, "_rope")
+                if spec.biases.qkv:
+                    bias(wafer, qkv, prefix + "b_qkv", weights.vector(prefix + "b_qkv"), bands)
+                run.tap_qkv(qkv, "", "qkv")
+        _prepare(run, qkv)
         with run.scope("kv_cache"):
             run.cache.append(layer, qkv, run.sequences, bands)
         context = stack.enter_context(
@@ -54,16 +47,41 @@ def attention_block(run: ForwardPass, x: PlacedTensor, cos: PlacedTensor, sin: P
             if record is not None and statistics is not None:
                 record.stages[layer, "attn_max"], record.stages[layer, "attn_denominator"] = statistics
                 record.stages[layer, "attn_context"] = context_to_published(wafer.drain(context, kind="probe"), spec)
-        with run.scope("attention_out"), wafer.empty("attention output", run.place) as y:
-            matmul(
-                wafer,
-                context,
-                weights.matrix(prefix + "w_o", heads.context.total, spec.hidden_size),
-                y,
-                bands,
-                chunk=chunk,
-            )
-            all_gather_bands(wafer, y, bands)
-            run.tap("attn_out", y)
-            add_residual(wafer, x, y)
-            run.tap("attn_residual", x)
+        with wafer.empty("attention output", run.place) as y:
+            with run.scope("attention_out"):
+                w_o = weights.matrix(prefix + "w_o", heads.context.total, spec.hidden_size)
+                matmul(wafer, context, w_o, y, bands, chunk=chunk)
+                all_gather_bands(wafer, y, bands)
+                if spec.biases.out:
+                    bias(wafer, y, prefix + "b_o", weights.vector(prefix + "b_o"), bands)
+                run.tap("attn_out", y)
+            run.join(x, y, "attn_after_norm", "attn_residual", "attention_out")
+
+
+def _prepare(run: ForwardPass, qkv: PlacedTensor) -> None:
+    """What happens to queries, keys and values between the projection and the cache, in the model's order."""
+    spec, layer = run.spec, run.current_layer
+    for suffix in spec.qkv_suffixes(layer):
+        if suffix == "_norm":
+            with run.scope("head_norm"):
+                _normalise(run, qkv)
+                run.tap_qkv(qkv, suffix, "qk")
+        elif suffix == "_clip":
+            assert spec.clip_qkv is not None
+            with run.scope("clip"):
+                clip(run.wafer, qkv, spec.clip_qkv)
+                run.tap_qkv(qkv, suffix, "qkv")
+        else:
+            cos, sin = run.rotary(layer)
+            with run.scope("rotary"):
+                run.wafer.launch(ROTATE_QK, qkv=qkv, cos=cos, sin=sin, q_slots=spec.queries_per_kv)
+                run.tap_qkv(qkv, suffix, "qk")
+
+
+def _normalise(run: ForwardPass, qkv: PlacedTensor) -> None:
+    spec, store, prefix = run.spec, run.weights.store, layer_prefix(run.current_layer)
+    assert spec.qk_norm is not None
+    names = (prefix + "q_norm", prefix + "k_norm")
+    head_weights = None if run.wafer.is_dry else (store.vector(names[0]), store.vector(names[1]))
+    norm = head_norm if spec.qk_norm.over == "head" else qk_norm
+    norm(run.wafer, qkv, run.heads, names, head_weights, spec.rms_norm_eps, run.bands)

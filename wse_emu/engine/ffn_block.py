@@ -10,8 +10,8 @@ import numpy as np
 from wse_emu.engine.forward_pass import ForwardPass
 from wse_emu.foundation.weights import layer_prefix
 from wse_emu.layers.assigned_routing import assign
+from wse_emu.layers.elementwise import gate_rows
 from wse_emu.layers.ffn import ExpertTaps, FfnWeights, dense_ffn, experts_ffn
-from wse_emu.layers.norm import add_residual, rms_norm
 from wse_emu.layers.router import Routing, report_chosen, route
 from wse_emu.memoryx.prefetch import LayerStream
 from wse_emu.wafer.tensor import PlacedTensor
@@ -22,10 +22,9 @@ def ffn_block(run: ForwardPass, x: PlacedTensor, stream: LayerStream) -> None:
     wafer, spec, layer, weights = run.wafer, run.spec, run.current_layer, run.weights
     prefix = layer_prefix(layer)
     with wafer.empty("normalised", run.place) as normal, wafer.empty("ffn output", run.place) as y:
-        with run.scope("ffn_norm"):
-            rms_norm(wafer, x, prefix + "ffn_norm", weights.vector(prefix + "ffn_norm"), spec.rms_norm_eps, normal, run.bands)
-            run.tap("ffn_norm", normal)
+        run.norm("ffn_norm", x, normal, "ffn_norm")
         moe = spec.is_moe_layer(layer)
+        scope = "experts" if moe else "ffn"
         if moe:
             _experts(run, normal, y, stream)
         else:
@@ -34,10 +33,27 @@ def ffn_block(run: ForwardPass, x: PlacedTensor, stream: LayerStream) -> None:
                     wafer, normal, weights.ffn(prefix, spec.ffn_width(layer)), y, run.bands, chunk=run.options.piece,
                     probe=run.tap if run.result.taps is not None else None,
                 )  # fmt: skip
-        with run.scope("experts" if moe else "ffn"):
+        with run.scope(scope):
             run.tap("ffn_out", y)
-            add_residual(wafer, x, y)
-            run.tap("layer_out", x)
+        run.join(x, y, "ffn_after_norm", "layer_out", scope)
+
+
+def _shared(run: ForwardPass, normal: PlacedTensor, y: PlacedTensor) -> None:
+    """``y = shared experts of normal``, times their gate where they have one."""
+    spec, prefix, shared = run.spec, layer_prefix(run.current_layer) + "shared.", run.spec.shared_experts
+    assert shared is not None
+    probe = run.tap if run.result.taps is not None else None
+    with run.scope("shared_experts"):
+        dense_ffn(
+            run.wafer, normal, run.weights.ffn(prefix, shared.intermediate_size), y, run.bands, chunk=run.options.piece,
+            probe=None if probe is None else lambda _, h: probe("shared_hidden", h),
+        )  # fmt: skip
+        run.tap("shared_out", y)
+        if shared.gated:
+            gate = run.weights.matrix(prefix + "gate", spec.hidden_size, 1)
+            logits = gate_rows(run.wafer, normal, gate, y, run.bands, chunk=run.options.piece)
+            if run.result.taps is not None:
+                run.result.taps.stages[run.layer, "shared_gate"] = logits
 
 
 def _experts(run: ForwardPass, normal: PlacedTensor, y: PlacedTensor, stream: LayerStream) -> None:
@@ -51,12 +67,14 @@ def _experts(run: ForwardPass, normal: PlacedTensor, y: PlacedTensor, stream: La
             chosen: Sequence[int] = range(spec.num_experts)
             if run.options.stream_experts == "activated" and run.options.moe_implementation != "functional":
                 chosen = report_chosen(wafer, routing, run.bands, spec.num_experts).tolist()
+        if spec.shared_experts is not None:
+            _shared(run, normal, y)
         taps = _expert_taps(run)
         with run.scope("experts"):
             experts_ffn(
                 wafer, normal, routing, _stream_experts(run, chosen, stream), spec.moe_intermediate_size, y, run.bands,
                 n_experts=spec.num_experts, chunk=run.options.piece, taps=taps, implementation=run.options.moe_implementation,
-                before=spec.routing.probability_before_ffn,
+                before=spec.routing.probability_before_ffn, begun=spec.shared_experts is not None,
             )  # fmt: skip
     if run.result.taps is not None and taps is not None:
         stages = run.result.taps.stages

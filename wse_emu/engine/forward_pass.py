@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from wse_emu.engine.routing_trace import RoutingTrace
 from wse_emu.engine.weights import ModelWeights
 from wse_emu.foundation.taps import TapRecord
+from wse_emu.foundation.weights import layer_prefix
 from wse_emu.layers.kv_cache import KVCache, Sequences
+from wse_emu.layers.norm import add_residual, rms_norm
 from wse_emu.layers.router import Routing
 from wse_emu.memoryx.layout import qkv_to_published
 from wse_emu.wafer.placement import Ints, Split, TokenBands
@@ -66,6 +68,8 @@ class ForwardPass:
         columns = Split.balanced(self.spec.hidden_size, wafer.cols)
         self.place = wafer.placement((bands.n_tokens, self.spec.hidden_size), ("row", bands.split), ("col", columns))
         """Where the residual stream lies."""
+        self.tables: dict[bool, tuple[PlacedTensor, PlacedTensor]] = {}
+        """Rotary cosines and sines, of the layers that turn locally and of the others."""
         self.layer: int | None = None
         """Layer that runs; None before the first and after the last."""
 
@@ -94,14 +98,34 @@ class ForwardPass:
         if self.result.taps is not None:
             self.result.taps.stages[self.layer, name] = self.wafer.drain(tensor, kind="probe")
 
-    def tap_qkv(self, qkv: PlacedTensor, suffix: str) -> None:
-        """Record queries, keys and values in published order."""
+    def tap_qkv(self, qkv: PlacedTensor, suffix: str, which: str) -> None:
+        """Record queries, keys and values, those that `which` names, in published order."""
         if self.result.taps is not None:
-            q, k, v = qkv_to_published(self.wafer.drain(qkv, kind="probe"), self.spec)
-            self.result.taps.stages[self.layer, "q" + suffix] = q
-            self.result.taps.stages[self.layer, "k" + suffix] = k
-            if not suffix:
-                self.result.taps.stages[self.layer, "v"] = v
+            values = dict(zip("qkv", qkv_to_published(self.wafer.drain(qkv, kind="probe"), self.spec), strict=True))
+            for name in which:
+                self.result.taps.stages[self.layer, name + suffix] = values[name]
+
+    def norm(self, name: str, x: PlacedTensor, out: PlacedTensor, scope: str) -> None:
+        """``out = norm(x)`` with the weight of that name of the current layer; without a layer, of the model."""
+        full = name if self.layer is None else layer_prefix(self.layer) + name
+        with self.scope(scope):
+            rms_norm(self.wafer, x, full, self.weights.vector(full), self.spec.rms_norm_eps, out, self.bands)
+            self.tap(name, out)
+
+    def join(self, x: PlacedTensor, y: PlacedTensor, after_norm: str, stage: str, scope: str) -> None:
+        """``x = x + y``, the output of half a layer, normalised and scaled before where the model does that."""
+        with ExitStack() as stack:
+            if self.spec.norm.after:
+                normal = stack.enter_context(self.wafer.empty("normalised output", self.place))
+                self.norm(after_norm, y, normal, after_norm)
+                y = normal
+            with self.scope(scope):
+                add_residual(self.wafer, x, y, self.spec.scales.residual)
+                self.tap(stage, x)
+
+    def rotary(self, layer: int) -> tuple[PlacedTensor, PlacedTensor]:
+        """Rotary tables of a layer."""
+        return self.tables[self.spec.rotates_locally(layer)]
 
     def note_hidden(self, x: PlacedTensor) -> None:
         """Keep the residual stream, if hidden states were asked for."""

@@ -21,7 +21,6 @@ from wse_emu.layers.edges import logits
 from wse_emu.layers.heads import HeadLayout
 from wse_emu.layers.kv_cache import KVCache, Sequences
 from wse_emu.layers.linear import Selection
-from wse_emu.layers.norm import rms_norm
 from wse_emu.layers.rotary import place_rotary
 from wse_emu.memoryx.prefetch import LayerStream
 from wse_emu.memoryx.store import ShapeStore, WeightStore
@@ -52,7 +51,7 @@ class Engine:
                 "`moe_implementation` 'functional' computes every expert for every token, which has no weight to multiply its input by: "
                 "with `probability_before_ffn` use 'experimental' or 'optimized'"
             )
-        self.heads = HeadLayout(self.spec.num_kv_heads, self.spec.queries_per_kv, self.spec.head_dim, wafer.cols)
+        self.heads = HeadLayout(self.spec.num_kv_heads, self.spec.queries_per_kv, self.spec.head_dim, wafer.cols, self.spec.attention_scale)
         self.weights = ModelWeights(store, self.options, shapes_only=wafer.is_dry)
         self._stream: LayerStream | None = None
 
@@ -111,7 +110,7 @@ class Engine:
     def _new_record(self, token_ids: Ints, sequences: Sequences, bands: TokenBands) -> TapRecord:
         widths = {
             "hidden": self.spec.hidden_size, "ffn": self.spec.intermediate_size, "expert": self.spec.moe_intermediate_size,
-            "vocab": self.spec.vocab_size,
+            "vocab": self.spec.vocab_size, "shared": 0 if self.spec.shared_experts is None else self.spec.shared_experts.intermediate_size,
         }  # fmt: skip
         starts = {name: Split.balanced(n, self.wafer.cols).starts for name, n in widths.items() if n}
         starts["heads"] = self.heads.context.starts
@@ -127,9 +126,10 @@ def _execute(run: ForwardPass, token_ids: Ints, wanted: Ints, stream: LayerStrea
     x = stack.enter_context(wafer.empty("residual stream", run.place))
     with ledger.scope("embedding"):
         wafer.inject(x, None if wafer.is_dry else weights.store.embed(token_ids))
-        cos, sin = place_rotary(wafer, spec, run.sequences, run.heads, run.bands)
-        stack.enter_context(cos)
-        stack.enter_context(sin)
+        for local in sorted({spec.rotates_locally(i) for i in range(spec.num_layers) if spec.rotates(i)}):
+            run.tables[local] = place_rotary(wafer, spec, run.sequences, run.heads, run.bands, local=local)
+            for table in run.tables[local]:
+                stack.enter_context(table)
         run.tap("embedding", x)
         run.note_hidden(x)
     for layer in range(spec.num_layers):
@@ -137,18 +137,16 @@ def _execute(run: ForwardPass, token_ids: Ints, wanted: Ints, stream: LayerStrea
         last = layer + 1 == spec.num_layers
         then = ["final_norm", "lm_head"] if last else weights.layer_names(layer + 1)
         with stream.layer(weights.layer_names(layer), then):
-            attention_block(run, x, cos, sin)
+            attention_block(run, x)
             ffn_block(run, x, stream)
         run.note_hidden(x)
     run.layer = None
     with stream.layer(["final_norm", "lm_head"], weights.layer_names(0)), wafer.empty("normalised", run.place) as normal:
-        with ledger.scope("final_norm"):
-            rms_norm(wafer, x, "final_norm", weights.vector("final_norm"), spec.rms_norm_eps, normal, run.bands)
-            run.tap("final_norm", normal)
+        run.norm("final_norm", x, normal, "final_norm")
         with ledger.scope("lm_head"):
             head = weights.matrix("lm_head", spec.hidden_size, spec.vocab_size)
             selection = Selection.of_tokens(np.asarray(wanted, np.int64), run.bands.split)
-            run.result.logits = logits(wafer, normal, head, selection, run.bands, chunk=run.options.piece)
+            run.result.logits = logits(wafer, normal, head, selection, run.bands, chunk=run.options.piece, cap=spec.scales.logits_cap)
     if run.result.taps is not None:
         run.result.taps.stages[None, "logits"] = run.result.logits
 

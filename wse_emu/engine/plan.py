@@ -72,12 +72,13 @@ def sequences_of(slots: list[int], n_new: list[int], start: list[int], length: l
 
 
 def kinds_of_layers(spec: ModelSpec) -> tuple[ModelSpec, list[int]]:
-    """The model with one layer of each kind, and how many of each kind it has; kinds differ in their network or in their window."""
-    kinds = Counter((spec.is_moe_layer(i), spec.window(i)) for i in range(spec.num_layers))
-    moe, windows = zip(*kinds, strict=True)
+    """The model with one layer of each kind, and how many of each it has; kinds differ in network, window or rotation."""
+    kinds = Counter((spec.is_moe_layer(i), spec.window(i), spec.rotates(i)) for i in range(spec.num_layers))
+    moe, windows, rotates = zip(*kinds, strict=True)
     few: dict[str, Any] = {"num_layers": len(kinds), "sliding_window": spec.sliding_window}
     few["sliding_layers"] = tuple(i for i, window in enumerate(windows) if window is not None)
     few["dense_layers"] = tuple(i for i, is_moe in enumerate(moe) if spec.is_moe and not is_moe)
+    few["rotary"] = replace(spec.rotary, skipped_layers=tuple(i for i, turns in enumerate(rotates) if not turns))
     return replace(spec, **few), list(kinds.values())
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wse_emu.engine.options import EngineOptions
-from wse_emu.foundation.weights import layer_prefix, router_vectors
+from wse_emu.foundation.weights import layer_prefix, layer_weights, router_vectors
 from wse_emu.layers.ffn import FfnWeights
 from wse_emu.layers.router import RouterWeights
 from wse_emu.layers.stream import StreamedMatrix, StreamedVector
@@ -29,16 +29,8 @@ class ModelWeights:
 
     def layer_names(self, layer: int) -> list[str]:
         """Tensors of a layer that are needed whatever is chosen."""
-        moe = self.spec.is_moe_layer(layer)
-        names = ["attn_norm", "w_qkv", *(("q_norm", "k_norm") if self.spec.qk_norm else ()), "w_o", "ffn_norm"]
-        rule = self.spec.routing
-        names += [*(["router"] if rule.is_learned else []), *router_vectors(rule)] if moe else ["w_gate_up", "w_down"]
-        prefix = layer_prefix(layer)
-        out = [prefix + name for name in names]
-        if moe and self.options.stream_experts == "all":
-            for expert in range(self.spec.num_experts):
-                out += self.expert_names(layer, expert)
-        return out
+        every = self.options.stream_experts == "all"
+        return [w.name for w in layer_weights(self.spec, layer) if every or ".experts." not in w.name]
 
     @staticmethod
     def expert_names(layer: int, expert: int) -> list[str]:
@@ -57,7 +49,7 @@ class ModelWeights:
     def ffn(self, prefix: str, width: int) -> FfnWeights:
         """Gate/up and down matrices of the network of `width` features whose names begin with `prefix`."""
         h, f = self.spec.hidden_size, width
-        return FfnWeights(self.matrix(prefix + "w_gate_up", h, 2 * f), self.matrix(prefix + "w_down", f, h))
+        return FfnWeights(self.matrix(prefix + "w_gate_up", h, 2 * f), self.matrix(prefix + "w_down", f, h), self.spec.activation)
 
     def router(self, layer: int) -> RouterWeights:
         """Gate and biases of a layer's router."""

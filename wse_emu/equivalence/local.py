@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from wse_emu.equivalence import tolerance
 from wse_emu.equivalence.routing_bounds import expert_weights_bound
-from wse_emu.equivalence.stages import inputs_of
+from wse_emu.equivalence.stages import attended, inputs_of, of_heads
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.taps import TapRecord
 from wse_emu.reference import formulas, rotary, routing, tensors
+from wse_emu.reference.weights import PublishedWeights
 
 F64 = NDArray[np.float64]
 Bounded = tuple[F64, F64]
@@ -35,7 +37,9 @@ class StageLocal:
         self._record = record
         self._spec = spec
         self._read = read
-        self._angles, self._rotary_factor = rotary.rotary_angles(spec, record.seq, record.pos)
+        self._weights = PublishedWeights(spec, read, np.dtype(np.float64))
+        kinds = {spec.rotates_locally(i) for i in range(spec.num_layers)}
+        self._angles = {local: rotary.rotary_angles(spec, record.seq, record.pos, local=local) for local in kinds}
         self._attention: tuple[int, dict[str, Bounded]] | None = None
 
     def check(self, layer: int | None, name: str) -> Bounded:
@@ -45,15 +49,15 @@ class StageLocal:
         """
         spec = self._spec
         if name == "embedding":  # a row of the published table, as it is: nothing may differ
-            rows = self._read(tensors.embed_tokens(spec).name)[self._record.token_ids].astype(np.float64)
-            return rows, np.zeros_like(rows)
-        if name in ("attn_norm", "ffn_norm", "final_norm"):
-            published = tensors.final_norm(spec) if layer is None else tensors.layer_tensor(spec, layer, name)
-            weight = self._read(published.name).astype(np.float64)
-            norm = formulas.rms_norm(self._inputs(layer, name)[0], weight, spec.rms_norm_eps).astype(np.float64)
-            return norm, tolerance.rms_norm_bound(norm)
+            rows = self._read(tensors.embed_tokens(spec).name)[self._record.token_ids]
+            if spec.scales.embedding != 1:  # times the factor, rounded once
+                rows = (rows.astype(np.float64) * float(np.float32(spec.scales.embedding))).astype(np.float32)
+            exact = rows.astype(np.float64)
+            return exact, np.zeros_like(exact)
+        if name in ("attn_norm", "attn_after_norm", "ffn_norm", "ffn_after_norm", "final_norm"):
+            return self._norm(self._inputs(layer, name)[0], layer, name)
         if name == "logits":
-            return self._linear(self._inputs(layer, name)[0], tensors.lm_head(spec))
+            return self._logits(self._inputs(layer, name)[0])
         assert layer is not None
         return self._check_in_layer(layer, name)
 
@@ -65,24 +69,23 @@ class StageLocal:
             return self._attention[1][name]
         inputs = self._inputs(layer, name)
         x = inputs[0]
-        if name in ("q", "k", "v", "attn_out", "router_logits"):
-            role = {"q": "w_q", "k": "w_k", "v": "w_v", "attn_out": "w_o", "router_logits": "router"}[name]
+        if name in ("q", "k", "v", "attn_out", "router_logits", "shared_gate"):
+            role = {"q": "w_q", "k": "w_k", "v": "w_v", "attn_out": "w_o", "router_logits": "router", "shared_gate": "shared_gate"}[name]
             value, bound = self._linear(x, tensors.layer_tensor(spec, layer, role))
+            if spec.biases.out if name == "attn_out" else spec.biases.qkv and name in ("q", "k", "v"):
+                value = value + self._weights.layer(layer, "b_" + role[2:])
+                bound = bound + tolerance.add_bound(np.abs(value) + bound)
             if role == "router" and spec.routing.router_use_bias:
                 value = value + self._vector(layer, "router_bias")
                 bound = bound + tolerance.add_bound(value)
             shape = (len(x), -1, spec.head_dim) if name in ("q", "k", "v") else value.shape
             return value.reshape(shape), bound.reshape(shape)
-        if name in ("q_rope", "k_rope"):
-            rotated = formulas.rotate(x, self._angles, self._rotary_factor).astype(np.float64)
-            return rotated, tolerance.rotary_bound(x, self._angles, self._rotary_factor)
-        if name in ("q_norm", "k_norm"):
-            weight = self._read(tensors.layer_tensor(spec, layer, name).name).astype(np.float64)
-            norm = formulas.rms_norm(x, weight, spec.rms_norm_eps).astype(np.float64)
-            return norm, tolerance.rms_norm_bound(norm)
+        if of_heads(name):
+            return self._after_projection(layer, name, x)
         if name in ("attn_residual", "layer_out"):
-            total = x + inputs[1]
-            return total, tolerance.add_bound(total)
+            scale = spec.scales.residual
+            total = x + scale * inputs[1]
+            return total, tolerance.add_bound(total) if scale == 1 else tolerance.scaled_add_bound(total, scale * inputs[1])
         if name == "topk_weights":
             ids = self._record.stages[layer, "topk_ids"]
             if not spec.routing.is_learned:
@@ -91,14 +94,52 @@ class StageLocal:
             weights = routing.weights(x, ids, spec.routing).astype(np.float64)
             return weights, expert_weights_bound(x, ids, spec.routing).astype(np.float64)
         if name == "ffn_out" and spec.is_moe_layer(layer):
-            _, weights, outs = inputs
+            _, weights, outs, *shared = inputs
             weights = np.ones_like(weights) if spec.routing.probability_before_ffn else weights
-            return np.einsum("tk,tkh->th", weights, outs), tolerance.combine_bound(weights, outs)
-        if name == "ffn_hidden":
-            return self._swiglu(layer, x, None)
+            value = np.einsum("tk,tkh->th", weights, outs)
+            if shared:
+                value = value + shared[0] * (expit(shared[1]) if len(shared) > 1 else 1.0)
+            return value, tolerance.combine_bound(weights, outs, *shared)
+        if name in ("ffn_hidden", "shared_hidden"):
+            return self._glu(layer, x, None if name == "ffn_hidden" else "shared")
+        if name == "shared_out":
+            return self._linear(x, tensors.layer_tensor(spec, layer, "w_down", "shared"))
         if name == "ffn_out":
             return self._linear(x, tensors.layer_tensor(spec, layer, "w_down"))
         return self._chosen_experts(layer, name, x)
+
+    def _norm(self, x: F64, layer: int | None, name: str) -> Bounded:
+        norm = formulas.rms_norm(x, self._weights.norm(layer, name), self._spec.rms_norm_eps).astype(np.float64)
+        return norm, tolerance.rms_norm_bound(norm, unit_offset=self._spec.norm.unit_offset)
+
+    def _logits(self, x: F64) -> Bounded:
+        """Head, its constant divisor (each weight is divided by it and rounded) and the cap."""
+        scales, head = self._spec.scales, tensors.lm_head(self._spec)
+        value, bound = self._linear(x, head)
+        if scales.logits != 1:
+            rounded = tolerance.U * tolerance.magnitude_product(x, self._weights.raw(head))
+            value, bound = value / scales.logits, (bound + 2 * rounded) / scales.logits
+        if scales.logits_cap is None:
+            return value, bound
+        cap = float(np.float32(scales.logits_cap))
+        return cap * np.tanh(value / cap), tolerance.capped_bound(value, bound, cap)
+
+    def _after_projection(self, layer: int, name: str, x: F64) -> Bounded:
+        """Queries, keys or values (T, heads, d) normalised, limited or rotated."""
+        spec = self._spec
+        if name.endswith("_clip"):
+            assert spec.clip_qkv is not None
+            limit = float(np.float32(spec.clip_qkv))
+            held = np.clip(x, -limit, limit)
+            return held, np.zeros_like(held)
+        if name.endswith("_rope"):
+            (angles, factor), interleaved = self._angles[spec.rotates_locally(layer)], spec.rotary.interleaved
+            rotated = formulas.rotate(x, angles, factor, interleaved=interleaved).astype(np.float64)
+            return rotated, tolerance.rotary_bound(x, angles, factor, interleaved=interleaved)
+        assert spec.qk_norm is not None
+        rows = x if spec.qk_norm.over == "head" else x.reshape(len(x), -1)
+        norm, bound = self._norm(rows, layer, name)
+        return norm.reshape(x.shape), bound.reshape(x.shape)
 
     def _chosen_experts(self, layer: int, name: str, x: F64) -> Bounded:
         """Check "expert_hidden" or "expert_out", for the (token, slot) pairs that chose each expert."""
@@ -109,7 +150,7 @@ class StageLocal:
         for expert in np.unique(ids):
             at = np.nonzero(ids == expert)
             if name == "expert_hidden":
-                value[at], bound[at] = self._swiglu(layer, self._entering(layer, x, at), int(expert))
+                value[at], bound[at] = self._glu(layer, self._entering(layer, x, at), int(expert))
             else:
                 value[at], bound[at] = self._linear(x[at], tensors.layer_tensor(spec, layer, "w_down", int(expert)))
         return value, bound
@@ -124,9 +165,10 @@ class StageLocal:
     def _attend(self, layer: int) -> dict[str, Bounded]:
         """Maximum, denominator and context, each from the stages before it; a stage whose inputs lack a part is not to be asked for."""
         spec, stages, seq, pos = self._spec, self._record.stages, self._record.seq, self._record.pos
-        q, k = (stages[layer, n].astype(np.float64) for n in ("q_rope", "k_rope"))
-        v, own_max, own_den = (self._own(layer, n) for n in ("v", "attn_max", "attn_denominator"))
-        group, d = spec.queries_per_kv, spec.head_dim
+        of_q, of_k, of_v = attended(spec, layer)
+        q, k = (stages[layer, n].astype(np.float64) for n in (of_q, of_k))
+        v, own_max, own_den = (self._own(layer, n) for n in (of_v, "attn_max", "attn_denominator"))
+        group, scale = spec.queries_per_kv, spec.attention_scale
         shapes = {"attn_max": q.shape[:2], "attn_denominator": q.shape[:2], "attn_context": q.shape}
         out: dict[str, Bounded] = {name: (np.full(shape, np.nan), np.full(shape, np.nan)) for name, shape in shapes.items()}
         for s in np.unique(seq):
@@ -135,8 +177,8 @@ class StageLocal:
             n = mask.sum(axis=1)
             for head in range(spec.num_heads):
                 qh, kh = q[t, head], k[t, head // group]
-                scores = np.where(mask, qh @ kh.T / np.sqrt(d), -np.inf)
-                e_scores = np.where(mask, tolerance.score_bound(qh, kh), 0.0)
+                scores = np.where(mask, scale * (qh @ kh.T), -np.inf)
+                e_scores = np.where(mask, tolerance.score_bound(qh, kh, scale), 0.0)
                 out["attn_max"][0][t, head] = scores.max(axis=1)
                 out["attn_max"][1][t, head] = tolerance.maximum_bound(scores, e_scores)
                 if own_max is None:
@@ -155,13 +197,14 @@ class StageLocal:
         out["attn_context"] = (value.reshape(len(q), -1), bound.reshape(len(q), -1))
         return out
 
-    def _swiglu(self, layer: int, x: F64, expert: int | None) -> Bounded:
+    def _glu(self, layer: int, x: F64, expert: tensors.Expert) -> Bounded:
         gate, e_gate = self._linear(x, tensors.layer_tensor(self._spec, layer, "w_gate", expert))
         up, e_up = self._linear(x, tensors.layer_tensor(self._spec, layer, "w_up", expert))
-        return formulas.swiglu(gate, up).astype(np.float64), tolerance.swiglu_bound(gate, up, e_gate, e_up)
+        activation = self._spec.activation
+        return formulas.glu(gate, up, activation).astype(np.float64), tolerance.glu_bound(gate, up, e_gate, e_up, activation)
 
     def _linear(self, x: F64, published: tensors.Published) -> Bounded:
-        weight = self._read(published.name)
+        weight = self._weights.raw(published)
         return formulas.linear(x, weight.astype(np.float64)).astype(np.float64), tolerance.linear_bound(x, weight)
 
     def _inputs(self, layer: int | None, name: str) -> list[F64]:

@@ -12,12 +12,10 @@ from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.taps import Stage, TapRecord
 
 PROJECTED = ("attn_norm", "q", "k", "v")
-HEAD_NORMS = ("q_norm", "k_norm")
-ATTENTION = (
-    "q_rope", "k_rope", "attn_max", "attn_denominator", "attn_context", "attn_out", "attn_residual", "ffn_norm",
-)  # fmt: skip
-MOE = ("router_logits", "topk_ids", "topk_weights", "expert_hidden", "expert_out", "ffn_out", "layer_out")
-DENSE = ("ffn_hidden", "ffn_out", "layer_out")
+ATTENTION = ("attn_max", "attn_denominator", "attn_context", "attn_out")
+ROUTER = ("router_logits", "topk_ids", "topk_weights")
+SHARED = ("shared_hidden", "shared_out")
+EXPERTS = ("expert_hidden", "expert_out")
 
 INPUTS: Mapping[str, tuple[str, ...]] = {
     "embedding": (),
@@ -25,13 +23,8 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
     "q": ("attn_norm",),
     "k": ("attn_norm",),
     "v": ("attn_norm",),
-    "q_norm": ("q",),
-    "k_norm": ("k",),
-    "attn_max": ("q_rope", "k_rope"),
-    "attn_denominator": ("q_rope", "k_rope", "attn_max"),
-    "attn_context": ("q_rope", "k_rope", "v", "attn_max", "attn_denominator"),
     "attn_out": ("attn_context",),
-    "attn_residual": ("input", "attn_out"),
+    "attn_after_norm": ("attn_out",),
     "ffn_norm": ("attn_residual",),
     "router_logits": ("ffn_norm",),
     "topk_ids": ("ffn_norm", "router_logits"),
@@ -39,14 +32,21 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
     "expert_hidden": ("ffn_norm", "topk_ids"),
     "expert_out": ("expert_hidden", "topk_ids"),
     "ffn_hidden": ("ffn_norm",),
-    "layer_out": ("attn_residual", "ffn_out"),
+    "shared_hidden": ("ffn_norm",),
+    "shared_out": ("shared_hidden",),
+    "shared_gate": ("ffn_norm",),
+    "ffn_after_norm": ("ffn_out",),
     "final_norm": ("input",),
     "logits": ("final_norm",),
 }
-"""Stage to the stages it is computed from; "input" is what enters the layer. Those of "q_rope", "k_rope", "ffn_out" and, where
-scores are not learned, the decision depend on the model: `inputs_of`."""
+"""Stage to the stages it is computed from; "input" is what enters the layer. Those of others depend on the model: `inputs_of`."""
 
-HIDDEN = frozenset(("embedding", "attn_norm", "attn_out", "attn_residual", "ffn_norm", "expert_out", "ffn_out", "layer_out", "final_norm"))
+HIDDEN = frozenset(
+    (
+        "embedding", "attn_norm", "attn_out", "attn_after_norm", "attn_residual", "ffn_norm", "expert_out", "shared_out", "ffn_out",
+        "ffn_after_norm", "layer_out", "final_norm",
+    )
+)  # fmt: skip
 """Stages whose last axis is the hidden one."""
 
 
@@ -54,26 +54,39 @@ def expected_stages(spec: ModelSpec) -> list[Stage]:
     """Every stage of a forward pass, in the order in which they run."""
     out: list[Stage] = [(None, "embedding")]
     for layer in range(spec.num_layers):
-        network = (MOE if spec.routing.is_learned else MOE[1:]) if spec.is_moe_layer(layer) else DENSE
-        names = PROJECTED + (HEAD_NORMS if spec.qk_norm else ()) + ATTENTION + network
+        names = [*PROJECTED]
+        for suffix in spec.qkv_suffixes(layer):
+            names += [name + suffix for name in ("qkv" if suffix == "_clip" else "qk")]
+        after = spec.norm.after
+        names += [*ATTENTION, *(["attn_after_norm"] if after else []), "attn_residual", "ffn_norm"]
+        names += _mixture(spec) if spec.is_moe_layer(layer) else ["ffn_hidden"]
+        names += ["ffn_out", *(["ffn_after_norm"] if after else []), "layer_out"]
         out.extend((layer, name) for name in names)
     return [*out, (None, "final_norm"), (None, "logits")]
+
+
+def _mixture(spec: ModelSpec) -> list[str]:
+    shared = [] if spec.shared_experts is None else [*SHARED, *(["shared_gate"] if spec.shared_experts.gated else [])]
+    return [*(ROUTER if spec.routing.is_learned else ROUTER[1:]), *shared, *EXPERTS]
+
+
+def attended(spec: ModelSpec, layer: int) -> tuple[str, str, str]:
+    """Stages of the queries, keys and values that attention uses."""
+    suffixes = spec.qkv_suffixes(layer)
+    last = suffixes[-1] if suffixes else ""
+    return "q" + last, "k" + last, "v" if spec.clip_qkv is None else "v_clip"
 
 
 def stage_shape(spec: ModelSpec, name: str, n_tokens: int) -> tuple[int, ...]:
     """Shape of a stage's value; the first axis is the tokens."""
     if name in HIDDEN and name != "expert_out":
         return (n_tokens, spec.hidden_size)
+    if of_heads(name):
+        return (n_tokens, spec.num_heads if name[0] == "q" else spec.num_kv_heads, spec.head_dim)
+    shared = 0 if spec.shared_experts is None else spec.shared_experts.intermediate_size
     return (
         n_tokens,
         *{
-            "q": (spec.num_heads, spec.head_dim),
-            "k": (spec.num_kv_heads, spec.head_dim),
-            "v": (spec.num_kv_heads, spec.head_dim),
-            "q_norm": (spec.num_heads, spec.head_dim),
-            "k_norm": (spec.num_kv_heads, spec.head_dim),
-            "q_rope": (spec.num_heads, spec.head_dim),
-            "k_rope": (spec.num_kv_heads, spec.head_dim),
             "attn_max": (spec.num_heads,),
             "attn_denominator": (spec.num_heads,),
             "attn_context": (spec.num_heads * spec.head_dim,),
@@ -83,9 +96,16 @@ def stage_shape(spec: ModelSpec, name: str, n_tokens: int) -> tuple[int, ...]:
             "expert_hidden": (spec.top_k, spec.moe_intermediate_size),
             "expert_out": (spec.top_k, spec.hidden_size),
             "ffn_hidden": (spec.intermediate_size,),
+            "shared_hidden": (shared,),
+            "shared_gate": (1,),
             "logits": (spec.vocab_size,),
         }[name],
     )
+
+
+def of_heads(name: str) -> bool:
+    """Whether a stage holds queries, keys or values."""
+    return name.partition("_")[0] in ("q", "k", "v")
 
 
 def stage_dtype(name: str) -> np.dtype[Any]:
@@ -96,20 +116,38 @@ def stage_dtype(name: str) -> np.dtype[Any]:
 def inputs_of(spec: ModelSpec, stage: Stage) -> tuple[Stage, ...]:
     """Stages that `stage` is computed from."""
     layer, name = stage
-    if name == "ffn_out":
-        assert layer is not None
-        names: tuple[str, ...] = ("topk_ids", "topk_weights", "expert_out") if spec.is_moe_layer(layer) else ("ffn_hidden",)
-    elif name == "expert_hidden" and spec.routing.probability_before_ffn:
+    names = INPUTS.get(name)
+    if name == "expert_hidden" and spec.routing.probability_before_ffn:
         names = ("ffn_norm", "topk_ids", "topk_weights")
     elif name in ("topk_ids", "topk_weights") and not spec.routing.is_learned:
         names = () if name == "topk_ids" else ("topk_ids",)
-    elif name in ("q_rope", "k_rope"):
-        names = (name[0] + "_norm" if spec.qk_norm else name[0],)
-    else:
-        names = INPUTS[name]
+    if names is None:
+        assert layer is not None
+        names = _inputs_in_layer(spec, layer, name)
     entering = spec.num_layers if layer is None else layer
     before: Stage = (None, "embedding") if entering == 0 else (entering - 1, "layer_out")
     return tuple(before if n == "input" else (layer, n) for n in names)
+
+
+def _inputs_in_layer(spec: ModelSpec, layer: int, name: str) -> tuple[str, ...]:
+    """The same for stages whose inputs depend on the model."""
+    after = spec.norm.after
+    if name == "attn_residual":
+        return "input", "attn_after_norm" if after else "attn_out"
+    if name == "layer_out":
+        return "attn_residual", "ffn_after_norm" if after else "ffn_out"
+    if name == "ffn_out":
+        if not spec.is_moe_layer(layer):
+            return ("ffn_hidden",)
+        shared = () if spec.shared_experts is None else ("shared_out", *(("shared_gate",) if spec.shared_experts.gated else ()))
+        return ("topk_ids", "topk_weights", "expert_out", *shared)
+    q, k, v = attended(spec, layer)
+    if name in ATTENTION:
+        return {"attn_max": (q, k), "attn_denominator": (q, k, "attn_max"), "attn_context": (q, k, v, "attn_max", "attn_denominator")}[name]
+    head, _, suffix = name.partition("_")
+    steps = [s for s in spec.qkv_suffixes(layer) if head != "v" or s == "_clip"]
+    at = steps.index("_" + suffix)
+    return (head + (steps[at - 1] if at else ""),)
 
 
 def expert_of(name: str, element: tuple[int, ...], topk_ids: NDArray[np.int64] | None, token: int) -> int | None:
@@ -137,16 +175,17 @@ def core_of(record: TapRecord, spec: ModelSpec, name: str, token: int, element: 
 
 def _axis_index(spec: ModelSpec, name: str, element: tuple[int, ...]) -> tuple[str, int] | None:
     """Axis of the wafer layout that a stage is split along, and the element's index on it ("heads": row of ``w_o``)."""
-    d, half, group = spec.head_dim, spec.head_dim // 2, spec.queries_per_kv
+    d, group = spec.head_dim, spec.queries_per_kv
     if name in HIDDEN:
         return "hidden", element[-1]
-    if name in ("expert_hidden", "ffn_hidden"):
-        return "expert" if name == "expert_hidden" else "ffn", element[-1]
+    if name in ("expert_hidden", "ffn_hidden", "shared_hidden"):
+        return name.removesuffix("_hidden"), element[-1]
     if name == "logits":
         return "vocab", element[0]
-    if name in ("k", "k_norm", "k_rope", "v"):
-        return "heads", (element[0] * half + element[1] % half) * group * 2
-    if name in ("q", "q_norm", "q_rope", "attn_context", "attn_max", "attn_denominator"):
+    if of_heads(name) or name in ("attn_context", "attn_max", "attn_denominator"):
         head, i = element if len(element) == 2 else divmod(element[0], d) if name == "attn_context" else (element[0], 0)
-        return "heads", ((head // group * half + i % half) * group + head % group) * 2 + i // half
+        unit, half = (int(x) for x in np.argwhere(spec.rotary.pairs(d) == i)[0])
+        if name[0] in "kv":
+            return "heads", (head * d // 2 + unit) * group * 2
+        return "heads", ((head // group * d // 2 + unit) * group + head % group) * 2 + half
     return None

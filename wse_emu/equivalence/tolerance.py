@@ -66,36 +66,43 @@ def linear_bound(x: Floats, weight: Floats) -> F64:
     return sum_bound(x.shape[-1], magnitude_product(x, weight))
 
 
-def rms_norm_bound(y: F64) -> F64:
+def rms_norm_bound(y: F64, *, unit_offset: bool = False) -> F64:
     """Bound of an RMSNorm whose exact result is `y` (T, n).
+
+    Where the weight is ``1 + w``, that sum is rounded once more.
 
     The sum of squares has relative error ``2 sqrt(n) u`` (all terms are positive), and ``u`` more each from the division by n, from eps as
     a float32 and from its addition; the root halves all that: ``(sqrt(n) + 1.5) u``. Then root, reciprocal and two products: ``4 u``.
     """
-    bound: F64 = (np.sqrt(y.shape[-1]) + 5.5) * U * np.abs(y) + SUBNORMAL
+    bound: F64 = (np.sqrt(y.shape[-1]) + 5.5 + unit_offset) * U * np.abs(y) + SUBNORMAL
     return bound
 
 
-def rotary_bound(x: F64, angles: F64, factor: float = 1.0) -> F64:
-    """Bound of `rotate`; x (T, heads, d), angles (T, d/2) -> (T, heads, d).
+def rotary_bound(x: F64, angles: F64, factor: float = 1.0, *, interleaved: bool = False) -> F64:
+    """Bound of `rotate`; x (T, heads, d), angles (T, r/2) -> (T, heads, d); elements that are not rotated must stay as they are.
 
     Each of the two terms meets three roundings: of the cosine or sine (times `factor`, which only scales), of the product, of the sum. An
     angle is a float64 product of a power, known to about eight units of ``2**-53``; a stretched frequency takes as many again. That shifts
     cosine and sine by as much as it shifts the angle.
     """
-    a, b = np.split(np.abs(x), 2, axis=-1)
+    r = 2 * angles.shape[1]
+    first, second = (slice(0, r, 2), slice(1, r, 2)) if interleaved else (slice(0, r // 2), slice(r // 2, r))
+    a, b = np.abs(x[..., first]), np.abs(x[..., second])
     cos, sin = np.abs(np.cos(angles))[:, None, :], np.abs(np.sin(angles))[:, None, :]
     shift = 16 * 2.0**-53 * (1 + np.abs(angles))[:, None, :] * (a + b)
-    return factor * np.concatenate([3 * U * (a * cos + b * sin) + shift, 3 * U * (b * cos + a * sin) + shift], axis=-1) + SUBNORMAL
+    bound = np.zeros(x.shape)
+    bound[..., first] = factor * (3 * U * (a * cos + b * sin) + shift) + SUBNORMAL
+    bound[..., second] = factor * (3 * U * (b * cos + a * sin) + shift) + SUBNORMAL
+    return bound
 
 
-def score_bound(q: F64, k: F64) -> F64:
-    """Bound of the scaled scores ``q @ k.T / sqrt(d)``; q (T, d), k (S, d) -> (T, S).
+def score_bound(q: F64, k: F64, scale: float) -> F64:
+    """Bound of the scaled scores ``scale * q @ k.T``; q (T, d), k (S, d) -> (T, S).
 
-    The sum over d, then two roundings: of the factor ``1/sqrt(d)`` and of the product with it.
+    The sum over d, then two roundings: of the factor and of the product with it.
     """
     d = q.shape[-1]
-    bound: F64 = ((2 * np.sqrt(d) + 2) * U * (np.abs(q) @ np.abs(k).T) + d * SUBNORMAL) / np.sqrt(d)
+    bound: F64 = ((2 * np.sqrt(d) + 2) * U * (np.abs(q) @ np.abs(k).T) + d * SUBNORMAL) * scale
     return bound
 
 
@@ -157,20 +164,61 @@ def add_bound(total: F64) -> F64:
     return bound
 
 
-def swiglu_bound(gate: F64, up: F64, e_gate: F64, e_up: F64) -> F64:
-    """Bound of ``silu(gate) * up`` where gate and up are known to `e_gate` and `e_up`; all of one shape.
+def scaled_add_bound(total: F64, added: F64) -> F64:
+    """Bound of ``x + factor * y`` with exact sum `total` and exact product `added`.
 
-    silu has slope ``s (1 + g (1 - s))`` with ``s = sigmoid(g)`` and a second derivative of at most 1/2, so its argument's error enters as
-    ``|slope| e + e^2 / 4``. Computing it costs an exponential (2 u), a sum, a division and a product: ``5 u``; where the exponential
-    underflows, all of silu, at most 128 smallest normals. The product with up adds ``u`` and carries both factors' errors.
+    The factor and the product are rounded (``2 u``), then the sum.
     """
-    s = expit(gate)
-    silu = gate * s
-    e_silu = np.abs(s * (1 + gate * (1 - s))) * e_gate + e_gate * e_gate / 4 + 5 * U * np.abs(silu) + 128 * SMALLEST_NORMAL
-    bound: F64 = np.abs(up) * e_silu + np.abs(silu) * e_up + e_silu * e_up + U * np.abs(silu * up) + SUBNORMAL
+    loss = 2 * U * (1 + U) * np.abs(added) + SUBNORMAL
+    return loss + add_bound(np.abs(total) + loss)
+
+
+def capped_bound(x: F64, e_x: F64, cap: float) -> F64:
+    """Bound of ``cap * tanh(x / cap)`` where x is known to `e_x`; the cap is a float32 number.
+
+    tanh has slope at most 1, so x's error enters as it is. The division is one rounding, tanh 2.5 ulp (at most ``5 u``), the product one.
+    """
+    y = cap * np.tanh(x / cap)
+    bound: F64 = e_x + U * np.abs(x) + 6 * U * np.abs(y) + SUBNORMAL
     return bound
 
 
-def combine_bound(weights: F64, outs: F64) -> F64:
-    """Bound of ``sum_slot weights * outs``; weights (T, k), outs (T, k, h) -> (T, h)."""
-    return sum_bound(weights.shape[1], np.einsum("tk,tkh->th", np.abs(weights), np.abs(outs)))
+def glu_bound(gate: F64, up: F64, e_gate: F64, e_up: F64, activation: str) -> F64:
+    """Bound of ``activation(gate) * up`` where gate and up are known to `e_gate` and `e_up`; all of one shape.
+
+    silu has slope ``s (1 + g (1 - s))`` with ``s = sigmoid(g)`` and a second derivative of at most 1/2, so its argument's error enters as
+    ``|slope| e + e^2 / 4``. Computing it costs an exponential (2 u), a sum, a division and a product: ``5 u``; where the exponential
+    underflows, all of silu, at most 128 smallest normals. gelu in its tanh form is ``g sigmoid(z)`` with a slope of
+    ``s + g s (1 - s) z'`` and a second derivative of at most 1, hence ``e^2 / 2``; the five roundings of z enter as ``5 |z| (1 - s)`` of
+    its value. The product with up adds ``u`` and carries both factors' errors.
+    """
+    if activation == "silu":
+        s = expit(gate)
+        value = gate * s
+        slope, bend, roundings = s * (1 + gate * (1 - s)), 0.25, np.float64(5)
+    else:
+        c = 2 * np.sqrt(2 / np.pi)
+        z = c * (gate + 0.044715 * gate**3)
+        s = expit(z)
+        value = gate * s
+        slope, bend, roundings = s + value * (1 - s) * c * (1 + 3 * 0.044715 * gate**2), 0.5, 6 + 5 * np.abs(z) * (1 - s)
+    e_value = np.abs(slope) * e_gate + bend * e_gate * e_gate + roundings * U * np.abs(value) + 128 * SMALLEST_NORMAL
+    bound: F64 = np.abs(up) * e_value + np.abs(value) * e_up + e_value * e_up + U * np.abs(value * up) + SUBNORMAL
+    return bound
+
+
+def combine_bound(weights: F64, outs: F64, first: F64 | None = None, gate: F64 | None = None) -> F64:
+    """Bound of ``sum_slot weights * outs``; weights (T, k), outs (T, k, h) -> (T, h).
+
+    A `first` term (T, h), the shared experts', is one more in the sum; times ``sigmoid(gate)``, (T, 1), it is known to 2.5 ulp of the
+    factor (``5 u``), the rounding of the product and, where the exponential underflows, to a smallest normal.
+    """
+    size = np.einsum("tk,tkh->th", np.abs(weights), np.abs(outs))
+    if first is None:
+        return sum_bound(weights.shape[1], size)
+    term = np.abs(first)
+    loss = np.zeros_like(term)
+    if gate is not None:
+        loss = 6 * U * term * expit(gate) + 2 * SMALLEST_NORMAL * (1 + term)
+        term = term * expit(gate)
+    return sum_bound(weights.shape[1] + 1, size + term + loss) + loss

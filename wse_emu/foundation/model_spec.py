@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
+from wse_emu.foundation.activations import ACTIVATIONS, Activation
+from wse_emu.foundation.biases import Biases
 from wse_emu.foundation.errors import SpecError
+from wse_emu.foundation.norm_spec import NormSpec, QkNorm
 from wse_emu.foundation.rope_scaling import RopeScaling
+from wse_emu.foundation.rotary_spec import RotarySpec
 from wse_emu.foundation.routing_rule import MIXTRAL_ROUTING, RoutingRule
+from wse_emu.foundation.scales import Scales
+from wse_emu.foundation.shared_experts import SharedExperts
 
-FAMILIES = ("llama", "mistral", "mixtral", "qwen3", "qwen3_moe")
+FAMILIES = ("llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "qwen2_moe", "olmoe", "granitemoe", "gemma2", "gemma3_text")
 """Model families (Hugging Face ``model_type``) that this version runs."""
 
 
@@ -37,8 +44,16 @@ class ModelSpec:
     tie_word_embeddings: bool = False
     rope_scaling: RopeScaling | None = None
     """How rotary frequencies are stretched; None is not at all."""
-    qk_norm: bool = False
-    """Whether every head's queries and keys pass an RMSNorm of their own before they are rotated."""
+    rotary: RotarySpec = field(default_factory=RotarySpec)
+    norm: NormSpec = field(default_factory=NormSpec)
+    qk_norm: QkNorm | None = None
+    """Norm of queries and keys; None is none."""
+    biases: Biases = field(default_factory=Biases)
+    scales: Scales = field(default_factory=Scales)
+    clip_qkv: float | None = None
+    """Queries, keys and values are held within plus and minus this; None leaves them."""
+    activation: Activation = "silu"
+    """What gates a feed-forward network: ``activation(x @ w_gate) * (x @ w_up)``."""
     sliding_window: int | None = None
     """Keys that a query of a sliding layer sees, itself included."""
     sliding_layers: tuple[int, ...] = ()
@@ -51,6 +66,8 @@ class ModelSpec:
     """Width of one expert; 0 exactly when `num_experts` is 0."""
     dense_layers: tuple[int, ...] = ()
     """Layers of a model with experts that have a dense feed-forward network instead, ascending."""
+    shared_experts: SharedExperts | None = None
+    """Network beside the chosen experts, in layers with a mixture."""
     routing: RoutingRule = MIXTRAL_ROUTING
     """Which experts a token visits and with which weights; of no account in a dense model."""
     bos_token_id: int | None = None
@@ -97,6 +114,7 @@ class ModelSpec:
             raise SpecError(f"`sliding_window` must be an integer >= 1 or None, got {self.sliding_window!r}")
         if (self.sliding_window is None) != (not self.sliding_layers):
             raise SpecError(f"`sliding_window` and `sliding_layers` belong together, got {self.sliding_window} and {self.sliding_layers}")
+        self._check_rules()
         kind = None if self.rope_scaling is None else self.rope_scaling.kind
         if kind == "yarn" and not self.rope_theta > 1:
             raise SpecError(f"rotary scaling yarn: `rope_theta` must be above 1, got {self.rope_theta!r}")
@@ -104,8 +122,23 @@ class ModelSpec:
             raise SpecError(f"rotary scaling dynamic: `head_dim` must be at least 4, got {self.head_dim}")
         for name in ("short_factor", "long_factor"):
             factors = getattr(self.rope_scaling, name, ())
-            if factors and len(factors) != self.head_dim // 2:
-                raise SpecError(f"rotary scaling: `{name}` must hold {self.head_dim // 2} numbers (`head_dim` / 2), holds {len(factors)}")
+            half = self.rotary.rotated(self.head_dim) // 2
+            if factors and len(factors) != half:
+                raise SpecError(f"rotary scaling: `{name}` must hold {half} numbers (half of what is rotated), holds {len(factors)}")
+
+    def _check_rules(self) -> None:
+        if self.rotary.rotated(self.head_dim) > self.head_dim:
+            raise SpecError(f"`dim` of `rotary` must be at most `head_dim` ({self.head_dim}), got {self.rotary.dim}")
+        if self.rotary.skipped_layers and self.rotary.skipped_layers[-1] >= self.num_layers:
+            raise SpecError(f"`skipped_layers` of `rotary` must lie in 0..{self.num_layers - 1}, got {self.rotary.skipped_layers}")
+        if self.rotary.local_theta is not None and self.sliding_window is None:
+            raise SpecError("`local_theta` of `rotary` is for layers with a sliding window: `sliding_window` must be given")
+        if self.activation not in ACTIVATIONS:
+            raise SpecError(f"`activation` must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        if self.clip_qkv is not None and not 0 < self.clip_qkv < float("inf"):
+            raise SpecError(f"`clip_qkv` must be positive and finite or None, got {self.clip_qkv!r}")
+        if self.shared_experts is not None and not self.num_experts:
+            raise SpecError("`shared_experts` must be None for a dense model")
 
     @property
     def is_moe(self) -> bool:
@@ -140,17 +173,43 @@ class ModelSpec:
         """Query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
 
+    def qkv_suffixes(self, layer: int) -> tuple[str, ...]:
+        """What happens to queries and keys after their projection, in order, of "_norm", "_clip" and "_rope"; to values only "_clip"."""
+        norm = () if self.qk_norm is None else ("_norm",)
+        late = self.qk_norm is not None and self.qk_norm.after_rotary
+        clip = () if self.clip_qkv is None else ("_clip",)
+        rope = ("_rope",) if self.rotates(layer) else ()
+        return (*clip, *rope, *norm) if late else (*norm, *clip, *rope)
+
+    def rotates(self, layer: int) -> bool:
+        """Whether a layer's queries and keys are rotated."""
+        return not _holds(self.rotary.skipped_layers, layer)
+
+    def rotates_locally(self, layer: int) -> bool:
+        """Whether a layer turns by ``rotary.local_theta``."""
+        return self.rotary.local_theta is not None and self.window(layer) is not None
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor of the scores."""
+        return 1 / math.sqrt(self.head_dim) if self.scales.attention is None else self.scales.attention
+
     @property
     def n_params(self) -> int:
         """Number of parameters; a tied embedding counts once."""
-        h = self.hidden_size
-        attention = h * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads) + (2 * self.head_dim if self.qk_norm else 0)
+        h, n_q, n_kv = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = 2 * h * (n_q + n_kv) + self.biases.qkv * (n_q + 2 * n_kv) + self.biases.out * h
+        if self.qk_norm is not None:
+            attention += 2 * self.head_dim if self.qk_norm.over == "head" else n_q + n_kv
         n_moe = len(self.moe_layers)
         dense = (self.num_layers - n_moe) * 3 * h * self.intermediate_size
         experts = n_moe * self.num_experts * 3 * h * self.moe_intermediate_size
+        if self.shared_experts is not None:
+            experts += n_moe * h * (3 * self.shared_experts.intermediate_size + self.shared_experts.gated)
+        norms = (4 if self.norm.after else 2) * h
         routers = n_moe * self.num_experts * self.routing.params_per_expert(h)
         vocab = self.vocab_size * h * (1 if self.tie_word_embeddings else 2)
-        return self.num_layers * (attention + 2 * h) + dense + experts + routers + h + vocab
+        return self.num_layers * (attention + norms) + dense + experts + routers + h + vocab
 
 
 def _holds(layers: tuple[int, ...], layer: int) -> bool:

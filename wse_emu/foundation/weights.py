@@ -6,12 +6,19 @@ A matrix is ``[in, out]`` so that ``x @ w``; its columns are ordered so that eve
     Column ``((g * d/2 + u) * (q + 2) + s) * 2 + e`` is element ``u + e * d/2`` of: query head ``g * q + s`` for ``s < q``, key head ``g``
     for ``s = q``, value head ``g`` for ``s = q + 1``. So the two halves ``(u, u + d/2)`` of a rotary pair (a *pair unit*) are neighbours,
     and a pair unit of a key/value head keeps its queries beside it.
+    Where the published pairs are neighbours, or only part of a head is rotated, ``(u, u + d/2)`` stands for `RotarySpec.pairs`.
+``b_qkv``, the biases of those columns
 ``q_norm``, ``k_norm`` ``(head_dim,)``, where a head's queries and keys are normalised
-    Element ``2 u + e`` is published element ``u + e * d/2``, as in a pair unit.
+    Element ``2 u + e`` is published element ``u + e * d/2``, as in a pair unit. Over a row: ``(num_heads * head_dim,)`` in the order of
+    the rows of ``w_o`` and ``(num_kv_heads * head_dim,)`` in the order of the keys in ``w_qkv``.
 ``w_o`` ``(num_kv_heads * head_dim/2 * q * 2, hidden)``
     Row ``((g * d/2 + u) * q + s) * 2 + e`` is row ``(g * q + s) * d + u + e * d/2`` of the published matrix (transposed).
 ``w_gate_up`` ``(hidden, 2 * intermediate)``
     Column ``2 f`` is the gate's column ``f``, column ``2 f + 1`` is the up projection's.
+``shared.gate`` ``(hidden, 1)``, where the shared experts' output has a gate
+
+Weights of norms are stored as they are applied: ``1 + w`` where the family means that. ``embed`` is multiplied by ``scales.embedding`` and
+``lm_head`` divided by ``scales.logits``, each product rounded to float32.
 """
 
 from __future__ import annotations
@@ -56,25 +63,38 @@ def router_vectors(rule: RoutingRule) -> tuple[str, ...]:
 def layer_weights(spec: ModelSpec, layer: int) -> list[WeightShape]:
     """Tensors of one layer, in the order in which they are streamed."""
     p = layer_prefix(layer)
-    h, f, d = spec.hidden_size, spec.ffn_width(layer), spec.head_dim
-    norms = [WeightShape(p + "q_norm", (d,)), WeightShape(p + "k_norm", (d,))] if spec.qk_norm else []
-    out = [
-        WeightShape(p + "attn_norm", (h,)),
-        WeightShape(p + "w_qkv", (h, (spec.num_heads + 2 * spec.num_kv_heads) * d)),
-        *norms,
-        WeightShape(p + "w_o", (spec.num_heads * d, h)),
-        WeightShape(p + "ffn_norm", (h,)),
-    ]
+    h, d = spec.hidden_size, spec.head_dim
+    n_q, n_kv = spec.num_heads * d, spec.num_kv_heads * d
+    shapes: dict[str, tuple[int, ...]] = {"attn_norm": (h,), "w_qkv": (h, n_q + 2 * n_kv)}
+    if spec.biases.qkv:
+        shapes["b_qkv"] = (n_q + 2 * n_kv,)
+    if spec.qk_norm is not None:
+        shapes |= {"q_norm": (d,), "k_norm": (d,)} if spec.qk_norm.over == "head" else {"q_norm": (n_q,), "k_norm": (n_kv,)}
+    shapes["w_o"] = (n_q, h)
+    if spec.biases.out:
+        shapes["b_o"] = (h,)
+    if spec.norm.after:
+        shapes["attn_after_norm"] = (h,)
+    shapes["ffn_norm"] = (h,)
     if not spec.is_moe_layer(layer):
-        return [*out, WeightShape(p + "w_gate_up", (h, 2 * f)), WeightShape(p + "w_down", (f, h))]
-    rule = spec.routing
-    if rule.is_learned:
-        out.append(WeightShape(p + "router", (h, spec.num_experts)))
-    out += [WeightShape(p + name, (spec.num_experts,)) for name in router_vectors(rule)]
-    for e in range(spec.num_experts):
-        out.append(WeightShape(f"{p}experts.{e}.w_gate_up", (h, 2 * f)))
-        out.append(WeightShape(f"{p}experts.{e}.w_down", (f, h)))
-    return out
+        shapes |= _ffn("", h, spec.intermediate_size)
+    else:
+        if spec.routing.is_learned:
+            shapes["router"] = (h, spec.num_experts)
+        shapes |= dict.fromkeys(router_vectors(spec.routing), (spec.num_experts,))
+        if spec.shared_experts is not None:
+            shapes |= _ffn("shared.", h, spec.shared_experts.intermediate_size)
+            if spec.shared_experts.gated:
+                shapes["shared.gate"] = (h, 1)
+        for e in range(spec.num_experts):
+            shapes |= _ffn(f"experts.{e}.", h, spec.moe_intermediate_size)
+    if spec.norm.after:
+        shapes["ffn_after_norm"] = (h,)
+    return [WeightShape(p + name, shape) for name, shape in shapes.items()]
+
+
+def _ffn(prefix: str, hidden: int, width: int) -> dict[str, tuple[int, ...]]:
+    return {prefix + "w_gate_up": (hidden, 2 * width), prefix + "w_down": (width, hidden)}
 
 
 def all_weights(spec: ModelSpec) -> Iterator[WeightShape]:

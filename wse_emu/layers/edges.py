@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wse_emu.foundation.weights import TILE_COLS
-from wse_emu.layers.ffn import read_compact
+from wse_emu.layers.elementwise import cap as soft_cap
+from wse_emu.layers.ffn import FILL_ZERO, read_compact
 from wse_emu.layers.linear import DEFAULT_CHUNK, Selection, matmul
 from wse_emu.layers.stream import StreamedMatrix
 from wse_emu.wafer import costs
@@ -38,7 +39,8 @@ def _unused_words(wafer: Wafer, vocab_size: int, bands: TokenBands) -> int:
 
 
 def logits(
-    wafer: Wafer, x: PlacedTensor, head: StreamedMatrix, wanted: Selection, bands: TokenBands, *, chunk: int = DEFAULT_CHUNK
+    wafer: Wafer, x: PlacedTensor, head: StreamedMatrix, wanted: Selection, bands: TokenBands, *, chunk: int = DEFAULT_CHUNK,
+    cap: float | None = None,
 ) -> NDArray[np.float32]:
     """Logits of the wanted tokens, drained to the host pass by pass.
 
@@ -53,6 +55,8 @@ def logits(
     bands : TokenBands
     chunk : int
         Most columns of one streamed piece.
+    cap : float, optional
+        They become ``cap * tanh(x / cap)``.
 
     Returns
     -------
@@ -67,7 +71,11 @@ def logits(
             n = last - first
             place = wafer.placement((bands.n_tokens, n), x.placement.axis0, ("col", Split.balanced(n, wafer.cols)))
             with wafer.empty("logits", place) as y:
+                if cap is not None:
+                    wafer.launch(FILL_ZERO, x=y)  # the limit is taken of the whole block
                 matmul(wafer, x, head.slice(first, last), y, bands, take=wanted, chunk=chunk)
+                if cap is not None:
+                    soft_cap(wafer, y, cap)
                 drained = _drain(wafer, y, wanted, bands)
                 if not wafer.is_dry:
                     out[:, first:last] = drained

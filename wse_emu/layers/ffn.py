@@ -10,7 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from wse_emu.layers.linear import COMBINE, DEFAULT_CHUNK, SWIGLU, Selection, all_gather_bands, matmul
+from wse_emu.foundation.activations import Activation
+from wse_emu.layers.linear import COMBINE, DEFAULT_CHUNK, GEGLU, SWIGLU, Selection, all_gather_bands, matmul
 from wse_emu.layers.router import Routing
 from wse_emu.layers.stream import StreamedMatrix
 from wse_emu.wafer.kernel import Kernel
@@ -55,13 +56,19 @@ class FfnWeights:
     """(hidden, 2 * ffn), gate and up columns alternating."""
     down: StreamedMatrix
     """(ffn, hidden)."""
+    activation: Activation = "silu"
+
+    @property
+    def mode(self) -> int:
+        """How `matmul` gates."""
+        return SWIGLU if self.activation == "silu" else GEGLU
 
 
 def dense_ffn(
     wafer: Wafer, x: PlacedTensor, weights: FfnWeights, out: PlacedTensor, bands: TokenBands, *, chunk: int = DEFAULT_CHUNK,
     probe: Callable[[str, PlacedTensor], None] | None = None,
 ) -> None:  # fmt: skip
-    """``out = (silu(x @ w_gate) * (x @ w_up)) @ w_down``.
+    """``out = (activation(x @ w_gate) * (x @ w_up)) @ w_down``.
 
     Parameters
     ----------
@@ -87,7 +94,7 @@ def _every_token(
     wafer: Wafer, x: PlacedTensor, weights: FfnWeights, h: PlacedTensor, out: PlacedTensor, bands: TokenBands, chunk: int
 ) -> None:
     """One network for all tokens: hidden layer and output, complete on every row of a band."""
-    matmul(wafer, x, weights.gate_up, h, bands, mode=SWIGLU, chunk=chunk)
+    matmul(wafer, x, weights.gate_up, h, bands, mode=weights.mode, chunk=chunk)
     all_gather_bands(wafer, h, bands)
     matmul(wafer, h, weights.down, out, bands, chunk=chunk)
     all_gather_bands(wafer, out, bands)
@@ -106,9 +113,11 @@ class ExpertTaps:
 def experts_ffn(
     wafer: Wafer, x: PlacedTensor, routing: Routing, experts: Iterable[tuple[int, FfnWeights]], width: int, out: PlacedTensor,
     bands: TokenBands, *, n_experts: int, chunk: int = DEFAULT_CHUNK, taps: ExpertTaps | None = None,
-    implementation: MoeImplementation = "experimental", before: bool = False,
+    implementation: MoeImplementation = "experimental", before: bool = False, begun: bool = False,
 ) -> None:  # fmt: skip
     """Mixture of experts: ``out[t] = sum over chosen e, ascending, of weight[t, e] * ffn_e(x[t])``, each added with fma from +0.
+
+    With `begun` they are added to what `out` holds, the shared experts' output.
 
     Expert by expert, the weights stream past all rows; every row applies them to its own tokens that chose the expert. However that is
     done, the bits are the same: a token's numbers never meet another token's.
@@ -134,9 +143,12 @@ def experts_ffn(
         tokens by expert once.
     before : bool
         Multiply the expert's input by the token's weight instead of its output; not with "functional".
+    begun : bool
+        Whether `out` holds a first term, complete on every row of a token's band.
     """
     place = wafer.placement((bands.n_tokens, width), x.placement.axis0, ("col", Split.balanced(width, wafer.cols)))
-    wafer.launch(FILL_ZERO, x=out)
+    if not begun:
+        wafer.launch(FILL_ZERO, x=out)
     with wafer.empty("expert hidden", place) as h:
         with ExitStack() as stack:
             lists = stack.enter_context(_ExpertLists(wafer, routing, bands, n_experts, sorted_once=implementation == "optimized"))
@@ -147,10 +159,10 @@ def experts_ffn(
             for expert, weights in experts:
                 selection = lists.selection(expert)
                 if scaled is None:
-                    matmul(wafer, x, weights.gate_up, h, bands, mode=SWIGLU, take=selection, chunk=chunk)
+                    matmul(wafer, x, weights.gate_up, h, bands, mode=weights.mode, take=selection, chunk=chunk)
                 else:
                     _on_selected(wafer, SCALE_ROWS, selection, {"x": x, "out": scaled}, bands, compact="out")
-                    matmul(wafer, scaled, weights.gate_up, h, bands, mode=SWIGLU, compact=selection, chunk=chunk)
+                    matmul(wafer, scaled, weights.gate_up, h, bands, mode=weights.mode, compact=selection, chunk=chunk)
                     selection = replace(selection, scale=np.ones_like(selection.scale), scale_blocks=None)
                 all_gather_bands(wafer, h, bands, selection)
                 if taps is not None:

@@ -28,6 +28,8 @@ class HeadLayout:
     queries_per_kv: int
     head_dim: int
     n_cols: int
+    sm_scale: float | None = None
+    """Factor of the scores; None is ``1 / sqrt(head_dim)``."""
 
     @cached_property
     def units(self) -> Split:
@@ -43,6 +45,11 @@ class HeadLayout:
     def context(self) -> Split:
         """Elements of all query heads over columns of cores (the rows of ``w_o``)."""
         return self.units.scaled(2 * self.queries_per_kv)
+
+    @cached_property
+    def keys(self) -> Split:
+        """Elements of all keys over columns of cores."""
+        return self.units.scaled(2)
 
     @cached_property
     def heads(self) -> tuple[tuple[Part, ...], ...]:
@@ -107,5 +114,5 @@ class HeadLayout:
 
     @property
     def scale(self) -> np.float32:
-        """``1 / sqrt(head_dim)`` in float32."""
-        return np.float32(1.0 / np.sqrt(float(self.head_dim)))
+        """Factor of the scores, in float32."""
+        return np.float32(1.0 / np.sqrt(float(self.head_dim)) if self.sm_scale is None else self.sm_scale)

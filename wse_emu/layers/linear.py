@@ -25,15 +25,18 @@ from wse_emu.wafer.moves import CHAIN_ADD
 from wse_emu.wafer.placement import Ints, Split, TokenBands
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.wafer import Wafer
-from wse_kernels.ffn import combine_into, swiglu_into
-from wse_kernels.matmul import COMBINE, STORE, SWIGLU, mesh_matmul
+from wse_kernels.ffn import combine_into, geglu_into, swiglu_into
+from wse_kernels.matmul import COMBINE, GEGLU, STORE, SWIGLU, mesh_matmul
 
-__all__ = ["COMBINE", "DEFAULT_CHUNK", "STORE", "SWIGLU", "Selection", "all_gather_bands", "matmul"]
+__all__ = ["COMBINE", "DEFAULT_CHUNK", "GEGLU", "STORE", "SWIGLU", "Selection", "all_gather_bands", "matmul"]
 
 DEFAULT_CHUNK = 32
 """Most output columns of one piece of a streamed matrix; smaller pieces need less SRAM and more messages."""
 
 SWIGLU_INTO = Kernel(body=swiglu_into, params=("y", "first", "h"), inout=(), out=("h",), code_bytes=480)
+GEGLU_INTO = Kernel(body=geglu_into, params=("y", "first", "h"), inout=(), out=("h",), code_bytes=544)
+_GATING = {SWIGLU: SWIGLU_INTO, GEGLU: GEGLU_INTO}
+"""Modes that make one column of two, and what the owner of a block does then."""
 COMBINE_INTO = Kernel(
     body=combine_into,
     params=("y", "rows", "scale", "first", "out"),
@@ -110,12 +113,12 @@ def matmul(
         Rows by `bands`, columns split over columns of cores. If `put` is given, only its first tokens on each row of cores are meant (they
         were compacted by a product with `take`).
     weight : StreamedMatrix, (n_in, n_out)
-    out : PlacedTensor, (T, n_out) or, with `SWIGLU`, (T, n_out / 2), float32
+    out : PlacedTensor, (T, n_out) or, with `SWIGLU` and `GEGLU`, (T, n_out / 2), float32
         Written by columns of the band's share: follow with `all_gather_bands`.
     bands : TokenBands
         How tokens lie over rows.
-    mode : {STORE, SWIGLU, COMBINE}
-        Store; gate pairs of columns; or add ``scale * result`` to the tokens of `put`.
+    mode : {STORE, SWIGLU, GEGLU, COMBINE}
+        Store; gate pairs of columns with silu or with gelu; or add ``scale * result`` to the tokens of `put`.
     take : Selection, optional
         Tokens of `x` to use; the results are compacted to the first places of their row of cores.
     put : Selection, optional
@@ -125,7 +128,7 @@ def matmul(
     chunk : int
         Most columns of one streamed piece.
     """
-    unit = 2 if mode == SWIGLU else 1
+    unit = 2 if mode in _GATING else 1
     k_split, out_split = x.placement.axis1[1], out.placement.axis1[1]
     selection = take or put or compact
     counts = selection.counts if selection is not None else bands.split.sizes
@@ -139,7 +142,7 @@ def matmul(
         wafer.empty("partial sums", part_place) as part,
         wafer.empty("incoming sums", part_place) as inbox,
         wafer.empty("delivered sums", part_place) as landing,
-        wafer.sram.code(PARTIAL_MATMUL.name, PARTIAL_MATMUL.code_bytes + CHAIN_ADD.code_bytes + SWIGLU_INTO.code_bytes),
+        wafer.sram.code(PARTIAL_MATMUL.name, PARTIAL_MATMUL.code_bytes + CHAIN_ADD.code_bytes + _GATING.get(mode, SWIGLU_INTO).code_bytes),
     ):
         if wafer.cores is not None:
             events = _isolated(wafer, x, weight, out, bands, mode, take, put, compact, chunk, slab, part, inbox, landing)
@@ -233,8 +236,8 @@ def _events(
         max_hops=int(far[live].max(initial=0)) if sent else 0,
     )  # fmt: skip
     events = [stream, partial, chain, added, handed]
-    if mode == SWIGLU:
-        events.append(Event(None, "", "launch", SWIGLU_INTO.name, count=runs))
+    if mode in _GATING:
+        events.append(Event(None, "", "launch", _GATING[mode].name, count=runs))
     elif mode == COMBINE:
         events.append(Event(None, "", "launch", COMBINE_INTO.name, count=runs, macs=total))
     return tuple(events)
@@ -249,7 +252,7 @@ def _isolated(
     slab: PlacedTensor, part: PlacedTensor, inbox: PlacedTensor, landing: PlacedTensor,
 ) -> tuple[Event, ...]:  # fmt: skip
     assert wafer.cores is not None
-    unit = 2 if mode == SWIGLU else 1
+    unit = 2 if mode in _GATING else 1
     out_split = out.placement.axis1[1]
     selection = take or put or compact
     counts = selection.counts if selection is not None else bands.split.sizes
@@ -280,8 +283,8 @@ def _isolated(
                     y = landing.held[row, owner].prefix(m, n)
                     products.hand(acc, y, slice(None))
                     finished += 1
-                    if mode == SWIGLU:
-                        where, kernel = (slice(0, m), slice(first, first + n // 2)), SWIGLU_INTO
+                    if mode in _GATING:
+                        where, kernel = (slice(0, m), slice(first, first + n // 2)), _GATING[mode]
                         args: dict[str, Any] = {"y": y, "first": first, "h": target}
                     else:
                         assert put is not None
@@ -291,7 +294,7 @@ def _isolated(
                     macs += _finish(wafer.cores, kernel, target, where, args)
     events = products.events()
     if mode != STORE:
-        events.append(Event(None, "", "launch", (SWIGLU_INTO if mode == SWIGLU else COMBINE_INTO).name, count=finished, macs=macs))
+        events.append(Event(None, "", "launch", _GATING.get(mode, COMBINE_INTO).name, count=finished, macs=macs))
     return tuple(events)
 
 

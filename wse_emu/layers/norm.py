@@ -13,10 +13,12 @@ from wse_emu.wafer.moves import broadcast_row, chain_row
 from wse_emu.wafer.placement import Placement, Split, TokenBands
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.wafer import Wafer
+from wse_kernels.elementwise import add_scaled
 from wse_kernels.norm import add_to, rms_scale, sum_squares
 
 SUM_SQUARES = Kernel(body=sum_squares, params=("x", "ss"), out=("ss",), code_bytes=160, macs=lambda s: s["x"][0] * s["x"][1])
 RMS_SCALE = Kernel(body=rms_scale, params=("x", "total", "weight", "size", "eps", "out"), out=("out",), code_bytes=256)
+ADD_SCALED = Kernel(body=add_scaled, params=("x", "y", "factor"), inout=("x",), code_bytes=128)
 ADD_TO = Kernel(body=add_to, params=("x", "y"), inout=("x",), code_bytes=128)
 
 
@@ -82,6 +84,9 @@ def stream_vector(wafer: Wafer, name: str, values: NDArray[np.float32] | None, s
     return tensor
 
 
-def add_residual(wafer: Wafer, x: PlacedTensor, y: PlacedTensor) -> None:
-    """``x = x + y``, both placed alike."""
-    wafer.launch(ADD_TO, x=x, y=y)
+def add_residual(wafer: Wafer, x: PlacedTensor, y: PlacedTensor, factor: float = 1.0) -> None:
+    """``x = x + y * factor``, both placed alike."""
+    if factor == 1:
+        wafer.launch(ADD_TO, x=x, y=y)
+    else:
+        wafer.launch(ADD_SCALED, x=x, y=y, factor=np.float32(factor))

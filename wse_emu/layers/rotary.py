@@ -29,18 +29,22 @@ F64 = NDArray[np.float64]
 
 
 def place_rotary(
-    wafer: Wafer, spec: ModelSpec, sequences: Sequences, heads: HeadLayout, bands: TokenBands
+    wafer: Wafer, spec: ModelSpec, sequences: Sequences, heads: HeadLayout, bands: TokenBands, *, local: bool = False
 ) -> tuple[PlacedTensor, PlacedTensor]:
-    """Bring the rotary tables of the new tokens to the cores that own the pair units; kept for all layers."""
+    """Bring the rotary tables of the new tokens to the cores that own the pair units; kept for all layers.
+
+    `local` is for the layers with a window of a spec whose rotation differs there.
+    """
     place = wafer.placement((bands.n_tokens, heads.units.total), ("row", bands.split), ("col", heads.units))
-    values = (None, None) if wafer.is_dry else rotary_tables(spec, sequences)
-    cos, sin = wafer.empty("rotary cosines", place), wafer.empty("rotary sines", place)
+    values = (None, None) if wafer.is_dry else rotary_tables(spec, sequences, local=local)
+    kind = "local rotary" if local else "rotary"
+    cos, sin = wafer.empty(f"{kind} cosines", place), wafer.empty(f"{kind} sines", place)
     for tensor, value in zip((cos, sin), values, strict=True):
         wafer.inject(tensor, value)
     return cos, sin
 
 
-def rotary_tables(spec: ModelSpec, sequences: Sequences) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def rotary_tables(spec: ModelSpec, sequences: Sequences, *, local: bool = False) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Cosine and sine of every new token's angle for every pair unit of every key/value head.
 
     Parameters
@@ -48,27 +52,38 @@ def rotary_tables(spec: ModelSpec, sequences: Sequences) -> tuple[NDArray[np.flo
     spec : ModelSpec
     sequences : Sequences
         Where frequencies follow the length of the sequence, that is ``sequences.length``; keys that are in the cache stay as they are.
+    local : bool
+        Of the layers with a window, where they differ.
 
     Returns
     -------
     cos, sin : ndarray, (T, n_kv_heads * head_dim / 2), float32
-        Of ``position * frequency``, times the scaling's factor, computed in float64 and rounded once.
+        Of ``position * frequency``, times the scaling's factor, computed in float64 and rounded once; 1 and 0 for units that are not
+        rotated, which then keep their values.
     """
+    scaling = None if local else spec.rope_scaling
     angle = np.concatenate(
         [
-            np.outer(np.arange(start, start + n, dtype=np.float64), frequencies(spec, int(length)))
+            np.outer(np.arange(start, start + n, dtype=np.float64), frequencies(spec, int(length), local=local))
             for start, n, length in zip(sequences.start, sequences.n_new, sequences.length, strict=True)
         ]
     )
-    factor, repeat = attention_factor(spec.rope_scaling), (1, spec.num_kv_heads)
-    cos, sin = (np.tile((f(angle) * factor).astype(np.float32), repeat) for f in (np.cos, np.sin))
+    factor, still = attention_factor(scaling), (spec.head_dim - spec.rotary.rotated(spec.head_dim)) // 2
+    cos, sin = (
+        np.tile(np.pad((f(angle) * factor).astype(np.float32), ((0, 0), (0, still)), constant_values=end), (1, spec.num_kv_heads))
+        for f, end in ((np.cos, 1), (np.sin, 0))
+    )
     return cos, sin
 
 
-def frequencies(spec: ModelSpec, length: int) -> F64:
-    """Radians per position of each rotary pair, (head_dim / 2,), for a sequence of `length` tokens."""
-    half = spec.head_dim // 2
+def frequencies(spec: ModelSpec, length: int, *, local: bool = False) -> F64:
+    """Radians per position of each rotary pair, (rotated elements / 2,), for a sequence of `length` tokens."""
+    half = spec.rotary.rotated(spec.head_dim) // 2
     exponent = np.arange(half, dtype=np.float64) / half
+    if local:
+        assert spec.rotary.local_theta is not None
+        unstretched: F64 = spec.rotary.local_theta**-exponent
+        return unstretched
     plain: F64 = spec.rope_theta**-exponent
     scaling = spec.rope_scaling
     if scaling is None:

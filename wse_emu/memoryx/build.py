@@ -17,7 +17,7 @@ from pathlib import Path
 from wse_emu.checkpoint import Checkpoint
 from wse_emu.foundation.arguments import check_path
 from wse_emu.foundation.errors import StoreError
-from wse_emu.memoryx.layout import LAYOUT_VERSION, Layout
+from wse_emu.memoryx.layout import LAYOUT_VERSION, Layout, variant
 from wse_emu.memoryx.mapped import (
     RESIDENT_BYTES,
     FilePlan,
@@ -113,7 +113,7 @@ def open_store(
     """
     check_resident_bytes(resident_bytes)
     folder = cache_directory(cache_dir)
-    plan = plan_file(checkpoint.spec, fingerprint=checkpoint.tensors.fingerprint, source=checkpoint.name)
+    plan = plan_file(checkpoint.spec, fingerprint=checkpoint.tensors.fingerprint + variant(checkpoint.spec), source=checkpoint.name)
     path = folder / _file_name(checkpoint.name, plan)
     _check_private(folder)
     if os.path.lexists(path):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from wse_emu.checkpoint import TensorSource, published_names
 from wse_emu.checkpoint.finite import first_not_finite
-from wse_emu.checkpoint.names import LM_HEAD, PublishedTensor
+from wse_emu.checkpoint.names import PublishedTensor, own_head, read_part
 from wse_emu.foundation.errors import CheckpointError, StoreError
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.weights import TILE_COLS, WeightShape, all_weights
@@ -51,8 +51,9 @@ def qkv_to_published(qkv: NDArray[Any], spec: ModelSpec) -> tuple[NDArray[Any], 
     """
     d, kv, q = spec.head_dim, spec.num_kv_heads, spec.queries_per_kv
     _check_columns("qkv", qkv, (spec.num_heads + 2 * kv) * d)
-    t = qkv.shape[0]
-    heads = qkv.reshape(t, kv, d // 2, q + 2, 2).transpose(0, 1, 3, 4, 2).reshape(t, kv, q + 2, d)
+    t, pairs = qkv.shape[0], spec.rotary.pairs(d).T  # (element of the pair, unit)
+    heads = np.empty((t, kv, q + 2, d), qkv.dtype)
+    heads[..., pairs] = qkv.reshape(t, kv, d // 2, q + 2, 2).transpose(0, 1, 3, 4, 2)
     queries = np.ascontiguousarray(heads[:, :, :q]).reshape(t, spec.num_heads, d)
     return queries, np.ascontiguousarray(heads[:, :, q]), np.ascontiguousarray(heads[:, :, q + 1])
 
@@ -74,10 +75,10 @@ def context_to_published(context: NDArray[Any], spec: ModelSpec) -> NDArray[Any]
     StoreError
         If `context` has another number of columns.
     """
-    d, kv, q = spec.head_dim, spec.num_kv_heads, spec.queries_per_kv
-    _check_columns("context", context, spec.num_heads * d)
-    t = context.shape[0]
-    return context.reshape(t, kv, d // 2, q, 2).transpose(0, 1, 3, 4, 2).reshape(t, spec.num_heads * d)
+    _check_columns("context", context, spec.num_heads * spec.head_dim)
+    out = np.empty(context.shape, context.dtype)
+    out[:, context_order(spec)] = context
+    return out
 
 
 def _check_columns(name: str, array: NDArray[Any], columns: int) -> None:
@@ -88,8 +89,22 @@ def _check_columns(name: str, array: NDArray[Any], columns: int) -> None:
 def context_order(spec: ModelSpec) -> NDArray[np.int64]:
     """Published index (head * head_dim + element) of every row of ``w_o``, int64, (num_heads * head_dim,)."""
     d, kv, q = spec.head_dim, spec.num_kv_heads, spec.queries_per_kv
-    published = np.arange(spec.num_heads * d, dtype=np.int64).reshape(kv, q, 2, d // 2)
-    return np.ascontiguousarray(published.transpose(0, 3, 1, 2)).reshape(-1)
+    published = np.arange(spec.num_heads * d, dtype=np.int64).reshape(kv, q, d)[:, :, spec.rotary.pairs(d)]  # (head, slot, unit, 2)
+    return np.ascontiguousarray(published.transpose(0, 2, 1, 3)).reshape(-1)
+
+
+def key_order(spec: ModelSpec) -> NDArray[np.int64]:
+    """Published index (head * head_dim + element) of every key element of the layout, int64, (num_kv_heads * head_dim,)."""
+    d, kv = spec.head_dim, spec.num_kv_heads
+    return np.ascontiguousarray(np.arange(kv * d, dtype=np.int64).reshape(kv, d)[:, spec.rotary.pairs(d)]).reshape(-1)
+
+
+def variant(spec: ModelSpec) -> str:
+    """What of a spec changes the bytes of a layout beside the tensors and their shapes; empty for a Llama."""
+    parts = {"unit offset": spec.norm.unit_offset, "embedding": spec.scales.embedding, "logits": spec.scales.logits}
+    parts |= {"rotated": spec.rotary.rotated(spec.head_dim), "interleaved": spec.rotary.interleaved}
+    usual = {"unit offset": False, "embedding": 1.0, "logits": 1.0, "rotated": spec.head_dim, "interleaved": False}
+    return "".join(f"|{name}={value}" for name, value in parts.items() if value != usual[name])
 
 
 def tile_matrix(matrix: F32) -> F32:
@@ -122,6 +137,8 @@ class Layout:
         self._spec = spec
         self._where = where
         self._published = published_names(spec)
+        self._own_head = own_head(spec)
+        self._kept: tuple[PublishedTensor, F32] | None = None
 
     def chunks(self, weight: WeightShape) -> Iterator[F32]:
         """Flat pieces of one tensor of the layout, float32, in file order; together ``weight.size`` elements.
@@ -131,26 +148,44 @@ class Layout:
         CheckpointError
             If a value is NaN or infinite, or a tied checkpoint brings a head of its own that differs from the embedding.
         """
-        role, _, kind = weight.name.rpartition(".")
-        prefix = role + "." if role else ""
-        if len(weight.shape) == 1:
-            values = self._rows(self._published[weight.name], 0, weight.shape[0])
-            yield np.ascontiguousarray(values.reshape(2, -1).T).reshape(-1) if kind in ("q_norm", "k_norm") else values
+        prefix, _, kind = weight.name.rpartition(".")
+        prefix = prefix + "." if prefix else ""
+        if kind == "b_qkv":
+            yield np.concatenate([bias.reshape(-1) for bias in self._qkv_columns(prefix, "b_", ())])
+        elif len(weight.shape) == 1:
+            yield self._vector(weight.name, kind)
         elif kind == "embed":
             yield from self._embed()
         elif kind == "w_qkv":
-            yield from _tiles(self._qkv_columns(prefix), weight.shape[0], weight.shape[1])
+            yield from _tiles(self._qkv_columns(prefix, "w_", (weight.shape[0],)), weight.shape[0], weight.shape[1])
         elif kind == "w_gate_up":
             yield from _tiles(self._gate_up_columns(prefix), weight.shape[0], weight.shape[1])
         else:
             order = context_order(self._spec) if kind == "w_o" else None
             yield from _tiles(self._plain_columns(weight.name, order), weight.shape[0], weight.shape[1])
 
+    def _vector(self, name: str, kind: str) -> F32:
+        """A norm's weight as it is applied, in the order of what it is applied to, or a bias."""
+        spec, tensor = self._spec, self._published[name]
+        values = self._rows(tensor, 0, tensor.shape[0])
+        if kind.endswith("norm") and spec.norm.unit_offset:
+            values = values + np.float32(1.0)
+        if kind in ("q_norm", "k_norm") and spec.qk_norm is not None:
+            of_head = spec.rotary.pairs(spec.head_dim).reshape(-1)
+            order = of_head if spec.qk_norm.over == "head" else context_order(spec) if kind == "q_norm" else key_order(spec)
+            values = values[order]
+        return values
+
     def _brings_own_head(self, role: str) -> bool:
-        return role == "lm_head" and self._spec.tie_word_embeddings and LM_HEAD in self._tensors.names()
+        return role == "lm_head" and self._spec.tie_word_embeddings and self._own_head.name in self._tensors.names()
 
     def _rows(self, tensor: PublishedTensor, start: int, stop: int) -> F32:
-        rows = self._tensors.read_rows(tensor.name, start, stop)
+        if not tensor.transposed:
+            rows = read_part(self._tensors, tensor, start, stop)
+        else:  # its outputs lie across all of its rows: read once, kept until the next
+            if self._kept is None or self._kept[0] is not tensor:
+                self._kept = (tensor, read_part(self._tensors, tensor, 0, tensor.shape[0]))
+            rows = self._kept[1][start:stop]
         at = first_not_finite(rows, start)
         if at is not None:
             value, index = rows[at[0] - start, *at[1:]], ", ".join(map(str, at))
@@ -161,19 +196,28 @@ class Layout:
         tensor = self._published["embed"]
         step = max(1, _EMBED_CHUNK_ELEMENTS // tensor.shape[1])
         for i in range(0, tensor.shape[0], step):
-            yield self._rows(tensor, i, min(i + step, tensor.shape[0])).reshape(-1)
+            yield self._scaled("embed", self._rows(tensor, i, min(i + step, tensor.shape[0]))).reshape(-1)
 
-    def _qkv_columns(self, prefix: str) -> Iterator[F32]:
-        """Columns of ``w_qkv``, as rows (n, hidden): one key/value head with its query heads at a time."""
+    def _scaled(self, role: str, values: F32) -> F32:
+        """Values of the embedding or the head with the factor that belongs to all of them; each product is rounded."""
+        scales = self._spec.scales
+        if role == "embed" and scales.embedding != 1:
+            return values * np.float32(scales.embedding)
+        if role == "lm_head" and scales.logits != 1:
+            return values / np.float32(scales.logits)
+        return values
+
+    def _qkv_columns(self, prefix: str, kind: str, inner: tuple[int, ...]) -> Iterator[F32]:
+        """Columns of ``w_qkv``, as rows (n, hidden), or their biases (n,): one key/value head with its query heads at a time."""
         spec = self._spec
         d, q = spec.head_dim, spec.queries_per_kv
+        pairs = spec.rotary.pairs(d)
         for g in range(spec.num_kv_heads):
-            group = np.empty((d // 2, q + 2, 2, spec.hidden_size), dtype=np.float32)
-            heads = [("w_q", g * q + s, s) for s in range(q)] + [("w_k", g, q), ("w_v", g, q + 1)]
+            group = np.empty((d // 2, q + 2, 2, *inner), dtype=np.float32)
+            heads = [("q", g * q + s, s) for s in range(q)] + [("k", g, q), ("v", g, q + 1)]
             for name, head, slot in heads:
-                rows = self._rows(self._published[prefix + name], head * d, (head + 1) * d)
-                group[:, slot] = rows.reshape(2, d // 2, -1).transpose(1, 0, 2)
-            yield group.reshape(-1, spec.hidden_size)
+                group[:, slot] = self._rows(self._published[prefix + kind + name], head * d, (head + 1) * d)[pairs]
+            yield group.reshape(-1, *inner)
 
     def _gate_up_columns(self, prefix: str) -> Iterator[F32]:
         """Columns of ``w_gate_up``, as rows (n, hidden): gate and up alternate."""
@@ -193,11 +237,12 @@ class Layout:
         for i in range(0, tensor.shape[0], TILE_COLS):
             stop = min(i + TILE_COLS, tensor.shape[0])
             rows = self._rows(tensor, i, stop)
-            if own_head and not np.array_equal(rows, self._tensors.read_rows(LM_HEAD, i, stop)):
+            if own_head and not np.array_equal(rows, read_part(self._tensors, self._own_head, i, stop)):
                 raise CheckpointError(
-                    f"{self._where}: `tie_word_embeddings` is true, but {LM_HEAD} differs from {tensor.name} in rows {i}..{stop - 1}; "
-                    "set it to false in config.json, or remove one of the tensors"
+                    f"{self._where}: `tie_word_embeddings` is true, but {self._own_head.name} differs from {tensor.name} "
+                    f"in rows {i}..{stop - 1}; set it to false in config.json, or remove one of the tensors"
                 )
+            rows = self._scaled(role, rows)
             yield rows if order is None else rows[:, order]
 
 

@@ -13,33 +13,61 @@ from wse_emu.reference.weights import PublishedWeights
 
 def attention_block(weights: PublishedWeights, layer: int, x: Floats, seq: Ints, pos: Ints) -> Iterator[tuple[str, Floats]]:
     """Stages of ``x + attention(norm(x)) @ w_o``; `x` (T, hidden), the last stage is "attn_residual"."""
-    spec, d = weights.spec, weights.spec.head_dim
-    norm = formulas.rms_norm(x, weights.layer(layer, "attn_norm"), spec.rms_norm_eps)
+    spec = weights.spec
+    norm = formulas.rms_norm(x, weights.norm(layer, "attn_norm"), spec.rms_norm_eps)
     yield "attn_norm", norm
-    q = formulas.linear(norm, weights.layer(layer, "w_q")).reshape(-1, spec.num_heads, d)
-    yield "q", q
-    k = formulas.linear(norm, weights.layer(layer, "w_k")).reshape(-1, spec.num_kv_heads, d)
-    yield "k", k
-    v = formulas.linear(norm, weights.layer(layer, "w_v")).reshape(-1, spec.num_kv_heads, d)
-    yield "v", v
-    if spec.qk_norm:
-        q = formulas.rms_norm(q, weights.layer(layer, "q_norm"), spec.rms_norm_eps)
-        yield "q_norm", q
-        k = formulas.rms_norm(k, weights.layer(layer, "k_norm"), spec.rms_norm_eps)
-        yield "k_norm", k
-    angles, factor = rotary.rotary_angles(spec, seq, pos)
-    q, k = formulas.rotate(q, angles, factor), formulas.rotate(k, angles, factor)
-    yield "q_rope", q
-    yield "k_rope", k
+    now: dict[str, Floats] = {}
+    for name, heads in (("q", spec.num_heads), ("k", spec.num_kv_heads), ("v", spec.num_kv_heads)):
+        y = formulas.linear(norm, weights.layer(layer, "w_" + name))
+        if spec.biases.qkv:
+            y = y + weights.layer(layer, "b_" + name)
+        now[name] = y.reshape(-1, heads, spec.head_dim)
+        yield name, now[name]
+    steps = {"_norm": _normalise, "_clip": _clip, "_rope": _rotate}
+    for suffix in spec.qkv_suffixes(layer):
+        for name in "qkv" if suffix == "_clip" else "qk":
+            now[name] = steps[suffix](weights, layer, name, now[name], seq, pos)
+            yield name + suffix, now[name]
+    q, k, v = now["q"], now["k"], now["v"]
     maximum, denominator, context = np.empty(q.shape[:2], weights.dtype), np.empty(q.shape[:2], weights.dtype), np.empty_like(q)
     for s in np.unique(seq):  # tokens of different sequences never meet, so each has a matrix of its own
         t = np.flatnonzero(seq == s)
         mask = formulas.visible(seq[t], pos[t], spec.window(layer))
-        maximum[t], denominator[t], context[t] = formulas.attention(q[t], k[t], v[t], mask)
+        maximum[t], denominator[t], context[t] = formulas.attention(q[t], k[t], v[t], mask, spec.attention_scale)
     yield "attn_max", maximum
     yield "attn_denominator", denominator
     flat = context.reshape(len(x), -1)
     yield "attn_context", flat
     out = formulas.linear(flat, weights.layer(layer, "w_o"))
+    if spec.biases.out:
+        out = out + weights.layer(layer, "b_o")
     yield "attn_out", out
-    yield "attn_residual", x + out
+    yield from joined(weights, layer, x, out, "attn_after_norm", "attn_residual")
+
+
+def joined(weights: PublishedWeights, layer: int, x: Floats, out: Floats, after_norm: str, stage: str) -> Iterator[tuple[str, Floats]]:
+    """Stages of ``x + out``, the output of half a layer, normalised and scaled before where the model does that."""
+    spec = weights.spec
+    if spec.norm.after:
+        out = formulas.rms_norm(out, weights.norm(layer, after_norm), spec.rms_norm_eps)
+        yield after_norm, out
+    yield stage, x + out * out.dtype.type(spec.scales.residual)
+
+
+def _normalise(weights: PublishedWeights, layer: int, name: str, x: Floats, seq: Ints, pos: Ints) -> Floats:
+    spec, weight = weights.spec, weights.norm(layer, name + "_norm")
+    assert spec.qk_norm is not None
+    if spec.qk_norm.over == "head":
+        return formulas.rms_norm(x, weight, spec.rms_norm_eps)
+    return formulas.rms_norm(x.reshape(len(x), -1), weight, spec.rms_norm_eps).reshape(x.shape)
+
+
+def _clip(weights: PublishedWeights, layer: int, name: str, x: Floats, seq: Ints, pos: Ints) -> Floats:
+    assert weights.spec.clip_qkv is not None
+    return np.clip(x, -weights.spec.clip_qkv, weights.spec.clip_qkv)
+
+
+def _rotate(weights: PublishedWeights, layer: int, name: str, x: Floats, seq: Ints, pos: Ints) -> Floats:
+    spec = weights.spec
+    angles, factor = rotary.rotary_angles(spec, seq, pos, local=spec.rotates_locally(layer))
+    return formulas.rotate(x, angles, factor, interleaved=spec.rotary.interleaved)

@@ -12,7 +12,7 @@ from wse_emu.foundation.errors import InputError
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.taps import Stage
 from wse_emu.reference import formulas, tensors
-from wse_emu.reference.attention import attention_block
+from wse_emu.reference.attention import attention_block, joined
 from wse_emu.reference.ffn import dense_ffn, experts_ffn, routing_numbers
 from wse_emu.reference.formulas import Floats, Ints
 from wse_emu.reference.weights import PublishedWeights, Reader
@@ -80,11 +80,14 @@ class DenseReference:
         ------
         stage : (layer or None, name)
         value : ndarray
-            In published order: "embedding" (T, h); per layer "attn_norm" (T, h), "q" (T, heads, d), "k", "v" (T, kv_heads, d), "q_norm",
-            "k_norm" where heads are normalised, "q_rope", "k_rope", "attn_max", "attn_denominator" (T, heads), "attn_context"
-            (T, heads * d), "attn_out", "attn_residual", "ffn_norm" (T, h), then "router_logits" (T, E) where they are learned, "topk_ids"
-            (T, k) int64, "topk_weights" (T, k), "expert_hidden" (T, k, f), "expert_out" (T, k, h) in a layer with a mixture, "ffn_hidden"
-            (T, f) in a dense one, "ffn_out", "layer_out" (T, h); last "final_norm" (T, h), "logits" (T, vocab).
+            In published order: "embedding" (T, h); per layer "attn_norm" (T, h), "q" (T, heads, d), "k", "v" (T, kv_heads, d), then of what
+            the model does with them "q_norm", "k_norm", "q_clip", "k_clip", "v_clip", "q_rope", "k_rope", in its order
+            (`ModelSpec.qkv_suffixes`), "attn_max", "attn_denominator" (T, heads), "attn_context" (T, heads * d), "attn_out",
+            "attn_after_norm" where there is that norm, "attn_residual", "ffn_norm" (T, h), then "router_logits" (T, E) where they are
+            learned, "topk_ids" (T, k) int64, "topk_weights" (T, k), "shared_hidden" (T, fs), "shared_out" (T, h), "shared_gate" (T, 1)
+            where there are shared experts,
+            "expert_hidden" (T, k, f), "expert_out" (T, k, h) in a layer with a mixture, "ffn_hidden" (T, f) in a dense one, "ffn_out",
+            "ffn_after_norm", "layer_out" (T, h); last "final_norm" (T, h), "logits" (T, vocab).
 
         Raises
         ------
@@ -107,6 +110,8 @@ class DenseReference:
         embed = weights.raw(tensors.embed_tokens(spec))
         x = formulas.cast(embed[token_ids], self.dtype)
         del embed
+        if spec.scales.embedding != 1:  # the factor is rounded to float32, and so is what the run starts from
+            x = formulas.cast((x * np.float32(spec.scales.embedding)).astype(np.float32), self.dtype)
         if nudge is not None:
             x = formulas.cast(x * nudge, self.dtype)
         yield (None, "embedding"), x
@@ -115,7 +120,7 @@ class DenseReference:
                 x = value if name == "attn_residual" else x
                 yield (layer, name), value
             residual = x
-            norm = formulas.rms_norm(residual, weights.layer(layer, "ffn_norm"), spec.rms_norm_eps)
+            norm = formulas.rms_norm(residual, weights.norm(layer, "ffn_norm"), spec.rms_norm_eps)
             yield (layer, "ffn_norm"), norm
             moe = spec.is_moe_layer(layer)
             if moe:
@@ -126,11 +131,15 @@ class DenseReference:
             for name, value in ffn:
                 yield (layer, name), value
                 x = value  # the last one is "ffn_out"
-            x = residual + x
-            yield (layer, "layer_out"), x
-        x = formulas.rms_norm(x, weights.tensor(tensors.final_norm(spec)), spec.rms_norm_eps)
+            for name, value in joined(weights, layer, residual, x, "ffn_after_norm", "layer_out"):
+                yield (layer, name), value
+                x = value
+        x = formulas.rms_norm(x, weights.norm(None, "final_norm"), spec.rms_norm_eps)
         yield (None, "final_norm"), x
-        yield (None, "logits"), formulas.linear(x, weights.tensor(tensors.lm_head(spec)))
+        logits = formulas.linear(x, weights.tensor(tensors.lm_head(spec)))
+        if spec.scales.logits != 1:
+            logits = formulas.cast(logits / spec.scales.logits, self.dtype)
+        yield (None, "logits"), formulas.capped(logits, spec.scales.logits_cap)
 
     def _check_tokens(self, token_ids: NDArray[Any], seq: NDArray[Any], pos: NDArray[Any]) -> tuple[Ints, Ints, Ints]:
         for name, a in (("token_ids", token_ids), ("seq", seq), ("pos", pos)):

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from wse_emu.foundation.routing_rule import RoutingRule
 from wse_emu.reference import formulas, routing
 from wse_emu.reference.formulas import Floats, Ints
+from wse_emu.reference.tensors import Expert
 from wse_emu.reference.weights import PublishedWeights
 
 
@@ -19,10 +21,10 @@ def routing_numbers(rule: RoutingRule, token_ids: Ints, pos: Ints) -> Ints:
     return token_ids if rule.routing_algorithm == "hash" else pos
 
 
-def dense_ffn(weights: PublishedWeights, layer: int, x: Floats, expert: int | None = None) -> Iterator[tuple[str, Floats]]:
+def dense_ffn(weights: PublishedWeights, layer: int, x: Floats, expert: Expert = None) -> Iterator[tuple[str, Floats]]:
     """Stages of one feed-forward network, a layer's own or one expert's; the last is "ffn_out"."""
     gate = formulas.linear(x, weights.layer(layer, "w_gate", expert))
-    hidden = formulas.swiglu(gate, formulas.linear(x, weights.layer(layer, "w_up", expert)))
+    hidden = formulas.glu(gate, formulas.linear(x, weights.layer(layer, "w_up", expert)), weights.spec.activation)
     yield "ffn_hidden", hidden
     yield "ffn_out", formulas.linear(hidden, weights.layer(layer, "w_down", expert))
 
@@ -51,9 +53,18 @@ def experts_ffn(
     yield "topk_ids", ids
     share = share if replayed_weights is None else formulas.cast(replayed_weights, weights.dtype)
     yield "topk_weights", share
+    combined = np.zeros_like(x)
+    if spec.shared_experts is not None:
+        shared = dict(dense_ffn(weights, layer, x, "shared"))
+        yield "shared_hidden", shared["ffn_hidden"]
+        yield "shared_out", shared["ffn_out"]
+        combined += shared["ffn_out"]
+        if spec.shared_experts.gated:
+            gate = formulas.linear(x, weights.layer(layer, "shared_gate"))
+            yield "shared_gate", gate
+            combined *= expit(gate)
     hidden = np.empty((n_tokens, spec.top_k, spec.moe_intermediate_size), weights.dtype)
     outs = np.empty((n_tokens, spec.top_k, spec.hidden_size), weights.dtype)
-    combined = np.zeros_like(x)
     for expert in range(spec.num_experts):
         mask = ids == expert  # (T, k), at most one slot of a token
         factor = np.where(mask, share, 0).sum(axis=1, keepdims=True)

@@ -28,10 +28,11 @@ def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     return out
 
 
-def rotate(x: Floats, angles: NDArray[np.float64], factor: float = 1.0) -> Floats:
-    """Rotary embedding, pairs ``(u, u + d/2)``: x (T, heads, d), angles (T, d/2) -> (T, heads, d).
+def rotate(x: Floats, angles: NDArray[np.float64], factor: float = 1.0, *, interleaved: bool = False) -> Floats:
+    """Rotary embedding of the first elements of every head: x (T, heads, d), angles (T, r/2) -> (T, heads, d).
 
-    Cosine and sine, times `factor`, are taken in float64 and rounded to the dtype of `x`.
+    The first r elements turn, in pairs ``(u, u + r/2)`` or, `interleaved`, ``(2 u, 2 u + 1)``; the others stay. Cosine and sine, times
+    `factor`, are taken in float64 and rounded to the dtype of `x`.
 
     References
     ----------
@@ -39,8 +40,12 @@ def rotate(x: Floats, angles: NDArray[np.float64], factor: float = 1.0) -> Float
     """
     cos = (factor * np.cos(angles)).astype(x.dtype)[:, None, :]
     sin = (factor * np.sin(angles)).astype(x.dtype)[:, None, :]
-    a, b = np.split(x, 2, axis=-1)
-    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    r = 2 * angles.shape[1]
+    first, second = (slice(0, r, 2), slice(1, r, 2)) if interleaved else (slice(0, r // 2), slice(r // 2, r))
+    a, b = x[..., first], x[..., second]
+    out = x.copy()
+    out[..., first], out[..., second] = a * cos - b * sin, b * cos + a * sin
+    return out
 
 
 def visible(seq: Ints, pos: Ints, window: int | None = None) -> NDArray[np.bool_]:
@@ -52,7 +57,7 @@ def visible(seq: Ints, pos: Ints, window: int | None = None) -> NDArray[np.bool_
     return seen if window is None else seen & (pos[:, None] - pos[None, :] < window)
 
 
-def attention(q: Floats, k: Floats, v: Floats, mask: NDArray[np.bool_]) -> tuple[Floats, Floats, Floats]:
+def attention(q: Floats, k: Floats, v: Floats, mask: NDArray[np.bool_], scale: float) -> tuple[Floats, Floats, Floats]:
     """Softmax attention of every query over every key, with a full matrix of scores.
 
     Parameters
@@ -62,20 +67,22 @@ def attention(q: Floats, k: Floats, v: Floats, mask: NDArray[np.bool_]) -> tuple
         Head ``i`` of `q` reads key/value head ``i // (heads / kv_heads)``.
     mask : ndarray, (T, T), bool
         True where query i sees key j.
+    scale : float
+        Factor of the scores.
 
     Returns
     -------
     maximum, denominator : ndarray, (T, heads)
-        ``max_j s`` and ``sum_j exp(s - max)`` of ``s = q.k / sqrt(d)``.
+        ``max_j s`` and ``sum_j exp(s - max)`` of ``s = scale * q.k``.
     context : ndarray, (T, heads, d)
     """
-    heads, d = q.shape[1:]
+    heads = q.shape[1]
     group = heads // k.shape[1]
     maximum = np.empty(q.shape[:2], q.dtype)
     denominator = np.empty(q.shape[:2], q.dtype)
     context = np.empty_like(q)
     for head in range(heads):  # one (T, T) matrix at a time
-        scores = q[:, head] @ k[:, head // group].T / np.sqrt(q.dtype.type(d))
+        scores = q[:, head] @ k[:, head // group].T * q.dtype.type(scale)
         scores = np.where(mask, scores, q.dtype.type(-np.inf))
         maximum[:, head] = scores.max(axis=1)
         p = np.exp(scores - maximum[:, head, None])
@@ -84,14 +91,40 @@ def attention(q: Floats, k: Floats, v: Floats, mask: NDArray[np.bool_]) -> tuple
     return maximum, denominator, context
 
 
-def swiglu(gate: Floats, up: Floats) -> Floats:
-    """``silu(gate) * up``, elementwise.
+def activate(x: Floats, kind: str) -> Floats:
+    """Activation of a feed-forward network, elementwise: "silu" or "gelu_tanh".
+
+    References
+    ----------
+    Hendrycks and Gimpel, "Gaussian error linear units", 2016, section 2.
+    """
+    if kind == "silu":
+        silu: Floats = x * expit(x)
+        return silu
+    assert kind == "gelu_tanh", kind
+    t = x.dtype.type
+    inner = t(np.sqrt(2 / np.pi)) * (x + t(0.044715) * x * x * x)
+    gelu: Floats = x * expit(2 * inner)  # (1 + tanh(y)) / 2, without its cancellation
+    return gelu
+
+
+def glu(gate: Floats, up: Floats, activation: str) -> Floats:
+    """``activation(gate) * up``, elementwise.
 
     References
     ----------
     Shazeer, "GLU variants improve Transformer", 2020, section 2.
     """
-    out: Floats = gate * expit(gate) * up
+    out: Floats = activate(gate, activation) * up
+    return out
+
+
+def capped(x: Floats, cap: float | None) -> Floats:
+    """``cap * tanh(x / cap)``, elementwise; `x` itself without a cap."""
+    if cap is None:
+        return x
+    c = x.dtype.type(cap)
+    out: Floats = c * np.tanh(x / c)
     return out
 
 

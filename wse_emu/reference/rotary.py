@@ -1,4 +1,4 @@
-"""Rotary angles, plain and stretched, always in float64: (T,) positions to (T, head_dim / 2) angles.
+"""Rotary angles, plain and stretched, always in float64: (T,) positions to (T, rotated elements / 2) angles.
 
 References
 ----------
@@ -19,27 +19,32 @@ F64 = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-def rotary_angles(spec: ModelSpec, seq: Ints, pos: Ints) -> tuple[F64, float]:
+def rotary_angles(spec: ModelSpec, seq: Ints, pos: Ints, *, local: bool = False) -> tuple[F64, float]:
     """Angle of every rotary pair of every token, and the factor of cosine and sine.
 
     Parameters
     ----------
     seq, pos : ndarray, (T,), int64
         Sequence and position of each token; a sequence is as long as its last position says.
+    local : bool
+        Of the layers with a window, where they turn by a base of their own and are not stretched.
 
     Returns
     -------
-    angles : ndarray, (T, head_dim / 2), float64
+    angles : ndarray, (T, rotated elements / 2), float64
         Radians.
     factor : float
     """
-    d, scaling = spec.head_dim, spec.rope_scaling
+    d, scaling, theta = spec.head_dim if spec.rotary.dim is None else spec.rotary.dim, spec.rope_scaling, spec.rope_theta
+    if local:
+        assert spec.rotary.local_theta is not None
+        scaling, theta = None, spec.rotary.local_theta
     pairs = np.arange(d // 2) * 2.0 / d
     length = np.array([pos[seq == s].max() + 1 for s in seq]) if scaling is not None and scaling.follows_length else pos + 1
-    frequency = np.broadcast_to(spec.rope_theta**-pairs, (len(pos), d // 2))
+    frequency = np.broadcast_to(theta**-pairs, (len(pos), d // 2))
     factor = 1.0
     if scaling is not None:
-        frequency = _stretched(scaling, frequency, spec.rope_theta, pairs, length)
+        frequency = _stretched(scaling, frequency, theta, pairs, length)
         factor = _attention_factor(scaling)
     return pos[:, None] * frequency, factor
 

@@ -1,18 +1,27 @@
-"""Published (Hugging Face) names and shapes of the tensors that the reference reads."""
+"""Published (Hugging Face) names and shapes of the tensors that the reference reads, and where a role lies in a larger tensor."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
+
+from numpy.typing import NDArray
 
 from wse_emu.foundation.model_spec import ModelSpec
+
+Expert = int | Literal["shared"] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """One published tensor: its name and its shape, ``(out, in)`` or ``(n,)``."""
+    """One published tensor: its name and shape, ``(out, in)`` or ``(n,)``; or what `pick` takes of a larger one."""
 
     name: str
     shape: tuple[int, ...]
+    whole: tuple[int, ...] | None = None
+    """Shape of the larger one."""
+    pick: Callable[[NDArray[Any]], NDArray[Any]] | None = None
 
 
 def embed_tokens(spec: ModelSpec) -> Published:
@@ -21,7 +30,7 @@ def embed_tokens(spec: ModelSpec) -> Published:
 
 
 def final_norm(spec: ModelSpec) -> Published:
-    """Weight of the last RMSNorm, (hidden,)."""
+    """Weight of the last norm, (hidden,)."""
     return Published("model.norm.weight", (spec.hidden_size,))
 
 
@@ -30,46 +39,88 @@ def lm_head(spec: ModelSpec) -> Published:
     return embed_tokens(spec) if spec.tie_word_embeddings else Published("lm_head.weight", embed_tokens(spec).shape)
 
 
-def layer_tensor(spec: ModelSpec, layer: int, role: str, expert: int | None = None) -> Published:
+_GEMMA = {
+    "attn_after_norm": "post_attention_layernorm.weight",
+    "ffn_norm": "pre_feedforward_layernorm.weight",
+    "ffn_after_norm": "post_feedforward_layernorm.weight",
+}
+_OTHER_NAMES: dict[str, dict[str, str]] = {
+    "mixtral": {
+        "router": "block_sparse_moe.gate.weight",
+        "router_bias": "block_sparse_moe.gate.bias",
+        "e_score_correction_bias": "block_sparse_moe.gate.e_score_correction_bias",
+    },
+    "granitemoe": {"router": "block_sparse_moe.router.layer.weight"},
+    "qwen2_moe": {"shared_gate": "mlp.shared_expert_gate.weight"},
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+}
+"""Family to the names of roles that differ from a Llama's."""
+_SHARED = {"qwen2_moe": "mlp.shared_expert."}
+
+
+def layer_tensor(spec: ModelSpec, layer: int, role: str, expert: Expert = None) -> Published:
     """Tensor of one layer by its role.
 
     Parameters
     ----------
     role : str
-        "attn_norm", "w_q", "w_k", "w_v", "q_norm", "k_norm", "w_o", "ffn_norm", "router", "router_bias",
-        "e_score_correction_bias", or "w_gate", "w_up", "w_down" (with `expert` in a layer with a
-        mixture).
+        "attn_norm", "w_q", "w_k", "w_v", "b_q", "b_k", "b_v", "q_norm", "k_norm", "w_o", "b_o", "attn_after_norm", "ffn_norm", "router",
+        "router_bias", "e_score_correction_bias", "shared_gate", "ffn_after_norm", or "w_gate", "w_up", "w_down" (with `expert` in a
+        layer with a mixture).
     """
-    h, f, d = spec.hidden_size, spec.ffn_width(layer), spec.head_dim
-    n_q, n_kv = spec.num_heads * d, spec.num_kv_heads * d
     prefix = f"model.layers.{layer}."
     if role in ("w_gate", "w_up", "w_down"):
-        of_ffn = (h, f) if role == "w_down" else (f, h)
-        if expert is None:
-            return Published(f"{prefix}mlp.{role[2:]}_proj.weight", of_ffn)
-        return Published(f"{prefix}{_moe_block(spec)}experts.{expert}.{_expert_matrix(spec, role)}.weight", of_ffn)
+        return _ffn_tensor(spec, layer, role, expert)
+    h, d = spec.hidden_size, spec.head_dim
+    n_q, n_kv = spec.num_heads * d, spec.num_kv_heads * d
+    whole_row = spec.qk_norm is not None and spec.qk_norm.over == "row"
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
         "attn_norm": ("input_layernorm.weight", (h,)),
         "w_q": ("self_attn.q_proj.weight", (n_q, h)),
         "w_k": ("self_attn.k_proj.weight", (n_kv, h)),
         "w_v": ("self_attn.v_proj.weight", (n_kv, h)),
-        "q_norm": ("self_attn.q_norm.weight", (d,)),
-        "k_norm": ("self_attn.k_norm.weight", (d,)),
+        "b_q": ("self_attn.q_proj.bias", (n_q,)),
+        "b_k": ("self_attn.k_proj.bias", (n_kv,)),
+        "b_v": ("self_attn.v_proj.bias", (n_kv,)),
+        "q_norm": ("self_attn.q_norm.weight", (n_q if whole_row else d,)),
+        "k_norm": ("self_attn.k_norm.weight", (n_kv if whole_row else d,)),
         "w_o": ("self_attn.o_proj.weight", (h, n_q)),
+        "b_o": ("self_attn.o_proj.bias", (h,)),
         "ffn_norm": ("post_attention_layernorm.weight", (h,)),
-        "router": (f"{_moe_block(spec)}gate.weight", (spec.num_experts, h)),
-        "router_bias": (f"{_moe_block(spec)}gate.bias", (spec.num_experts,)),
-        "e_score_correction_bias": (f"{_moe_block(spec)}gate.e_score_correction_bias", (spec.num_experts,)),
+        "attn_after_norm": ("", (h,)),
+        "ffn_after_norm": ("", (h,)),
+        "router": ("mlp.gate.weight", (spec.num_experts, h)),
+        "router_bias": ("mlp.gate.bias", (spec.num_experts,)),
+        "e_score_correction_bias": ("mlp.gate.e_score_correction_bias", (spec.num_experts,)),
+        "shared_gate": ("", (1, h)),
     }
     name, shape = shapes[role]
-    return Published(prefix + name, shape)
+    return Published(prefix + _OTHER_NAMES.get(spec.family, {}).get(role, name), shape)
 
 
-def _moe_block(spec: ModelSpec) -> str:
-    return "block_sparse_moe." if spec.family == "mixtral" else "mlp."
-
-
-def _expert_matrix(spec: ModelSpec, role: str) -> str:
+def _ffn_tensor(spec: ModelSpec, layer: int, role: str, expert: Expert) -> Published:
+    h, f, prefix = spec.hidden_size, spec.ffn_width(layer), f"model.layers.{layer}."
+    if expert == "shared":
+        assert spec.shared_experts is not None
+        f = spec.shared_experts.intermediate_size
+    shape = (h, f) if role == "w_down" else (f, h)
+    if expert == "shared":
+        return Published(f"{prefix}{_SHARED[spec.family]}{role[2:]}_proj.weight", shape)
+    if expert is None:
+        return Published(f"{prefix}mlp.{role[2:]}_proj.weight", shape)
     if spec.family == "mixtral":
-        return {"w_gate": "w1", "w_up": "w3", "w_down": "w2"}[role]
-    return f"{role[2:]}_proj"
+        matrix = {"w_gate": "w1", "w_up": "w3", "w_down": "w2"}[role]
+        return Published(f"{prefix}block_sparse_moe.experts.{expert}.{matrix}.weight", shape)
+    if spec.family == "granitemoe":
+        return _granite_expert(spec, prefix + "block_sparse_moe.", role, expert)
+    return Published(f"{prefix}mlp.experts.{expert}.{role[2:]}_proj.weight", shape)
+
+
+def _granite_expert(spec: ModelSpec, prefix: str, role: str, expert: int) -> Published:
+    """All experts in one tensor, the gate above the up projection."""
+    e, h, f = spec.num_experts, spec.hidden_size, spec.moe_intermediate_size
+    if role == "w_down":
+        return Published(prefix + "output_linear.weight", (h, f), (e, h, f), lambda whole: whole[expert])
+    half = 0 if role == "w_gate" else 1
+    return Published(prefix + "input_linear.weight", (f, h), (e, 2 * f, h), lambda whole: whole[expert].reshape(2, f, h)[half])

@@ -33,9 +33,14 @@ class PublishedWeights:
         self.spec, self.dtype = spec, dtype
         self._read = read
 
-    def layer(self, layer: int, role: str, expert: int | None = None) -> Floats:
+    def layer(self, layer: int, role: str, expert: tensors.Expert = None) -> Floats:
         """Tensor of one layer by its role; see `tensors.layer_tensor`."""
         return self.tensor(tensors.layer_tensor(self.spec, layer, role, expert))
+
+    def norm(self, layer: int | None, role: str) -> Floats:
+        """Weight of a norm as it is applied: ``1 + w`` where the family means that."""
+        weight = self.tensor(tensors.final_norm(self.spec) if layer is None else tensors.layer_tensor(self.spec, layer, role))
+        return weight + weight.dtype.type(1) if self.spec.norm.unit_offset else weight
 
     def tensor(self, published: tensors.Published) -> Floats:
         """A tensor in the dtype of the computation."""
@@ -44,8 +49,9 @@ class PublishedWeights:
     def raw(self, published: tensors.Published) -> NDArray[Any]:
         """A tensor as it was read."""
         value = np.asarray(self._read(published.name))
-        if value.shape != published.shape:
-            raise CheckpointError(f"tensor `{published.name}` must have shape {published.shape}, got {value.shape}")
+        expected = published.shape if published.whole is None else published.whole
+        if value.shape != expected:
+            raise CheckpointError(f"tensor `{published.name}` must have shape {expected}, got {value.shape}")
         if not np.issubdtype(value.dtype, np.floating):
             raise CheckpointError(f"tensor `{published.name}` must be read as real floating values, got {value.dtype}")
-        return value
+        return value if published.pick is None else published.pick(value)

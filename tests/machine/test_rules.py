@@ -1,0 +1,89 @@
+"""What sets families apart from a Llama: the properties of the machine hold for it, and it is what the reference says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from wse_emu.engine.inference import Engine
+from wse_emu.engine.plan import sequences_of
+
+from .models import RULES, VARIANTS, make_model
+from .test_executors import assert_same, everything, prompt_of
+
+FAMILIES = [*sorted(RULES), *VARIANTS]
+VOCAB = 71
+ONE_BY_ONE = [pytest.param(family, marks=() if family in ("qwen2_moe", "gemma2") else pytest.mark.slow) for family in FAMILIES]
+LENGTHS = [9, 2]
+
+
+def test_models_use_every_rule() -> None:
+    specs = [make_model(family, 1, 1, "dry", rules=True).spec for family in FAMILIES]
+    assert {spec.activation for spec in specs} == {"silu", "gelu_tanh"}
+    assert {(spec.biases.qkv, spec.biases.out) for spec in specs} >= {(True, True), (True, False)}
+    assert {spec.qk_norm.over for spec in specs if spec.qk_norm is not None} == {"head", "row"}
+    assert {spec.qk_norm.after_rotary for spec in specs if spec.qk_norm is not None} == {True, False}
+    assert {spec.rotary.interleaved for spec in specs} == {True, False}
+    assert any(spec.rotary.skipped_layers for spec in specs)
+    assert {spec.rotary.dim for spec in specs} == {None, 2, 4}
+    assert {spec.shared_experts.gated for spec in specs if spec.shared_experts is not None} == {True, False}
+    assert {spec.vocab_size for spec in specs} == {VOCAB}
+    assert any(spec.norm.unit_offset and spec.norm.after for spec in specs)
+    assert any(spec.shared_experts is not None and spec.shared_experts.gated for spec in specs)
+    assert any(spec.clip_qkv is not None for spec in specs)
+    assert any(spec.rotary.local_theta is not None for spec in specs)
+    for name in ("embedding", "residual", "logits"):
+        assert any(getattr(spec.scales, name) != 1 for spec in specs), name
+    assert any(spec.scales.attention is not None for spec in specs)
+    assert any(spec.scales.logits_cap is not None for spec in specs)
+
+
+@pytest.mark.parametrize("family", ONE_BY_ONE)
+def test_isolated_and_dry_runs_leave_the_ledger_of_the_batch(family: str) -> None:
+    ids, mask = prompt_of(LENGTHS, VOCAB)
+    batched, isolated = (make_model(family, 3, 5, executor, rules=True) for executor in ("batched", "isolated"))
+    assert_same(everything(batched, ids, mask, 2), everything(isolated, ids, mask, 2))
+    assert batched.wafer.ledger.events() == isolated.wafer.ledger.events()
+    assert batched.wafer.sram.high_water_bytes == isolated.wafer.sram.high_water_bytes
+    records = [model.record(ids, mask).stages for model in (batched, isolated)]
+    assert list(records[0]) == list(records[1])
+    assert_same(list(records[0].values()), list(records[1].values()))
+    batched.wafer.ledger.clear()
+    batched.generate(ids, 2, attention_mask=mask)
+    dry = make_model(family, 3, 5, "dry", rules=True)
+    dry.generate(ids, 2, attention_mask=mask, routing=batched.recorded_routing)
+    assert dry.wafer.ledger.events() == batched.wafer.ledger.events()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_python_gives_the_bits_and_the_ledger(family: str) -> None:
+    ids, mask = prompt_of([2], VOCAB)
+    batched, interpreted = (make_model(family, 2, 3, executor, rules=True) for executor in ("batched", "interpreted"))
+    assert_same([batched(ids, mask).logits], [interpreted(ids, mask).logits])
+    assert batched.wafer.ledger.events() == interpreted.wafer.ledger.events()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_chunks_neighbours_and_the_cache_change_no_bit(family: str) -> None:
+    ids, mask = prompt_of(LENGTHS, VOCAB)
+    model = make_model(family, 4, 5, rules=True)
+    whole = model(ids, mask).logits
+    for rows, options in ((1, {}), (13, {}), (4, {"prefill_chunk": 2})):
+        assert_same([whole], [make_model(family, rows, 5, rules=True, **options)(ids, mask).logits])
+    np.testing.assert_array_equal(whole[1, -2:], model(ids[1, -2:]).logits[0])
+    engine = Engine(model.wafer, model.store)
+    cache = engine.new_cache([9])
+    engine.forward(ids[0, :4], sequences_of([0], [4], [0]), cache, np.arange(4))
+    for at in range(4, 9):
+        step = engine.forward(ids[0, at : at + 1], sequences_of([0], [1], [at]), cache, np.arange(1))
+        np.testing.assert_array_equal(step.logits[0], whole[0, at])
+    cache.free()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("grid", [(4, 4), (7, 5), (16, 16)])
+def test_every_stage_is_verified(family: str, grid: tuple[int, int]) -> None:
+    ids, mask = prompt_of([17, 3], VOCAB)
+    report = make_model(family, *grid, rules=True).verify(ids, mask)
+    assert report.passed, report
+    assert max(check.ratio for check in report.stages if check.kind == "local") > 0.3

@@ -1,0 +1,80 @@
+"""What sets one family of models apart from a Llama, as a declaration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from wse_emu.checkpoint.fields import Fields
+from wse_emu.checkpoint.naming import LLAMA, Names
+from wse_emu.checkpoint.windows import Windows
+from wse_emu.foundation.model_spec import ModelSpec
+from wse_emu.foundation.routing_rule import RoutingRule
+
+
+def nothing_read(fields: Fields, num_layers: int) -> dict[str, Any]:
+    """Nothing more than any Llama has."""
+    return {}
+
+
+def nothing_written(spec: ModelSpec) -> dict[str, Any]:
+    """Nothing more than any Llama has."""
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoeRules:
+    """How a family writes its mixtures of experts."""
+
+    count: str
+    """Field that released configurations use for the number of experts; ``num_local_experts`` and ``num_experts`` are read alike."""
+    default_num_experts: int
+    default_top_k: int
+    width: str
+    """Field that holds the width of one expert."""
+    routing: Callable[[Fields], RoutingRule]
+    """Reads the routing rule."""
+    routing_config: Callable[[RoutingRule], dict[str, Any]]
+    """Writes what of it is not the family's own."""
+    mixed: bool = False
+    """Whether ``mlp_only_layers`` and ``decoder_sparse_step`` may make layers dense."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """One family: what sets it apart from a Llama."""
+
+    model_type: str
+    architecture: str
+    num_kv_heads: int | None = None
+    """Default; None is as many as query heads."""
+    head_dim: int | None = None
+    """Default; None follows from ``hidden_size``."""
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e4
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    windows: Callable[[Fields, int], Windows]
+    """Reads the sliding window and its layers; takes the fields and the number of layers."""
+    window_config: Callable[[ModelSpec], dict[str, Any]]
+    """Writes them."""
+    rope_by_type: bool = False
+    """Whether ``rope_parameters`` may hold those of each kind of layer."""
+    attention_bias: bool = False
+    """Whether ``attention_bias`` may give all four projections of attention a bias."""
+    tie_word_embeddings: bool = False
+    """Default."""
+    activation: tuple[str, str] = ("hidden_act", "silu")
+    """Field that holds the activation, and its default."""
+    moe: MoeRules | None = None
+    read: Callable[[Fields, int], dict[str, Any]] = nothing_read
+    """What else sets it apart: takes the fields and the number of layers, gives fields of a `ModelSpec`."""
+    write: Callable[[ModelSpec], dict[str, Any]] = nothing_written
+    """The same in config.json."""
+    names: Names = field(default_factory=lambda: LLAMA)
+    ignored: tuple[str, ...] = ()
+    """Patterns of tensors that transformers ignores too."""
+    predicts_further: bool = False
+    """Whether there may be layers behind the last one, which predict further tokens: transformers leaves them out."""

@@ -1,0 +1,34 @@
+"""How a model normalises: the residual stream before (and after) each half of a layer, and queries and keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from wse_emu.foundation.errors import SpecError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NormSpec:
+    """Norms of the residual stream; the default is a Llama's RMSNorm in front of each half of a layer."""
+
+    unit_offset: bool = False
+    """Whether the published weight ``w`` means ``1 + w`` (Gemma), also in norms of queries and keys."""
+    after: bool = False
+    """Whether the output of attention and of the feed-forward network is normalised too, before it joins the residual stream."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QkNorm:
+    """RMSNorm of queries and keys."""
+
+    over: Literal["head", "row"] = "head"
+    """Every head by itself, or all heads of a token together."""
+    after_rotary: bool = False
+    """Whether they are rotated first."""
+
+    def __post_init__(self) -> None:
+        if self.over not in ("head", "row"):
+            raise SpecError(f"`over` of `qk_norm` must be 'head' or 'row', got {self.over!r}")
+        if self.over == "row" and self.after_rotary:
+            raise SpecError("`qk_norm` over a row comes before the rotation: `after_rotary` must be false")
