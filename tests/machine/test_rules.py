@@ -80,6 +80,13 @@ def test_rows_chunks_neighbours_and_the_cache_change_no_bit(family: str) -> None
     cache.free()
 
 
+def test_shared_experts_come_first_however_experts_are_run() -> None:
+    ids, mask = prompt_of(LENGTHS, VOCAB)
+    usual = make_model("qwen2_moe", 3, 5, rules=True)(ids, mask).logits
+    for way in ("functional", "optimized"):
+        np.testing.assert_array_equal(make_model("qwen2_moe", 3, 5, rules=True, moe_implementation=way)(ids, mask).logits, usual)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("grid", [(4, 4), (7, 5), (16, 16)])
 def test_every_stage_is_verified(family: str, grid: tuple[int, int]) -> None:
