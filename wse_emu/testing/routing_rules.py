@@ -20,7 +20,8 @@ def random_rule(rng: np.random.Generator, *, algorithms: tuple[str, ...] = ("lea
 
     Returns
     -------
-    rule, num_experts, top_k
+    tuple of (RoutingRule, int, int)
+        The rule, `num_experts` and `top_k`.
     """
 
     def one_of(*options: Any) -> Any:
