@@ -65,13 +65,14 @@ def gate_rows(
     """
     rows, last = x.placement.axis0, int(x.placement.axis1[1].used[-1])
     end_place = wafer.placement((bands.n_tokens, 1), rows, ("col", Split.single(1, last, wafer.cols)))
+    everywhere = Split.everywhere(1, wafer.cols, at=y.placement.axis1[1].used)
     with (
         wafer.empty("gate", end_place) as end,
-        wafer.empty("gate of every row", wafer.placement((bands.n_tokens, 1), rows, (None, None))) as whole,
+        wafer.empty("gate of every row", wafer.placement((bands.n_tokens, 1), rows, ("col", everywhere))) as whole,
     ):
         matmul(wafer, x, gate, end, bands, chunk=chunk)
         all_gather_bands(wafer, end, bands)
-        broadcast_row(wafer, end, whole, y.placement.axis1[1].used)
+        broadcast_row(wafer, end, whole)
         wafer.launch(SCALE_BY_SIGMOID, x=y, gate=whole)
         return np.zeros((bands.n_tokens, 1), np.float32) if wafer.is_dry else _first_column(end, bands, last)
 

@@ -50,16 +50,16 @@ def qk_norm(
     bands : TokenBands
     """
     rows, cols, n = qkv.placement.axis0, heads.units.used, bands.n_tokens
-    partial_place = wafer.placement((n, 2 * wafer.cols), rows, ("col", Split.uniform(2, wafer.cols)))
+    partial_place = wafer.placement((n, 2 * cols.size), rows, ("col", Split.uniform(2, wafer.cols, at=cols)))
     end_place = wafer.placement((n, 2), rows, ("col", Split.single(2, int(cols[-1]), wafer.cols)))
     of_q, of_k = weights if weights is not None else (None, None)
     slots = heads.queries_per_kv
     q_size, k_size = np.float32(heads.context.total), np.float32(heads.keys.total)
-    with wafer.empty("sums of squares", wafer.placement((n, 2), rows, (None, None))) as total:
+    with wafer.empty("sums of squares", wafer.placement((n, 2), rows, ("col", Split.everywhere(2, wafer.cols, at=cols)))) as total:
         with wafer.empty("partial sums of squares", partial_place) as partial, wafer.empty("row sums", end_place) as end:
             wafer.launch(QK_SQUARES, qkv=qkv, q_slots=slots, ss=partial)
-            chain_row(wafer, partial, end, cols)
-            broadcast_row(wafer, end, total, cols)
+            chain_row(wafer, partial, end)
+            broadcast_row(wafer, end, total)
         with (
             stream_vector(wafer, names[0], of_q, heads.context, bands) as w_q,
             stream_vector(wafer, names[1], of_k, heads.keys, bands) as w_k,
