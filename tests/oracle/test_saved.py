@@ -36,6 +36,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **BASE, "model_type": "qwen3_moe", "moe_intermediate_size": 12, "num_experts": 6, "num_experts_per_tok": 3, "mlp_only_layers": [1],
         "norm_topk_prob": True, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
     },
+    "qwen2_moe": {
+        **BASE, "model_type": "qwen2_moe", "hidden_size": 32, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 10,
+        "num_experts": 6, "num_experts_per_tok": 3, "mlp_only_layers": [1], "norm_topk_prob": True,
+    },
+    "olmoe": {
+        **BASE, "model_type": "olmoe", "hidden_size": 32, "num_experts": 6, "num_experts_per_tok": 3, "clip_qkv": 1.5,
+        "attention_bias": True,
+    },
+    "granitemoe": {
+        **BASE, "model_type": "granitemoe", "hidden_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3, "logits_scaling": 3.0,
+    },
+    "gemma2": {
+        **BASE, "model_type": "gemma2", "sliding_window": 5, "query_pre_attn_scalar": 9, "final_logit_softcapping": 9.0,
+        "attn_logit_softcapping": None,
+    },
+    "gemma3_text": {
+        **BASE, "model_type": "gemma3_text", "sliding_window": 5, "sliding_window_pattern": 2, "rope_local_base_freq": 20.0,
+        "tie_word_embeddings": False,
+    },
 }  # fmt: skip
 
 
@@ -48,7 +68,14 @@ def expected_parameters(spec: ModelSpec, tensors: TensorSource, dtype: str) -> d
     out: dict[str, NDArray[np.float32]] = {}
     for role, tensor in published_names(spec).items():
         if ".experts." not in role:
-            out[tensor.name.replace("block_sparse_moe", "mlp")] = read(tensor.name)
+            own = tensor.name if spec.family == "granitemoe" else tensor.name.replace("block_sparse_moe", "mlp")
+            out[own.replace(".router.layer.", ".router.")] = read(tensor.name)
+    if spec.family == "granitemoe":  # published as it is kept
+        for layer in spec.moe_layers:
+            block = f"model.layers.{layer}.block_sparse_moe."
+            for published, own in (("input_linear.weight", "experts.gate_up_proj"), ("output_linear.weight", "experts.down_proj")):
+                out[block + own] = read(block + published)
+        return out
     for layer in spec.moe_layers:
         names = {role: t.name for role, t in published_names(spec).items() if role.startswith(f"layers.{layer}.experts.")}
         experts = [[read(names[f"layers.{layer}.experts.{e}.{w}"]) for w in ("w_gate", "w_up", "w_down")] for e in range(spec.num_experts)]
