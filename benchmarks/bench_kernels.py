@@ -21,7 +21,6 @@ from wse_emu.equivalence.tolerance import U, linear_bound
 from wse_emu.foundation.routing_rule import ROUTING_PRESETS
 from wse_emu.layers.router import router_code
 from wse_kernels import attention, exp, ffn, formats, head_norm, log, matmul, norm, rope, routing
-from wse_kernels.attention import NO_WINDOW
 
 CASES = Cases()
 EPS = np.float32(1e-5)
@@ -694,19 +693,19 @@ def _pack_queries(smoke: bool) -> Case:
 
 
 def _visit(smoke: bool) -> tuple[F32, F32, F32, Any]:
-    """Keys and values (keys, elements), packed queries, positions of the query tokens; every third key is still hidden from some."""
+    """Keys and values (keys, elements), packed queries, and the tokens that admit each key, as bits: causal, key j from token j on."""
     t, q, units = _heads(smoke)
-    n_keys = t
-    return normal(n_keys, 2 * units), normal(n_keys, 2 * units, seed=1), normal(2 * units, q * t, seed=2), np.arange(t)
+    admitted = np.array([(1 << t) - (1 << j) for j in range(t)], np.int64)
+    return normal(t, 2 * units), normal(t, 2 * units, seed=1), normal(2 * units, q * t, seed=2), admitted
 
 
 @CASES.add("partial_scores")
 def _partial_scores(smoke: bool) -> Case:
     k, _, q_t, _ = _visit(smoke)
-    s_t = np.empty((len(k), q_t.shape[1]), np.float32)
+    s_t, keys = np.empty((len(k), q_t.shape[1]), np.float32), np.arange(len(k))
 
     def ours() -> F32:
-        attention.partial_scores(k, 0, q_t, s_t)
+        attention.partial_scores(k, 0, keys, q_t, s_t)
         return s_t
 
     peers = {"numpy": lambda: k @ q_t, **torch_call(lambda t, a, b: a @ b, k, q_t)}
@@ -716,20 +715,21 @@ def _partial_scores(smoke: bool) -> Case:
 
 
 def _scored(smoke: bool) -> tuple[F32, np.float32, Any, Any, F32]:
-    """Scores, their factor, positions, which keys each query admits (keys, slots * tokens), and the maxima."""
-    k, _, q_t, q_pos = _visit(smoke)
-    s_t, scale = k @ q_t, np.float32(1 / np.sqrt(len(q_t)))
-    seen = np.tile(np.arange(len(k))[:, None] <= q_pos, (1, q_t.shape[1] // q_pos.size))
-    return s_t, scale, q_pos, seen, np.where(seen, s_t * scale, np.float32(-np.inf)).max(axis=0)
+    """Scores, their factor, the tokens that admit each key, the same as (keys, slots * tokens), and the maxima."""
+    k, _, q_t, admitted = _visit(smoke)
+    s_t, scale, tokens = k @ q_t, np.float32(1 / np.sqrt(len(q_t))), np.arange(len(k))
+    seen = np.tile(tokens[:, None] <= tokens, (1, q_t.shape[1] // len(k)))
+    return s_t, scale, admitted, seen, np.where(seen, s_t * scale, np.float32(-np.inf)).max(axis=0)
 
 
 @CASES.add("score_max")
 def _score_max(smoke: bool) -> Case:
-    s_t, scale, q_pos, seen, top = _scored(smoke)
-    m = np.full(s_t.shape[1], -np.inf, np.float32)
+    s_t, scale, admitted, seen, top = _scored(smoke)
+    m, q, scaled = np.full(s_t.shape[1], -np.inf, np.float32), s_t.shape[1] // len(s_t), s_t.copy()
 
     def ours() -> F32:
-        attention.score_max(s_t, scale, 0, q_pos, NO_WINDOW, m)
+        scaled[...] = s_t
+        attention.score_max(scaled, scale, q, admitted, m)
         return m
 
     def torch(t: Any, of: Any) -> Call:
@@ -742,13 +742,14 @@ def _score_max(smoke: bool) -> Case:
 
 @CASES.add("softmax_accumulate")
 def _softmax_accumulate(smoke: bool) -> Case:
-    s_t, scale, q_pos, seen, m = _scored(smoke)
+    s_t, scale, admitted, seen, m = _scored(smoke)
     _, v, _, _ = _visit(smoke)
+    scaled, keys, q = s_t * scale, np.arange(len(s_t)), s_t.shape[1] // len(s_t)
     weights, denom, o_t = s_t.copy(), np.zeros(m.size, np.float32), np.zeros((v.shape[1], m.size), np.float32)
 
     def ours() -> Any:
-        weights[...], denom[...], o_t[...] = s_t, 0, 0
-        attention.softmax_accumulate(weights, scale, 0, q_pos, NO_WINDOW, m, v, 0, denom, o_t)
+        weights[...], denom[...], o_t[...] = scaled, 0, 0
+        attention.softmax_accumulate(weights, q, keys, admitted, m, v, 0, denom, o_t)
         return denom, o_t
 
     def by_formula(s: Any, top: Any, values: Any) -> Any:
@@ -772,6 +773,39 @@ def _softmax_accumulate(smoke: bool) -> Case:
     bounds = tuple((n + of_exp) * x for x in size)
     work = Work(macs=int(seen.sum()) * v.shape[1], bytes=s_t.nbytes + v.nbytes + o_t.nbytes)
     return Case(ours, {"numpy": lambda: by_formula(s_t, m, v), **torch_side(torch)}, right, bounds, work, parallel=False)
+
+
+@CASES.add("start_max")
+def _start_max(smoke: bool) -> Case:
+    t, q, _ = _heads(smoke)
+    sink, m = normal(q), np.empty(q * t, np.float32)
+
+    def ours() -> F32:
+        attention.start_max(sink, m)
+        return m
+
+    peers = {"numpy": lambda: np.repeat(sink, t), **torch_call(lambda t_, x: x.repeat_interleave(t), sink)}
+    return Case(ours, peers, (np.array([x for x in sink for _ in range(t)]),), (0,), Work(bytes=m.nbytes), parallel=False)
+
+
+@CASES.add("start_denominator")
+def _start_denominator(smoke: bool) -> Case:
+    t, q, _ = _heads(smoke)
+    sink, denom = normal(q), np.empty(q * t, np.float32)
+    m = np.repeat(sink, t) + np.abs(normal(q * t, seed=1))
+
+    def ours() -> F32:
+        attention.start_denominator(sink, m, denom)
+        return denom
+
+    right = np.exp(np.repeat(sink, t).astype(np.float64) - m)
+    peers = {
+        "numpy": lambda: np.exp(np.repeat(sink, t) - m),
+        **torch_call(lambda t_, x, top: (x.repeat_interleave(t) - top).exp(), sink, m),
+    }
+    # The argument is rounded once, relative to itself; then one unit in the last place of the exponential.
+    bound = right * (2 + np.abs(np.log(right))) * U
+    return Case(ours, peers, (right,), (bound,), Work(bytes=denom.nbytes), parallel=False)
 
 
 @CASES.add("finish")

@@ -20,6 +20,7 @@ from benchmarks.cases import F32, Cases, composed, normal, relative, torch_call,
 from benchmarks.mesh import EPS, Layer, alternate, gathered, put, room, streamed
 from benchmarks.racing import Call, Case, Race, Work
 from wse_emu.equivalence.tolerance import U, linear_bound, rms_norm_bound
+from wse_emu.foundation.attention_pattern import FULL
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.routing_rule import MIXTRAL_ROUTING, RoutingRule
 from wse_emu.layers.assigned_routing import assign
@@ -32,7 +33,6 @@ from wse_emu.layers.norm import add_residual, rms_norm, stream_vector
 from wse_emu.layers.rotary import ROTATE_QK, place_rotary
 from wse_emu.layers.router import RouterWeights, report_chosen, route
 from wse_emu.wafer.placement import Split
-from wse_kernels.attention import NO_WINDOW
 from wse_kernels.attention_mesh import mesh_attention, mesh_store_kv
 from wse_kernels.head_norm import mesh_head_norm
 
@@ -547,14 +547,15 @@ def _attention(layer: Layer) -> Case:
 
 @both("mesh_attention")
 def _mesh_attention(layer: Layer) -> Case:
-    none = np.zeros((0, 0), np.float32)
+    none, no_sink = np.zeros((0, 0), np.float32), np.zeros(0, np.float32)
 
     def attend(wafer: Any, cache: Any, placed: Any, context: Any, new: Any) -> None:
+        admitted = FULL.ranges(new.positions)
         k, v, base, cap = cache.buffers(0, new)
         heads = layer.heads
         mesh_attention(
-            placed.flat, heads.units.offsets, heads.queries_per_kv, heads.head_dim, heads.scale, NO_WINDOW, new.first_token, new.n_new,
-            new.start, base, cap, k, v, context.flat, none, none,
+            placed.flat, heads.units.offsets, heads.queries_per_kv, heads.head_dim, heads.scale, no_sink, admitted.first,
+            admitted.ranges, new.first_token, new.n_new, base, cap, k, v, context.flat, none, none,
         )  # fmt: skip
 
     return _attention_case(layer, attend)

@@ -1,7 +1,7 @@
 """Sliding-window against full attention: the same model and prompt, and what the ledger says of the attention.
 
-A window is a mask. Keys and values outside of every window stay where they are in the cache; queries do not visit the rows of cores that
-hold only such keys.
+A window is a mask. Keys and values outside of every window stay where they are in the cache; nothing is computed with them, and queries do
+not visit the rows of cores that hold only such keys.
 
     python examples/sliding_window.py
 """

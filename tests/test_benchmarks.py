@@ -24,8 +24,8 @@ from benchmarks.racing import Case, Row, Work, table
 
 IN_EVERY_LAUNCH = {"locate"}
 """Kernels that other kernels call and that are no use alone."""
-NOT_MESH_PROGRAMS = {"vocabulary_passes"}
-"""Functions of layers that take a wafer and run nothing on it."""
+NOT_MESH_PROGRAMS = {"attend_on_cores", "vocabulary_passes"}
+"""Functions of layers that take a wafer: of attention the part for one core at a time, and one that runs nothing."""
 
 
 def kernels() -> Iterator[str]:

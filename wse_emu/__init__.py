@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from wse_emu.foundation.attention_pattern import AttentionPattern
     from wse_emu.foundation.biases import Biases
     from wse_emu.foundation.errors import (
         BusyError,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from wse_emu.wafer.wafer import Wafer
 
 _HOME = {
+    "wse_emu.foundation.attention_pattern": ("AttentionPattern",),
     "wse_emu.foundation.errors": (
         "BusyError", "CheckpointError", "ConfigError", "ForkError", "InputError", "KernelError", "PlacementError", "RouteError",
         "SaveError", "SpecError", "SramOverflowError", "SramStateError", "StoreError", "TieError", "TraceError", "UninitializedReadError",
@@ -77,6 +79,7 @@ __all__ = [
     "TINY",
     "WSE2",
     "WSE3",
+    "AttentionPattern",
     "Biases",
     "BusyError",
     "CheckpointError",

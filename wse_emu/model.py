@@ -20,6 +20,7 @@ from wse_emu.engine.plan import Workload, prompt_chunks, sequences_of, settle, s
 from wse_emu.engine.routing_trace import RoutingTrace
 from wse_emu.equivalence import VerifyReport, check_continuation, verify_record
 from wse_emu.foundation.arguments import check_callable, check_flag, show
+from wse_emu.foundation.attention_pattern import AttentionPattern
 from wse_emu.foundation.errors import InputError, SpecError, SramOverflowError, TraceError
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.taps import TapRecord
@@ -32,6 +33,8 @@ from wse_emu.wafer.turn import Turn
 from wse_emu.wafer.wafer import Wafer
 
 Ints = NDArray[np.int64]
+Attention = AttentionPattern | Sequence[AttentionPattern]
+"""One pattern for all layers, or one for each."""
 _DEFAULT_TOKENS = 512
 
 
@@ -54,7 +57,8 @@ class ModelOutput:
 def from_pretrained(
     path: str | os.PathLike[str], *, wafer: Wafer | None = None, max_tokens: int | None = None, stream_experts: StreamExperts = "activated",
     moe_implementation: MoeImplementation = "experimental", prefill_chunk: int | None = None, chunk: int | None = None,
-    prefetch_depth: int = 1, resident_bytes: int = RESIDENT_BYTES, cache_dir: str | os.PathLike[str] | None = None,
+    prefetch_depth: int = 1, resident_bytes: int = RESIDENT_BYTES, attention: Attention | None = None,
+    dense_attention_layers: Sequence[int] = (), cache_dir: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> WaferModel:  # fmt: skip
     """Open a Hugging Face directory; its weights stay in MemoryX.
@@ -83,6 +87,10 @@ def from_pretrained(
     resident_bytes : int
         Mapped weight pages that may stay in the process behind the layer (1 GiB); 0 drops every layer's pages as soon as it is done. They
         belong to the system's file cache.
+    attention : AttentionPattern or a sequence of them, optional
+        Which keys the queries of all layers, or of each, admit; by default what the checkpoint says.
+    dense_attention_layers : sequence of int
+        Layers that `attention` leaves dense.
     cache_dir : path, optional
         Where layout files are kept.
     progress : callable, optional
@@ -107,7 +115,8 @@ def from_pretrained(
     try:
         if not dry:
             store = open_store(checkpoint, cache_dir=cache_dir, progress=progress, resident_bytes=resident_bytes)
-        return WaferModel(checkpoint, store, wafer, max_tokens, prefill_chunk, options)
+        spec = _with_attention(checkpoint.spec, attention, dense_attention_layers)
+        return WaferModel(checkpoint, store, wafer, max_tokens, prefill_chunk, options, spec)
     except BaseException:
         store.close()
         checkpoint.close()
@@ -117,7 +126,7 @@ def from_pretrained(
 def from_config(
     config: Mapping[str, Any] | ModelSpec, *, seed: int = 0, wafer: Wafer | None = None, max_tokens: int | None = None,
     stream_experts: StreamExperts = "activated", moe_implementation: MoeImplementation = "experimental", prefill_chunk: int | None = None,
-    chunk: int | None = None, prefetch_depth: int = 1,
+    chunk: int | None = None, prefetch_depth: int = 1, attention: Attention | None = None, dense_attention_layers: Sequence[int] = (),
 ) -> WaferModel:  # fmt: skip
     """Make a model with random weights, each made when it is first needed and then held in memory.
 
@@ -127,7 +136,7 @@ def from_config(
         What config.json would hold, or the specification itself.
     seed : int
         The same seed gives the same weights.
-    wafer, max_tokens, stream_experts, moe_implementation, prefill_chunk, chunk, prefetch_depth
+    wafer, max_tokens, stream_experts, moe_implementation, prefill_chunk, chunk, prefetch_depth, attention, dense_attention_layers
         As for `from_pretrained`.
 
     Returns
@@ -138,7 +147,16 @@ def from_config(
     checkpoint = random_checkpoint(config, seed)
     dry = wafer is not None and wafer.is_dry
     store: WeightStore = ShapeStore(checkpoint.spec) if dry else ArrayStore(checkpoint)
-    return WaferModel(checkpoint, store, wafer, max_tokens, prefill_chunk, options)
+    spec = _with_attention(checkpoint.spec, attention, dense_attention_layers)
+    return WaferModel(checkpoint, store, wafer, max_tokens, prefill_chunk, options, spec)
+
+
+def _with_attention(spec: ModelSpec, attention: Attention | None, dense_layers: Sequence[int]) -> ModelSpec:
+    if attention is not None:
+        return spec.with_attention(attention, dense_layers)
+    if dense_layers:
+        raise SpecError("`dense_attention_layers` names layers that `attention` leaves dense: give `attention` too")
+    return spec
 
 
 def _options(
@@ -161,9 +179,9 @@ class WaferModel:
 
     def __init__(
         self, checkpoint: Checkpoint, store: WeightStore, wafer: Wafer | None, max_tokens: int | None, prefill_chunk: int | None,
-        options: EngineOptions,
+        options: EngineOptions, spec: ModelSpec | None = None,
     ) -> None:  # fmt: skip
-        self.spec = checkpoint.spec
+        self.spec = checkpoint.spec if spec is None else spec
         """Shapes and constants of the model."""
         self.checkpoint = checkpoint
         self.store = store
@@ -417,7 +435,7 @@ class WaferModel:
             self._choose_grid(work)
             settled = self._settled(work)
         if self._engine is None or self._engine.options != settled:
-            self._engine = Engine(self.wafer, self.store, settled)
+            self._engine = Engine(self.wafer, self.store, settled, spec=self.spec)
         return self._engine
 
     def _settled(self, work: Workload) -> EngineOptions:

@@ -7,15 +7,15 @@ accumulators visit the keys (decode), the arithmetic of a query is the same:
 
 1. score = chain over the group of the partial sums, each over ascending pair units (element 0, then 1) with fma from +0;
 2. scaled = score * scale, rounded;
-3. m = exact maximum of the admitted scaled scores (`score_max`);
-4. over admitted keys in ascending order: p = exp32(scaled - m), denominator = denominator + p, o[f] = fma(p, v[f], o[f])
-   (`softmax_accumulate`), both from +0;
+3. m = exact maximum of the admitted scaled scores, and of the head's sink where it has one (`start_max`, `score_max`);
+4. denominator from +0, or from exp32(sink - m) (`start_denominator`); over admitted keys in ascending order: p = exp32(scaled - m),
+   denominator = denominator + p, o[f] = fma(p, v[f], o[f]) with o from +0 (`softmax_accumulate`);
 5. context = o / denominator (`finish`).
 
-A key is admitted if its position is not after the query's and, with a sliding window W, among the W last up to it; a key that is not
-admitted is skipped, never added as zero. Blocks of queries
-are transposed, ``(elements, Q)``: column ``s * t + i`` is query slot ``s`` of token ``i`` of the ``t`` tokens at hand, so that inner loops
-run over queries and no sum is ever reordered.
+Which keys a query admits is its layer's pattern to say; a key that is not admitted is skipped, never added as zero. A core works on the
+keys that some query of the tile admits: their rows in its block (``keys``), and for each the queries that do (``admitted``, bit i for
+token i of the tile). Blocks of queries are transposed, ``(elements, Q)``: column ``s * t + i`` is query slot ``s`` of token ``i`` of the
+``t`` tokens at hand, so that inner loops run over queries and no sum is ever reordered.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from wse_kernels.fma import fma
 
 _ZERO = np.float32(0.0)
 
-NO_WINDOW = 1 << 40
-"""Window of a layer that sees every key: longer than any sequence."""
+_MINUS_INF = np.float32(-np.inf)
+
+MAX_TILE_TOKENS = 32
+"""Most tokens of a tile of queries: each has a bit of its own in ``admitted``."""
 
 
 @kernel()
@@ -85,126 +87,151 @@ def pack_queries(qkv: NDArray[np.float32], q_slots: int, row0: int, u0: int, q_t
 
 
 @kernel()
-def partial_scores(k: NDArray[np.float32], f0: int, q_t: NDArray[np.float32], s_t: NDArray[np.float32]) -> None:
-    """Dot products of a block of keys with the queries, over the elements of the head that this core holds.
+def partial_scores(k: NDArray[np.float32], f0: int, keys: NDArray[np.int64], q_t: NDArray[np.float32], s_t: NDArray[np.float32]) -> None:
+    """Dot products of some keys of a block with the queries, over the elements of the head that this core holds.
 
     Each is a chain of fma over ascending ``f`` from +0. Where a head is cut over several cores, these are the partial sums to be chained
     west to east.
 
     Parameters
     ----------
-    k : ndarray, (n_keys, w), float32
+    k : ndarray, (any, w), float32
         Keys on this core (or visiting it).
     f0 : int
         First column of ``k`` that belongs to the head.
+    keys : ndarray, (n_keys,), int64
+        Rows of ``k``.
     q_t : ndarray, (nf, Q), float32
         Queries from `pack_queries`.
     s_t : ndarray, (n_keys, Q), float32
-        Written. All keys are computed, admitted or not.
+        Written, for every query, also those that do not admit the key.
     """
     for j in range(s_t.shape[0]):
         for c in range(s_t.shape[1]):
             s_t[j, c] = _ZERO
         for f in range(q_t.shape[0]):
-            x = k[j, f0 + f]
+            x = k[keys[j], f0 + f]
             for c in range(s_t.shape[1]):
                 s_t[j, c] = fma(x, q_t[f, c], s_t[j, c])
 
 
 @kernel()
-def score_max(
-    s_t: NDArray[np.float32], scale: np.float32, key_pos0: int, q_pos: NDArray[np.int64], window: int, m: NDArray[np.float32]
-) -> None:
-    """Raise the running maximum of every query by the scaled scores of a block of keys.
+def start_max(sink: NDArray[np.float32], m: NDArray[np.float32]) -> None:
+    """Maxima before the first key: the sink of each query head, or -inf where heads have none.
+
+    Parameters
+    ----------
+    sink : ndarray, (q_slots,) or (0,), float32
+        A score that no key has and that every query admits.
+    m : ndarray, (Q,), float32
+        Written.
+    """
+    t = m.shape[0] // max(sink.shape[0], 1)
+    for c in range(m.shape[0]):
+        m[c] = _MINUS_INF
+        if sink.shape[0] > 0:
+            m[c] = sink[c // t] + _ZERO
+
+
+@kernel()
+def score_max(s_t: NDArray[np.float32], scale: np.float32, q_slots: int, admitted: NDArray[np.int64], m: NDArray[np.float32]) -> None:
+    """Scale the scores of some keys, and raise the running maximum of every query by those that it admits.
 
     Exact, so the order of blocks does not matter; a maximum of zero is always +0, and a NaN score stays (its query has no answer).
 
     Parameters
     ----------
     s_t : ndarray, (n_keys, Q), float32
-        Whole scores (the chain is complete), not yet scaled.
+        Whole scores (the chain is complete); scaled in place.
     scale : float32
         Factor of the scores; must be a ``np.float32``.
-    key_pos0 : int
-        Position of the block's first key; the others follow without gap.
-    q_pos : ndarray, (t,), int64
-        Positions of the query tokens, ascending; ``Q = q_slots * t``.
-    window : int
-        Keys that a query sees, its own included; `NO_WINDOW` for all before it.
+    q_slots : int
+        Query heads for each key/value head; ``Q = q_slots * t``.
+    admitted : ndarray, (n_keys,), int64
+        Bit i: token i of the ``t`` tokens admits the key.
     m : ndarray, (Q,), float32
-        Read and written; -inf before the first block.
+        Read and written; from `start_max` before the first block.
     """
-    t = q_pos.shape[0]
-    slots = m.shape[0] // max(t, 1)
-    first = last = 0  # queries first to last admit the key
+    t = m.shape[0] // q_slots
     for j in range(s_t.shape[0]):
-        while first < t and q_pos[first] < key_pos0 + j:
-            first += 1
-        while last < t and q_pos[last] < key_pos0 + j + window:
-            last += 1
-        for s in range(slots):
-            for c in range(s * t + first, s * t + last):
+        for s in range(q_slots):
+            for i in range(t):
+                c = s * t + i
                 x = s_t[j, c] * scale
-                if x > m[c] or x != x:
+                s_t[j, c] = x
+                if (admitted[j] >> i) & 1 and (x > m[c] or x != x):
                     m[c] = x + _ZERO
+
+
+@kernel()
+def start_denominator(sink: NDArray[np.float32], m: NDArray[np.float32], denom: NDArray[np.float32]) -> None:
+    """Denominators before the first key: ``exp32(sink - m)``, or +0 where heads have no sink.
+
+    Parameters
+    ----------
+    sink : ndarray, (q_slots,) or (0,), float32
+    m : ndarray, (Q,), float32
+        Final maxima.
+    denom : ndarray, (Q,), float32
+        Written.
+    """
+    t = m.shape[0] // max(sink.shape[0], 1)
+    for c in range(m.shape[0]):
+        denom[c] = _ZERO
+        if sink.shape[0] > 0:
+            denom[c] = exp32(sink[c // t] - m[c])
 
 
 @kernel()
 def softmax_accumulate(
     s_t: NDArray[np.float32],
-    scale: np.float32,
-    key_pos0: int,
-    q_pos: NDArray[np.int64],
-    window: int,
+    q_slots: int,
+    keys: NDArray[np.int64],
+    admitted: NDArray[np.int64],
     m: NDArray[np.float32],
     v: NDArray[np.float32],
     f0: int,
     denom: NDArray[np.float32],
     o_t: NDArray[np.float32],
 ) -> None:
-    """Add a block of keys to the denominators and outputs of the queries; blocks must come in ascending key order.
+    """Add some keys to the denominators and outputs of the queries that admit them; keys must come in ascending order.
 
     Parameters
     ----------
     s_t : ndarray, (n_keys, Q), float32
-        Whole scores, not yet scaled. Overwritten by the weights ``exp32(score * scale - m)`` of the admitted keys.
-    scale : float32
-        Factor of the scores; must be a ``np.float32``.
-    key_pos0 : int
-        Position of the block's first key; the others follow without gap.
-    q_pos : ndarray, (t,), int64
-        Positions of the query tokens, ascending; ``Q = q_slots * t``.
-    window : int
-        Keys that a query sees, its own included; `NO_WINDOW` for all before it.
+        Scores as `score_max` scaled them. Those of admitted keys are overwritten by their weights ``exp32(score - m)``.
+    q_slots : int
+        Query heads for each key/value head; ``Q = q_slots * t``.
+    keys : ndarray, (n_keys,), int64
+        Rows of ``v``, ascending.
+    admitted : ndarray, (n_keys,), int64
+        Bit i: token i of the ``t`` tokens admits the key.
     m : ndarray, (Q,), float32
         Final maxima from `score_max` over *all* admitted keys.
-    v : ndarray, (n_keys, w), float32
-        Values of the same keys.
+    v : ndarray, (any, w), float32
+        Values on this core.
     f0 : int
         First column of ``v`` that belongs to the head.
     denom : ndarray, (Q,), float32
-        Read and written; +0 before the first block.
+        Read and written; from `start_denominator` before the first block.
     o_t : ndarray, (nf, Q), float32
         Read and written; +0 before the first block.
     """
-    t = q_pos.shape[0]
-    slots = m.shape[0] // max(t, 1)
-    first = last = 0  # queries first to last admit the key
+    t = m.shape[0] // q_slots
     for j in range(s_t.shape[0]):
-        while first < t and q_pos[first] < key_pos0 + j:
-            first += 1
-        while last < t and q_pos[last] < key_pos0 + j + window:
-            last += 1
-        for s in range(slots):
-            for c in range(s * t + first, s * t + last):
-                p = exp32(s_t[j, c] * scale - m[c])
-                s_t[j, c] = p
-                denom[c] = denom[c] + p
+        for s in range(q_slots):
+            for i in range(t):
+                if (admitted[j] >> i) & 1:
+                    c = s * t + i
+                    p = exp32(s_t[j, c] - m[c])
+                    s_t[j, c] = p
+                    denom[c] = denom[c] + p
         for f in range(o_t.shape[0]):
-            x = v[j, f0 + f]
-            for s in range(slots):
-                for c in range(s * t + first, s * t + last):
-                    o_t[f, c] = fma(s_t[j, c], x, o_t[f, c])
+            x = v[keys[j], f0 + f]
+            for s in range(q_slots):
+                for i in range(t):
+                    if (admitted[j] >> i) & 1:
+                        o_t[f, s * t + i] = fma(s_t[j, s * t + i], x, o_t[f, s * t + i])
 
 
 @kernel()

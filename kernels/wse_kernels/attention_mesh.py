@@ -8,8 +8,9 @@ Buffers are flat and column-panel-major. ``unit_starts[c]`` is the first pair un
 ``c`` in a tensor with ``x`` elements per unit and ``n`` rows starts at element ``n * x * unit_starts[c]``, C-contiguous.
 
 A task is up to `_LANES` queries of one sequence and one key/value head. They are *lanes*: lane ``i * q_slots + s`` is query slot ``s`` of
-token ``i`` of the sequence's new tokens, so that those which admit a key are a contiguous range. Scratch rows hold one float32 for each
-lane, rounded up to whole register tiles; lanes without a query compute with zeros and are never written out.
+token ``i`` of the sequence's new tokens. Scratch rows hold one float32 for each lane, rounded up to whole register tiles; lanes without a
+query compute with zeros and are never written out. Which lanes admit a key is a word of bits for each register tile, made from the ranges
+of keys that each token admits; keys that no lane of a tile admits cost nothing but a look at that word.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from numpy.typing import NDArray
 
 from wse_kernels._jit import helper, kernel
 from wse_kernels.attention_tile import (
+    ALL_LANES,
     ROWS,
     WIDTH,
     add_tiles,
     divide_tile,
     fill_tile,
     fma_step,
-    fma_step_between,
+    fma_step_where,
     load_tile,
     scale_tile,
     store_tile,
@@ -35,6 +37,7 @@ from wse_kernels.threads import Driver
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
+I32 = NDArray[np.int32]
 
 _ZERO = np.float32(0.0)
 _MINUS_INF = np.float32(-np.inf)
@@ -85,60 +88,129 @@ def mesh_store_kv(
 
 
 @helper
-def _first_lane(key: int, q_slots: int, shift: int, lanes: int) -> int:
-    """First lane of a task that admits a key; ``shift`` is the position of the sequence's first new token times slots, plus ``lane0``."""
-    return min(max(0, key * q_slots - shift), lanes)
+def _span(first_range: I64, ranges: I64, token: int, stop: int) -> tuple[int, int]:
+    """First key that some of the tokens `token` to `stop` admits, and the one after the last."""
+    low, high = ranges[first_range[token], 0], 0
+    for i in range(token, stop):
+        low = min(low, ranges[first_range[i], 0])
+        high = max(high, ranges[first_range[i + 1] - 1, 1])
+    return low, high
 
 
 @helper
-def _raise_max(m: F32, s_t: F32, lanes: int, first_key: int, key0: int, key1: int, window: int, q_slots: int, shift: int) -> None:
-    """Raise the maxima by keys key0 to key1; row 0 of the scores is `first_key`."""
-    for j in range(key0, key1):
-        lo, hi = _first_lane(j, q_slots, shift, lanes), _first_lane(j + window, q_slots, shift, lanes)
-        top, row = m[lo:], s_t[(j - first_key) * lanes + lo :]
-        for n in range(hi - lo):
-            x = row[n]
-            top[n] = x if x > top[n] or x != x else top[n]
+def _admit(masks: I32, span: int, first_key: int, first_range: I64, ranges: I64, t0: int, lane0: int, n_lanes: int, q_slots: int) -> None:
+    """Bits of the lanes that admit each of `span` keys: word ``tile * span + key - first_key`` for the lanes of a register tile.
+
+    Lanes without a query go with the last token, so that its tile is whole where it can be.
+    """
+    lanes = (n_lanes + WIDTH - 1) // WIDTH * WIDTH
+    masks[: lanes // WIDTH * span] = np.int32(0)
+    last = (lane0 + n_lanes - 1) // q_slots
+    for i in range(lane0 // q_slots, last + 1):
+        low, high = max(i * q_slots - lane0, 0), lanes if i == last else (i + 1) * q_slots - lane0
+        for tile in range(low // WIDTH, (high - 1) // WIDTH + 1):
+            begin, end = max(low - tile * WIDTH, 0), min(high - tile * WIDTH, WIDTH)
+            bits = np.int32((1 << end) - (1 << begin))
+            for r in range(first_range[t0 + i], first_range[t0 + i + 1]):
+                row = masks[tile * span + ranges[r, 0] - first_key :]
+                for j in range(ranges[r, 1] - ranges[r, 0]):
+                    row[j] |= bits
 
 
 @helper
-def _weigh(
-    denom: F32, s_t: F32, m: F32, lanes: int, first_key: int, key0: int, key1: int, window: int, q_slots: int, shift: int
-) -> None:  # fmt: skip
-    """Turn the scaled scores of keys key0 to key1 into weights, and add them to the denominators; row 0 of the scores is `first_key`."""
-    for j in range(key0, key1):
-        lo, hi = _first_lane(j, q_slots, shift, lanes), _first_lane(j + window, q_slots, shift, lanes)
-        total, row, top = denom[lo:], s_t[(j - first_key) * lanes + lo :], m[lo:]
-        for n in range(hi - lo):
-            p = exp32(row[n] - top[n])
-            row[n] = p
-            total[n] = total[n] + p
+def _run_of_all(masks: I32, tile: int, tiles: int, span: int, begin: int, end: int) -> tuple[int, int]:
+    """First run of keys, among begin to end, that all lanes of the tiles `tile` to `tiles` admit; empty if there is none."""
+    first = begin
+    while first < end and not _all_admit(masks, tile, tiles, span, first):
+        first += 1
+    last = first
+    while last < end and _all_admit(masks, tile, tiles, span, last):
+        last += 1
+    return first, last
+
+
+@helper
+def _all_admit(masks: I32, tile: int, tiles: int, span: int, j: int) -> bool:
+    """Whether all lanes of the tiles `tile` to `tiles` admit key j."""
+    for t in range(tile, tiles):
+        if masks[t * span + j] != ALL_LANES:
+            return False
+    return True
+
+
+@helper
+def _any_admits(masks: I32, tile: int, tiles: int, span: int, begin: int, end: int) -> bool:
+    """Whether some lane of the tiles `tile` to `tiles` admits some of the keys begin to end."""
+    bits = 0
+    for t in range(tile, tiles):
+        for j in range(begin, end):
+            bits |= masks[t * span + j]
+    return bits != 0
+
+
+@helper
+def _raise_max(m: F32, s_t: F32, masks: I32, lanes: int, span: int, begin: int, end: int) -> None:
+    """Raise the maxima by keys begin to end, counted from the first of the scores."""
+    first, last = _run_of_all(masks, 0, lanes // WIDTH, span, begin, end)
+    for j in range(begin, end):
+        row = s_t[j * lanes :]
+        if first <= j < last:
+            for n in range(lanes):
+                x = row[n]
+                m[n] = x if x > m[n] or x != x else m[n]
+        else:
+            for lane in range(0, lanes, WIDTH):
+                bits = masks[lane // WIDTH * span + j]
+                for n in range(WIDTH):
+                    x = row[lane + n]
+                    if (bits >> n) & 1 and (x > m[lane + n] or x != x):
+                        m[lane + n] = x
+
+
+@helper
+def _weigh(denom: F32, s_t: F32, m: F32, masks: I32, lanes: int, span: int, begin: int, end: int) -> None:
+    """Turn the scaled scores of keys begin to end, counted from the first, into weights, and add them to the denominators."""
+    first, last = _run_of_all(masks, 0, lanes // WIDTH, span, begin, end)
+    for j in range(begin, end):
+        row = s_t[j * lanes :]
+        if first <= j < last:
+            for n in range(lanes):
+                p = exp32(row[n] - m[n])
+                row[n] = p
+                denom[n] = denom[n] + p
+        else:
+            for lane in range(0, lanes, WIDTH):
+                bits = masks[lane // WIDTH * span + j]
+                if bits == 0:
+                    continue
+                for n in range(lane, lane + WIDTH):
+                    p = exp32(row[n] - m[n])
+                    admitted = (bits >> (n - lane)) & 1
+                    row[n] = p
+                    denom[n] = denom[n] + p if admitted else denom[n]
 
 
 @helper
 def _accumulate(
-    work: F32, outputs: int, values: int, scores: int, height: int, lanes: int, first_key: int, key0: int, key1: int, window: int,
-    q_slots: int, shift: int,
+    work: F32, masks: I32, outputs: int, values: int, scores: int, height: int, lanes: int, span: int, begin: int, end: int
 ) -> None:  # fmt: skip
-    """Add the weighted values of keys key0 to key1 to the outputs; a lane takes its keys in ascending order."""
+    """Add the weighted values of keys begin to end, counted from the first, to the outputs; a lane takes its keys in ascending order."""
     for lane in range(0, lanes, WIDTH):
-        # Positions of the tile's first and last lane: keys from `begin` to `end` are admitted by some lane, `all_from` to `all_to` by all.
-        low, high = (lane + shift) // q_slots, (lane + WIDTH - 1 + shift) // q_slots
-        begin, end = max(key0, low - window + 1), min(key1, high + 1)
-        all_from = min(max(begin, high - window + 1), end)
-        all_to = max(all_from, min(end, low + 1))
+        tile = lane // WIDTH
+        if not _any_admits(masks, tile, tile + 1, span, begin, end):
+            continue
+        bits = masks[tile * span :]
+        first, last = _run_of_all(masks, tile, tile + 1, span, begin, end)
         for f in range(0, height, ROWS):
             o = load_tile(work, outputs + f * lanes + lane, lanes)
-            for j in range(begin, all_from):
-                first = j * q_slots - shift - lane
-                at, row = values + (j - key0) * height + f, scores + (j - first_key) * lanes + lane
-                o = fma_step_between(first, first + window * q_slots, o, work, at, 1, work, row)
-            for j in range(all_from, all_to):
-                o = fma_step(o, work, values + (j - key0) * height + f, 1, work, scores + (j - first_key) * lanes + lane)
-            for j in range(all_to, end):
-                first = j * q_slots - shift - lane
-                at, row = values + (j - key0) * height + f, scores + (j - first_key) * lanes + lane
-                o = fma_step_between(first, first + window * q_slots, o, work, at, 1, work, row)
+            for j in range(begin, first):
+                if bits[j] != 0:
+                    o = fma_step_where(bits[j], o, work, values + (j - begin) * height + f, 1, work, scores + j * lanes + lane)
+            for j in range(first, last):
+                o = fma_step(o, work, values + (j - begin) * height + f, 1, work, scores + j * lanes + lane)
+            for j in range(last, end):
+                if bits[j] != 0:
+                    o = fma_step_where(bits[j], o, work, values + (j - begin) * height + f, 1, work, scores + j * lanes + lane)
             store_tile(o, work, outputs + f * lanes + lane, lanes)
 
 
@@ -170,14 +242,15 @@ def _find_pieces(unit_starts: I64, half: int, pieces: I64, first_piece: I64) -> 
 
 @kernel()
 def _attend(
-    qkv: F32, n_tokens: int, pieces: I64, q_slots: int, height: int, head: int, scale: np.float32, window: int,
-    t0: int, pos0: int, kv_base: int, cap: int, k_cache: F32, v_cache: F32,
-    lane0: int, n_lanes: int, work: F32, context: F32, m_out: F32, denom_out: F32,
+    qkv: F32, n_tokens: int, pieces: I64, q_slots: int, height: int, head: int, scale: np.float32, sink: F32,
+    first_range: I64, ranges: I64, t0: int, kv_base: int, cap: int, k_cache: F32, v_cache: F32,
+    lane0: int, n_lanes: int, work: F32, masks: I32, context: F32, m_out: F32, denom_out: F32,
 ) -> None:  # fmt: skip
     """One task: lanes lane0 to lane0 + n_lanes of one sequence and head."""
     lanes = (n_lanes + WIDTH - 1) // WIDTH * WIDTH
-    shift = pos0 * q_slots + lane0
-    first_key, n_keys = max(0, shift // q_slots - window + 1), (shift + n_lanes - 1) // q_slots + 1
+    first_key, last_key = _span(first_range, ranges, t0 + lane0 // q_slots, t0 + (lane0 + n_lanes - 1) // q_slots + 1)
+    span = last_key - first_key
+    _admit(masks, span, first_key, first_range, ranges, t0, lane0, n_lanes, q_slots)
     # Scratch: queries (height, lanes), outputs (height, lanes), values (_KEYS, height), denominators, maxima, scores (keys, lanes).
     outputs = height * lanes
     values = outputs + height * lanes
@@ -194,6 +267,8 @@ def _attend(
     for n in range(n_lanes):
         i = (lane0 + n) // q_slots
         s = lane0 + n - i * q_slots
+        if sink.shape[0] > 0:
+            m[n] = sink[head * q_slots + s]
         for c in range(pieces.shape[0]):
             at = ((n_tokens * pieces[c, 0] + (t0 + i) * pieces[c, 1] + pieces[c, 2]) * (q_slots + 2) + s) * 2
             to = 2 * pieces[c, 3] * lanes + n
@@ -203,42 +278,48 @@ def _attend(
                 at += 2 * (q_slots + 2)
                 to += 2 * lanes
 
-    for key0 in range(first_key, n_keys, _KEYS):
-        key1 = min(key0 + _KEYS, n_keys)
-        j = key0
-        while j < key1:
+    for begin in range(0, span, _KEYS):
+        end = min(begin + _KEYS, span)
+        j = begin
+        while j < end:
             # The last keys, fewer than a tile has rows, one at a time in all its rows.
-            step = ROWS if j + ROWS <= key1 else 1
+            step = ROWS if j + ROWS <= end else 1
             apart = 1 if step > 1 else 0
-            stop = _first_lane(j + step - 1 + window, q_slots, shift, lanes)
-            for lane in range(_first_lane(j, q_slots, shift, lanes) // WIDTH * WIDTH, stop, WIDTH):
+            for lane in range(0, lanes, WIDTH):
+                if not _any_admits(masks, lane // WIDTH, lane // WIDTH + 1, span, j, j + step):
+                    continue
                 # -0.0 + p is p, bit for bit: the chain's first partial needs no case of its own.
                 total = fill_tile(_MINUS_ZERO)
                 for c in range(pieces.shape[0]):
                     p = fill_tile(_ZERO)
-                    at = kv_base + (cap * pieces[c, 0] + j * pieces[c, 1] + pieces[c, 2]) * 2
+                    at = kv_base + (cap * pieces[c, 0] + (first_key + j) * pieces[c, 1] + pieces[c, 2]) * 2
                     of = 2 * pieces[c, 3] * lanes + lane
                     for _ in range(2 * pieces[c, 4]):
                         p = fma_step(p, k_cache, at, apart * 2 * pieces[c, 1], work, of)
                         at += 1
                         of += lanes
                     total = add_tiles(total, p)
-                store_tile(scale_tile(total, scale), s_t, (j - first_key) * lanes + lane, apart * lanes)
+                store_tile(scale_tile(total, scale), s_t, j * lanes + lane, apart * lanes)
             j += step
-        _raise_max(m, s_t, lanes, first_key, key0, key1, window, q_slots, shift)
+        _raise_max(m, s_t, masks, lanes, span, begin, end)
     for n in range(lanes):
         m[n] = m[n] + _ZERO  # -0 would depend on which zero came first
+    if sink.shape[0] > 0:
+        for n in range(n_lanes):
+            denom[n] = exp32(sink[head * q_slots + (lane0 + n) % q_slots] - m[n])
 
-    for key0 in range(first_key, n_keys, _KEYS):
-        key1 = min(key0 + _KEYS, n_keys)
-        _weigh(denom, s_t, m, lanes, first_key, key0, key1, window, q_slots, shift)
+    for begin in range(0, span, _KEYS):
+        end = min(begin + _KEYS, span)
+        if not _any_admits(masks, 0, lanes // WIDTH, span, begin, end):
+            continue
+        _weigh(denom, s_t, m, masks, lanes, span, begin, end)
         for c in range(pieces.shape[0]):
-            for j in range(key0, key1):
-                at = kv_base + (cap * pieces[c, 0] + j * pieces[c, 1] + pieces[c, 2]) * 2
-                to = values + (j - key0) * height + 2 * pieces[c, 3]
+            for j in range(begin, end):
+                at = kv_base + (cap * pieces[c, 0] + (first_key + j) * pieces[c, 1] + pieces[c, 2]) * 2
+                to = values + (j - begin) * height + 2 * pieces[c, 3]
                 for f in range(2 * pieces[c, 4]):
                     work[to + f] = v_cache[at + f]
-        _accumulate(work, outputs, values, scores, height, lanes, first_key, key0, key1, window, q_slots, shift)
+        _accumulate(work, masks, outputs, values, scores, height, lanes, span, begin, end)
 
     for lane in range(0, lanes, WIDTH):
         for f in range(0, height, ROWS):
@@ -262,8 +343,8 @@ def _attend(
 
 @kernel(driver=True)
 def _mesh_attention(
-    part: int, n_parts: int, qkv: F32, unit_starts: I64, q_slots: int, head_dim: int, scale: np.float32, window: int,
-    t0: I64, nt: I64, pos0: I64, kv_base: I64, cap: I64, k_cache: F32, v_cache: F32,
+    part: int, n_parts: int, qkv: F32, unit_starts: I64, q_slots: int, head_dim: int, scale: np.float32, sink: F32,
+    first_range: I64, ranges: I64, t0: I64, nt: I64, kv_base: I64, cap: I64, k_cache: F32, v_cache: F32,
     context: F32, m_out: F32, denom_out: F32,
 ) -> None:  # fmt: skip
     """One part of `mesh_attention`: every n-th task, for late queries see more keys."""
@@ -274,12 +355,15 @@ def _mesh_attention(
     first_piece = np.empty(n_heads + 1, np.int64)
     _find_pieces(unit_starts, half, pieces, first_piece)
     height = (head_dim + ROWS - 1) // ROWS * ROWS
-    size = 0
+    size = words = 0
     for s in range(nt.shape[0]):
-        lanes = min(_LANES, (nt[s] * q_slots + WIDTH - 1) // WIDTH * WIDTH)
-        n_keys = min(pos0[s] + nt[s], window + (lanes - 1) // q_slots + 1)
-        size = max(size, (2 * height + 2 + n_keys) * lanes + _KEYS * height)
-    work = np.empty(size, np.float32)
+        for lane0 in range(0, nt[s] * q_slots, _LANES):
+            n_lanes = min(_LANES, nt[s] * q_slots - lane0)
+            lanes = (n_lanes + WIDTH - 1) // WIDTH * WIDTH
+            low, high = _span(first_range, ranges, t0[s] + lane0 // q_slots, t0[s] + (lane0 + n_lanes - 1) // q_slots + 1)
+            size = max(size, (2 * height + 2 + high - low) * lanes + _KEYS * height)
+            words = max(words, lanes // WIDTH * (high - low))
+    work, masks = np.empty(size, np.float32), np.empty(words, np.int32)
     task = 0
     for s in range(nt.shape[0]):
         for lane0 in range(0, nt[s] * q_slots, _LANES):
@@ -287,9 +371,9 @@ def _mesh_attention(
             for head in range(n_heads):
                 if task % n_parts == part:
                     _attend(
-                        qkv, n_tokens, pieces[first_piece[head] : first_piece[head + 1]], q_slots, height, head, scale, window,
-                        t0[s], pos0[s], kv_base[s], cap[s],
-                        k_cache, v_cache, lane0, n_lanes, work, context, m_out, denom_out,
+                        qkv, n_tokens, pieces[first_piece[head] : first_piece[head + 1]], q_slots, height, head, scale, sink,
+                        first_range, ranges, t0[s], kv_base[s], cap[s],
+                        k_cache, v_cache, lane0, n_lanes, work, masks, context, m_out, denom_out,
                     )  # fmt: skip
                 task += 1
 
@@ -298,11 +382,11 @@ _driver = Driver(_mesh_attention)
 
 
 def mesh_attention(
-    qkv: F32, unit_starts: I64, q_slots: int, head_dim: int, scale: np.float32, window: int,
-    t0: I64, nt: I64, pos0: I64, kv_base: I64, cap: I64, k_cache: F32, v_cache: F32,
+    qkv: F32, unit_starts: I64, q_slots: int, head_dim: int, scale: np.float32, sink: F32, first_range: I64, ranges: I64,
+    t0: I64, nt: I64, kv_base: I64, cap: I64, k_cache: F32, v_cache: F32,
     context: F32, m_out: F32, denom_out: F32,
 ) -> None:  # fmt: skip
-    """Causal attention of one layer over all cores and sequences, in parallel over sequences, key/value heads and tiles of queries.
+    """Attention of one layer over all cores and sequences, in parallel over sequences, key/value heads and tiles of queries.
 
     Parameters
     ----------
@@ -316,10 +400,14 @@ def mesh_attention(
         Elements of a head, even.
     scale : float32
         Factor of the scores; must be a ``np.float32``.
-    window : int
-        Keys that a query sees, its own included; `wse_kernels.attention.NO_WINDOW` for all before it.
-    t0, nt, pos0 : ndarray, (n_seqs,), int64
-        First row of a sequence in `qkv`, number of its new tokens, position of the first of them. Keys 0 to ``pos0 + nt`` must be cached.
+    sink : ndarray, (n_kv_heads * q_slots,) or (0,), float32
+        A score of each query head that no key has and that every query admits; empty where heads have none.
+    first_range : ndarray, (n_tokens + 1,), int64
+    ranges : ndarray, (n_ranges, 2), int64
+        Token i admits the keys at positions ``ranges[r, 0]`` to ``ranges[r, 1]`` (not included) of its sequence, for r from
+        ``first_range[i]`` to ``first_range[i + 1]``: ascending, apart from each other, at least one and none empty. They must be cached.
+    t0, nt : ndarray, (n_seqs,), int64
+        First row of a sequence in `qkv`, number of its new tokens.
     kv_base, cap : ndarray, (n_seqs,), int64
         Where a sequence lies in the caches; see `mesh_store_kv`.
     k_cache, v_cache : ndarray, (any,), float32
@@ -330,8 +418,8 @@ def mesh_attention(
     m_out, denom_out : ndarray, (n_tokens, n_kv_heads * q_slots), float32
         Written: maximum of the scaled scores and denominator of every query head. Pass arrays of shape (0, 0) if not wanted.
     """
-    keys = pos0 + nt
-    units = int((nt * np.minimum(keys, window)).sum()) * int(unit_starts[-1]) * q_slots
+    admitted = int((ranges[:, 1] - ranges[:, 0]).sum())
     _driver(
-        units, qkv, unit_starts, q_slots, head_dim, scale, window, t0, nt, pos0, kv_base, cap, k_cache, v_cache, context, m_out, denom_out
+        admitted * int(unit_starts[-1]) * q_slots, qkv, unit_starts, q_slots, head_dim, scale, sink, first_range, ranges, t0, nt, kv_base,
+        cap, k_cache, v_cache, context, m_out, denom_out,
     )  # fmt: skip

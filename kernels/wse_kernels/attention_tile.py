@@ -26,6 +26,9 @@ WIDTH = 16
 ROWS = 8 if llvm.get_host_cpu_features().get("avx512f") else 4
 """Independent sums in a tile: enough to hide the latency of the multiply-add, few enough for the registers."""
 
+ALL_LANES = (1 << WIDTH) - 1
+"""Bits of all lanes of a tile."""
+
 F32 = NDArray[np.float32]
 
 # Numba's own annotations stop here.
@@ -68,16 +71,17 @@ def divide_tile(p: F32, b: F32, j: int) -> F32:
 
 def fma_step(p: F32, a: F32, i: int, stride: int, b: F32, j: int) -> F32:
     """One step of every sum: ``p[r, n] = fma(a[i + r * stride], b[j + n], p[r, n])``."""
-    return fma_step_between(0, WIDTH, p, a, i, stride, b, j)
+    return fma_step_where(ALL_LANES, p, a, i, stride, b, j)
 
 
-def fma_step_between(first: int, last: int, p: F32, a: F32, i: int, stride: int, b: F32, j: int) -> F32:
-    """`fma_step` for lanes `first` to `last` (not included); the others skip the step and keep their sum."""
+def fma_step_where(lanes: int, p: F32, a: F32, i: int, stride: int, b: F32, j: int) -> F32:
+    """`fma_step` for the lanes whose bit is set in `lanes` (int32); the others skip the step and keep their sum."""
     out = p.copy()
     for r in range(ROWS):
         x = a[i + r * stride]
-        for n in range(max(0, first), min(last, WIDTH)):
-            out[r, n] = fma(x, b[j + n], p[r, n])
+        for n in range(WIDTH):
+            if (int(lanes) >> n) & 1:
+                out[r, n] = fma(x, b[j + n], p[r, n])
     return out
 
 
@@ -91,7 +95,6 @@ class _TileType(types.Type):
 _TILE = _TileType()
 _FLOAT = ir.FloatType()
 _VECTOR = ir.VectorType(_FLOAT, WIDTH)
-_INT_VECTOR = ir.VectorType(ir.IntType(64), WIDTH)
 
 
 @register_model(_TileType)
@@ -128,8 +131,8 @@ def _type_step(context: Any) -> Callable[..., Any]:
     return lambda p, a, i, stride, b, j: _TILE
 
 
-def _type_step_between(context: Any) -> Callable[..., Any]:
-    return lambda first, last, p, a, i, stride, b, j: _TILE
+def _type_step_where(context: Any) -> Callable[..., Any]:
+    return lambda lanes, p, a, i, stride, b, j: _TILE
 
 
 def _splat(builder: Any, vector: Any, x: Any) -> Any:
@@ -216,11 +219,9 @@ def _lower_step(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     return _step(context, builder, signature.args, args, None)
 
 
-def _lower_step_between(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    lane = ir.Constant(_INT_VECTOR, list(range(WIDTH)))
-    from_first = builder.icmp_signed(">=", lane, _splat(builder, _INT_VECTOR, args[0]))
-    before_last = builder.icmp_signed("<", lane, _splat(builder, _INT_VECTOR, args[1]))
-    return _step(context, builder, signature.args[2:], args[2:], builder.and_(from_first, before_last))
+def _lower_step_where(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    bits = builder.trunc(args[0], ir.IntType(WIDTH))
+    return _step(context, builder, signature.args[1:], args[1:], builder.bitcast(bits, ir.VectorType(ir.IntType(1), WIDTH)))
 
 
 _ARRAY = types.Array
@@ -232,7 +233,7 @@ type_callable(add_tiles)(_type_add)
 type_callable(scale_tile)(_type_scale)
 type_callable(divide_tile)(_type_divide)
 type_callable(fma_step)(_type_step)
-type_callable(fma_step_between)(_type_step_between)
+type_callable(fma_step_where)(_type_step_where)
 _lower_builtin(fill_tile, types.float32)(_lower_fill)
 _lower_builtin(load_tile, _ARRAY, _INT, _INT)(_lower_load)
 _lower_builtin(store_tile, _TileType, _ARRAY, _INT, _INT)(_lower_store)
@@ -240,4 +241,4 @@ _lower_builtin(add_tiles, _TileType, _TileType)(_lower_add)
 _lower_builtin(scale_tile, _TileType, types.float32)(_lower_scale)
 _lower_builtin(divide_tile, _TileType, _ARRAY, _INT)(_lower_divide)
 _lower_builtin(fma_step, _TileType, _ARRAY, _INT, _INT, _ARRAY, _INT)(_lower_step)
-_lower_builtin(fma_step_between, _INT, _INT, _TileType, _ARRAY, _INT, _INT, _ARRAY, _INT)(_lower_step_between)
+_lower_builtin(fma_step_where, types.int32, _TileType, _ARRAY, _INT, _INT, _ARRAY, _INT)(_lower_step_where)

@@ -219,9 +219,9 @@ def test_a_window_over_the_whole_context_is_no_window(window: int | None) -> Non
 def test_a_short_window_is_that_of_every_layer_of_mistral_and_mixtral() -> None:
     mistral = {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral"}
     for spec in (parse_config({**mistral, "sliding_window": 9}), parse_config({**MIXTRAL, "sliding_window": 9})):
-        assert [spec.window(i) for i in range(3)] == [9, 9, 9]
-    assert parse_config({**mistral, "max_position_embeddings": 8192}).window(0) == 4096
-    assert parse_config({**mistral, "max_position_embeddings": 8192, "sliding_window": None}).window(0) is None
+        assert [spec.pattern(i).window for i in range(3)] == [9, 9, 9]
+    assert parse_config({**mistral, "max_position_embeddings": 8192}).pattern(0).window == 4096
+    assert parse_config({**mistral, "max_position_embeddings": 8192, "sliding_window": None}).pattern(0).window is None
 
 
 QWEN: dict[str, Any] = {**LLAMA, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16}

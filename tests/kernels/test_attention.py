@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numba
@@ -15,13 +15,25 @@ from numba import config
 
 from wse_kernels import attention_mesh, attention_tile, threads
 from wse_kernels._jit import plain
-from wse_kernels.attention import NO_WINDOW, finish, pack_queries, partial_scores, score_max, softmax_accumulate, store_kv
+from wse_kernels.attention import (
+    finish,
+    pack_queries,
+    partial_scores,
+    score_max,
+    softmax_accumulate,
+    start_denominator,
+    start_max,
+    store_kv,
+)
 from wse_kernels.attention_mesh import mesh_attention, mesh_store_kv
 from wse_kernels.exp import exp32
 from wse_kernels.fma import fma
 
 F = np.float32
 U = 2.0**-24
+ALL = 1 << 40
+"""Window that holds every key."""
+NO_SINK = np.zeros(0, F)
 NOJIT = bool(config.DISABLE_JIT)
 MANY = settings(max_examples=25 if NOJIT else 60, deadline=None)
 
@@ -51,7 +63,34 @@ class Mesh:
     qkv: np.ndarray
     k: np.ndarray
     v: np.ndarray
-    window: int = NO_WINDOW
+    window: int = ALL
+    density: float = 1.0
+    """Share of the keys in the window that are admitted, drawn for each pair of positions; a query's own key always is."""
+    sink: np.ndarray = field(default_factory=lambda: NO_SINK)
+    """Score of each query head's sink, (n_heads * q,) or none."""
+
+    def admits(self, q: int, k: int) -> bool:
+        """Whether a query at position q admits the key at position k."""
+        drawn = (q * 2_654_435_761 + k * 40_503) % 1000 < 1000 * self.density
+        return 0 <= q - k < self.window and (q == k or drawn)
+
+    def keys(self, s: int, i: int) -> list[int]:
+        """Keys that token i of sequence s admits."""
+        q = int(self.pos0[s]) + i
+        return [k for k in range(q + 1) if self.admits(q, k)]
+
+    def ranges(self) -> tuple[np.ndarray, np.ndarray]:
+        """The same as ranges, token by token."""
+        first, ranges = [0], []
+        for s in range(self.nt.size):
+            for i in range(int(self.nt[s])):
+                for k in self.keys(s, i):
+                    if len(ranges) > first[-1] and ranges[-1][1] == k:
+                        ranges[-1][1] = k + 1
+                    else:
+                        ranges.append([k, k + 1])
+                first.append(len(ranges))
+        return np.array(first, np.int64), np.array(ranges, np.int64)
 
     @property
     def t0(self) -> np.ndarray:
@@ -105,6 +144,11 @@ def make(n_heads: int, q: int, half: int, n_cols: int, lengths: list[tuple[int, 
     return m
 
 
+def with_sinks(m: Mesh, sinks: bool) -> Mesh:
+    """The same, with a sink for each query head or none."""
+    return replace(m, sink=np.random.default_rng(1).standard_normal(m.n_heads * m.q).astype(F) if sinks else NO_SINK)
+
+
 Result = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -116,7 +160,7 @@ def results(m: Mesh) -> Result:
 
 def driver(m: Mesh) -> Result:
     out = results(m)
-    mesh_attention(m.qkv, m.starts, m.q, 2 * m.half, m.scale, m.window, m.t0, m.nt, m.pos0, m.base, m.cap, m.k, m.v, *out)
+    mesh_attention(m.qkv, m.starts, m.q, 2 * m.half, m.scale, m.sink, *m.ranges(), m.t0, m.nt, m.base, m.cap, m.k, m.v, *out)
     return out
 
 
@@ -127,34 +171,42 @@ def cuts(rng: np.random.Generator, n: int) -> list[tuple[int, int]]:
 
 def cores(m: Mesh, seed: int, *, interpreted: bool = False) -> Result:
     """What the cores do: every body on its own blocks, tokens and keys cut at random; blocks that a body writes start as NaN."""
-    pack, partial, raise_max, accumulate, divide = (
-        plain(f) if interpreted else f for f in (pack_queries, partial_scores, score_max, softmax_accumulate, finish)
-    )
+    bodies = (pack_queries, partial_scores, start_max, score_max, start_denominator, softmax_accumulate, finish)
+    pack, partial, begin_max, raise_max, begin_denominator, accumulate, divide = (plain(f) if interpreted else f for f in bodies)
     rng = np.random.default_rng(seed)
     context, top, denominators = results(m)
     for s in range(m.nt.size):
         for i0, i1 in cuts(rng, int(m.nt[s])):
-            t, row0, q_pos = i1 - i0, int(m.t0[s]) + i0, m.pos0[s] + np.arange(i0, i1)
+            t, row0 = i1 - i0, int(m.t0[s]) + i0
             blocks = cuts(rng, int(m.pos0[s] + m.nt[s]))
+            bits = np.zeros(int(m.pos0[s] + m.nt[s]), np.int64)
+            for i in range(t):
+                bits[m.keys(s, i0 + i)] |= 1 << i
+            keys = [np.flatnonzero(bits[j0:j1]) for j0, j1 in blocks]
+            admitted = [bits[j0:j1][of_block] for (j0, j1), of_block in zip(blocks, keys, strict=True)]
             for g in range(m.n_heads):
-                peak = np.full(m.q * t, -np.inf, F)
+                sink = m.sink[g * m.q : (g + 1) * m.q]
+                peak = np.full(m.q * t, np.nan, F)
+                begin_max(sink, peak)
                 scores = []
-                for j0, j1 in blocks:
+                for (j0, j1), of_block in zip(blocks, keys, strict=True):
                     chain = None
                     for c, u0, n in m.pieces(g):
                         q_t = np.full((2 * n, m.q * t), np.nan, F)
                         pack(m.panel(m.qkv, c, (m.q + 2) * 2), m.q, row0, u0, q_t)
-                        p = np.full((j1 - j0, m.q * t), np.nan, F)
-                        partial(m.cached(m.k, s, c)[j0:j1], 2 * u0, q_t, p)
+                        p = np.full((of_block.size, m.q * t), np.nan, F)
+                        partial(m.cached(m.k, s, c)[j0:j1], 2 * u0, of_block, q_t, p)
                         chain = p if chain is None else chain + p
                     assert chain is not None
                     scores.append(chain)
                 for b in rng.permutation(len(blocks)):
-                    raise_max(scores[b], m.scale, blocks[b][0], q_pos, m.window, peak)
+                    raise_max(scores[b], m.scale, m.q, admitted[b], peak)
                 for c, u0, n in m.pieces(g):
-                    denom, o_t = np.zeros(m.q * t, F), np.zeros((2 * n, m.q * t), F)
-                    for (j0, j1), block in zip(blocks, scores, strict=True):
-                        accumulate(block.copy(), m.scale, j0, q_pos, m.window, peak, m.cached(m.v, s, c)[j0:j1], 2 * u0, denom, o_t)
+                    denom, o_t = np.full(m.q * t, np.nan, F), np.zeros((2 * n, m.q * t), F)
+                    begin_denominator(sink, peak, denom)
+                    for b, (j0, j1) in enumerate(blocks):
+                        v = m.cached(m.v, s, c)[j0:j1]
+                        accumulate(scores[b].copy(), m.q, keys[b], admitted[b], peak, v, 2 * u0, denom, o_t)
                     divide(o_t, denom, m.q, row0, u0, m.panel(context, c, m.q * 2))
                     top[row0 : row0 + t, g * m.q : (g + 1) * m.q] = peak.reshape(m.q, t).T
                     denominators[row0 : row0 + t, g * m.q : (g + 1) * m.q] = denom.reshape(m.q, t).T
@@ -166,8 +218,7 @@ def definition(m: Mesh) -> Result:
     context, top, denominators = results(m)
     for s in range(m.nt.size):
         for i in range(int(m.nt[s])):
-            row, n_keys = int(m.t0[s]) + i, int(m.pos0[s]) + i + 1
-            keys = range(max(0, n_keys - m.window), n_keys)
+            row, keys = int(m.t0[s]) + i, m.keys(s, i)
             for g, slot in np.ndindex(m.n_heads, m.q):
                 scaled = []
                 for j in keys:
@@ -180,9 +231,10 @@ def definition(m: Mesh) -> Result:
                                 p = fma(a, m.cached(m.k, s, c)[j, 2 * u + e], p)
                         score = p if score is None else score + p
                     scaled.append(score * m.scale)
-                peak = max(scaled)
+                own = m.sink[g * m.q + slot : g * m.q + slot + 1]
+                peak = max(scaled + own.tolist())
                 weights = [plain(exp32)(x - peak) for x in scaled]
-                denom = F(0)
+                denom = plain(exp32)(own[0] - peak) if own.size else F(0)
                 for p in weights:
                     denom = denom + p
                 for c, u0, n in m.pieces(g):
@@ -213,7 +265,7 @@ def same(a: Result, b: Result) -> bool:
 @st.composite
 def meshes(draw: st.DrawFn, most_tokens: int = 24, most_cached: int = 40) -> Mesh:
     small = NOJIT
-    window = draw(st.one_of(st.just(NO_WINDOW), st.integers(1, 70)))
+    window = draw(st.one_of(st.just(ALL), st.integers(1, 70)))
     lengths = st.tuples(st.integers(0, 2 if small else most_cached), st.integers(1, 3 if small else most_tokens))
     m = make(
         n_heads=draw(st.integers(1, 3)),
@@ -224,7 +276,8 @@ def meshes(draw: st.DrawFn, most_tokens: int = 24, most_cached: int = 40) -> Mes
         seed=draw(st.integers(0, 10_000)),
         spread=draw(st.sampled_from([0.01, 1.0, 6.0])),
     )
-    return replace(m, window=window)
+    density = draw(st.sampled_from([1.0, 1.0, 0.6, 0.1]))
+    return with_sinks(replace(m, window=window, density=density), draw(st.booleans()))
 
 
 @pytest.mark.nojit
@@ -236,7 +289,7 @@ def test_driver_gives_the_bits_of_the_cores_in_any_split(m: Mesh, seed: int) -> 
     assert same(got, cores(m, seed))
 
 
-@pytest.mark.parametrize("window", [NO_WINDOW, 1, 7, 40])
+@pytest.mark.parametrize("window", [ALL, 1, 7, 40])
 @pytest.mark.parametrize(
     ("n_heads", "q", "half", "n_cols", "lengths"),
     [
@@ -252,10 +305,12 @@ def test_driver_gives_the_bits_of_the_cores_at_the_edges_of_its_tiles(
 ) -> None:
     m = replace(make(n_heads, q, half, n_cols, lengths, 5), window=window)
     assert same(driver(m), cores(m, 6))
+    m = with_sinks(replace(m, density=0.3), True)
+    assert same(driver(m), cores(m, 6))
 
 
 @pytest.mark.nojit
-@pytest.mark.parametrize("window", [NO_WINDOW, 2])
+@pytest.mark.parametrize("window", [ALL, 2])
 @pytest.mark.parametrize(
     ("n_heads", "q", "half", "n_cols", "lengths"),
     [(1, 2, 2, 1, [(0, 3)]), (2, 1, 3, 5, [(2, 2)]), (3, 1, 1, 2, [(0, 1), (3, 1)]), (1, 1, 4, 3, [(1, 2)])],
@@ -263,17 +318,18 @@ def test_driver_gives_the_bits_of_the_cores_at_the_edges_of_its_tiles(
 def test_cores_driver_and_plain_python_obey_the_definition(
     n_heads: int, q: int, half: int, n_cols: int, lengths: list[tuple[int, int]], window: int
 ) -> None:
-    m = replace(make(n_heads, q, half, n_cols, lengths, 7), window=window)
-    expected = definition(m)
-    assert same(driver(m), expected)
-    assert same(cores(m, 8), expected)
-    assert same(cores(m, 9, interpreted=True), expected)
+    plainly = replace(make(n_heads, q, half, n_cols, lengths, 7), window=window)
+    for m in (plainly, with_sinks(plainly, True), with_sinks(replace(plainly, density=0.4), True)):
+        expected = definition(m)
+        assert same(driver(m), expected)
+        assert same(cores(m, 8), expected)
+        assert same(cores(m, 9, interpreted=True), expected)
 
 
-@pytest.mark.parametrize("window", [NO_WINDOW, 20])
+@pytest.mark.parametrize(("window", "density"), [(ALL, 1.0), (20, 1.0), (ALL, 0.3)])
 @pytest.mark.parametrize(("half", "n_cols", "spread"), [(4, 2, 1.0), (32, 2, 1.0), (32, 16, 1.0), (32, 16, 4.0), (16, 64, 1.0)])
-def test_result_agrees_with_softmax_in_float64(half: int, n_cols: int, spread: float, window: int) -> None:
-    m = replace(make(2, 3, half, n_cols, [(90, 60), (0, 75)], 11, spread), window=window)
+def test_result_agrees_with_softmax_in_float64(half: int, n_cols: int, spread: float, window: int, density: float) -> None:
+    m = with_sinks(replace(make(2, 3, half, n_cols, [(90, 60), (0, 75)], 11, spread), window=window, density=density), density < 1)
     context, top, denominators = driver(m)
     d = 2 * half
     qkv, out = heads_of(m, m.qkv, (m.q + 2) * 2).astype(np.float64), heads_of(m, context, m.q * 2)
@@ -284,14 +340,14 @@ def test_result_agrees_with_softmax_in_float64(half: int, n_cols: int, spread: f
             np.concatenate([m.cached(flat, s, c) for c in range(n_cols)], axis=1)[:n_keys].astype(np.float64).reshape(n_keys, 2, d)
             for flat in (m.k, m.v)
         )
-        ago = m.pos0[s] + np.arange(m.nt[s])[:, None] - np.arange(n_keys)
-        admitted = (ago >= 0) & (ago < window)
+        admitted = np.array([[m.admits(int(m.pos0[s]) + i, j) for j in range(n_keys)] for i in range(int(m.nt[s]))])
         for g, slot in np.ndindex(2, m.q):
             q = qkv[rows, g, slot]
             scores = np.where(admitted, q @ k[:, g].T * float(m.scale), -np.inf)
-            peak = scores.max(axis=1, keepdims=True)
+            sink = float(m.sink[g * m.q + slot]) if m.sink.size else -np.inf
+            peak = np.maximum(scores.max(axis=1, keepdims=True), sink)
             weights = np.exp(scores - peak)
-            total = weights.sum(axis=1, keepdims=True)
+            total = weights.sum(axis=1, keepdims=True) + np.exp(sink - peak)
             # First order in u. Score: a sum of d terms over the group, and the scaling. Weight, relative: the error of its exponent
             # (score, maximum, their difference, what exp32 takes for 0) and 1 ulp of exp32, at most 2 u.
             e_score = np.where(admitted, (2 * np.sqrt(d) * np.abs(q) @ np.abs(k[:, g]).T * float(m.scale) + np.abs(scores)) * U, 0)
@@ -300,7 +356,8 @@ def test_result_agrees_with_softmax_in_float64(half: int, n_cols: int, spread: f
                 admitted, weights * (e_score + e_peak + U * (peak - np.where(admitted, scores, peak)) + 2 * U) + 2.0**-126, 0
             )
             e_sum = 2 * np.sqrt(n_keys) * U
-            e_total = e_weight.sum(axis=1, keepdims=True) + e_sum * total
+            e_own = np.exp(sink - peak) * (e_peak + U * np.where(np.isinf(sink), 0, peak - sink) + 2 * U)  # the sink's weight
+            e_total = e_weight.sum(axis=1, keepdims=True) + e_own + e_sum * total
             expected = weights @ v[:, g] / total
             e_context = (e_weight @ np.abs(v[:, g]) + e_sum * (weights @ np.abs(v[:, g])) + np.abs(expected) * e_total) / total
             h = g * m.q + slot
@@ -413,7 +470,7 @@ def test_maximum_of_zeros_is_plus_zero_in_any_order() -> None:
     zeros = np.array([[-0.0], [0.0], [-0.0]], F)
     for order in ([0, 1, 2], [1, 0, 2], [0, 2]):
         m = np.full(1, -np.inf, F)
-        score_max(zeros[order], F(1), 0, np.array([9]), NO_WINDOW, m)
+        score_max(zeros[order], F(1), 1, np.ones(len(order), np.int64), m)
         assert m.view(np.int32)[0] == 0
     # The smallest products round to -0: every score of the driver is one.
     mesh = make(1, 1, 1, 1, [(0, 2)], 17)
@@ -429,7 +486,7 @@ def test_rows_of_no_sequence_stay_as_they_are_and_statistics_may_be_left_out() -
     none = np.empty((0, 0), F)
     a = slice(1, 2)
     mesh_attention(
-        m.qkv, m.starts, m.q, 4, m.scale, NO_WINDOW, m.t0[a], m.nt[a], m.pos0[a], m.base[a], m.cap[a], m.k, m.v, part[0], none, none
+        m.qkv, m.starts, m.q, 4, m.scale, NO_SINK, *m.ranges(), m.t0[a], m.nt[a], m.base[a], m.cap[a], m.k, m.v, part[0], none, none
     )  # fmt: skip
     got, expected = heads_of(m, part[0], 4), heads_of(m, full[0], 4)
     assert np.isnan(got[:2]).all()
@@ -438,17 +495,21 @@ def test_rows_of_no_sequence_stay_as_they_are_and_statistics_may_be_left_out() -
 
 @pytest.mark.nojit
 def test_a_core_without_tokens_or_keys_has_nothing_to_do() -> None:
-    qkv, no_pos = np.ones((3, 8), F), np.empty(0, np.int64)
+    qkv, none = np.ones((3, 8), F), np.empty(0, np.int64)
     q_t, m, denom, o_t = np.empty((4, 0), F), np.empty(0, F), np.empty(0, F), np.empty((4, 0), F)
     pack_queries(qkv, 2, 0, 0, q_t)
-    s_t = np.empty((3, 0), F)
-    partial_scores(np.ones((3, 4), F), 0, q_t, s_t)
-    score_max(s_t, F(1), 0, no_pos, NO_WINDOW, m)
-    softmax_accumulate(s_t, F(1), 0, no_pos, NO_WINDOW, m, np.ones((3, 4), F), 0, denom, o_t)
+    s_t, keys, admitted = np.empty((3, 0), F), np.arange(3), np.zeros(3, np.int64)
+    partial_scores(np.ones((3, 4), F), 0, keys, q_t, s_t)
+    start_max(NO_SINK, m)
+    score_max(s_t, F(1), 2, admitted, m)
+    start_denominator(NO_SINK, m, denom)
+    softmax_accumulate(s_t, 2, keys, admitted, m, np.ones((3, 4), F), 0, denom, o_t)
     finish(o_t, denom, 2, 0, 0, np.empty((0, 8), F))
-    top, total, o_t = np.full(2, -np.inf, F), np.zeros(2, F), np.zeros((4, 2), F)
-    score_max(np.empty((0, 2), F), F(1), 0, np.array([4]), NO_WINDOW, top)
-    softmax_accumulate(np.empty((0, 2), F), F(1), 0, np.array([4]), NO_WINDOW, top, np.empty((0, 4), F), 0, total, o_t)
+    top, total, o_t = np.full(2, np.nan, F), np.full(2, np.nan, F), np.zeros((4, 2), F)
+    start_max(NO_SINK, top)
+    score_max(np.empty((0, 2), F), F(1), 2, none, top)
+    start_denominator(NO_SINK, top, total)
+    softmax_accumulate(np.empty((0, 2), F), 2, none, none, top, np.empty((0, 4), F), 0, total, o_t)
     assert np.isneginf(top).all()
     assert not total.any()
     assert not o_t.any()
@@ -473,10 +534,10 @@ def test_driver_has_one_specialisation() -> None:
 
 
 @numba.njit(error_model="numpy")
-def _use_tile(array: np.ndarray, a: np.ndarray, stride: int, first: int, last: int, x: np.float32, out: np.ndarray) -> None:
+def _use_tile(array: np.ndarray, a: np.ndarray, stride: int, lanes: np.int32, x: np.float32, out: np.ndarray) -> None:
     p = attention_tile.load_tile(array, 3, 17)
     p = attention_tile.fma_step(p, a, 1, stride, array, 5)
-    p = attention_tile.fma_step_between(first, last, p, a, 2, stride, array, 7)
+    p = attention_tile.fma_step_where(lanes, p, a, 2, stride, array, 7)
     p = attention_tile.add_tiles(p, attention_tile.fill_tile(x))
     p = attention_tile.divide_tile(attention_tile.scale_tile(p, x), array, 2)
     attention_tile.store_tile(p, out, 1, 18)
@@ -484,12 +545,12 @@ def _use_tile(array: np.ndarray, a: np.ndarray, stride: int, first: int, last: i
 
 @pytest.mark.skipif(NOJIT, reason="compares with compiled code")
 @pytest.mark.parametrize("stride", [0, 1, 5])
-@pytest.mark.parametrize(("first", "last"), [(-20, 16), (0, 40), (1, 5), (15, 16), (16, 90), (40, 50), (-30, -9), (-3, 2)])
-def test_compiled_tile_is_its_definition(stride: int, first: int, last: int) -> None:
+@pytest.mark.parametrize("lanes", [0, 1, 0xFFFF, 0x8000, 0x0FF0, 0x5A5A, 0x7FFF])
+def test_compiled_tile_is_its_definition(stride: int, lanes: int) -> None:
     rng = np.random.default_rng(25)
     array, a = rng.standard_normal(200).astype(F), rng.standard_normal(60).astype(F)
     compiled, interpreted = np.zeros((2, 200), F)
-    _use_tile(array, a, stride, first, last, F(0.3), compiled)
-    _use_tile.py_func(array, a, stride, first, last, F(0.3), interpreted)
+    _use_tile(array, a, stride, np.int32(lanes), F(0.3), compiled)
+    _use_tile.py_func(array, a, stride, np.int32(lanes), F(0.3), interpreted)
     assert np.array_equal(compiled.view(np.int32), interpreted.view(np.int32))
     assert compiled.any()

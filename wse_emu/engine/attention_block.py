@@ -42,7 +42,7 @@ def attention_block(run: ForwardPass, x: PlacedTensor) -> None:
         with run.scope("attention"):
             record = run.result.taps
             statistics = attention(
-                wafer, qkv, context, run.cache, layer, run.sequences, bands, window=spec.window(layer), probe=record is not None
+                wafer, qkv, context, run.cache, layer, run.sequences, bands, pattern=spec.pattern(layer), probe=record is not None
             )
             if record is not None and statistics is not None:
                 record.stages[layer, "attn_max"], record.stages[layer, "attn_denominator"] = statistics

@@ -39,12 +39,16 @@ class Engine:
     store : WeightStore
         May hold shapes only (`ShapeStore`) with the ``dry`` executor.
     options : EngineOptions
+    spec : ModelSpec, optional
+        The store's own by default; may differ from it in the patterns of attention.
     """
 
-    def __init__(self, wafer: Wafer, store: WeightStore, options: EngineOptions | None = None) -> None:
+    def __init__(
+        self, wafer: Wafer, store: WeightStore, options: EngineOptions | None = None, *, spec: ModelSpec | None = None
+    ) -> None:  # fmt: skip
         self.wafer = wafer
         self.store = store
-        self.spec: ModelSpec = store.spec
+        self.spec: ModelSpec = store.spec if spec is None else spec
         self.options = options or EngineOptions()
         if self.spec.is_moe and self.spec.routing.probability_before_ffn and self.options.moe_implementation == "functional":
             raise SpecError(
@@ -52,7 +56,7 @@ class Engine:
                 "with `probability_before_ffn` use 'experimental' or 'optimized'"
             )
         self.heads = HeadLayout(self.spec.num_kv_heads, self.spec.queries_per_kv, self.spec.head_dim, wafer.cols, self.spec.attention_scale)
-        self.weights = ModelWeights(store, self.options, shapes_only=wafer.is_dry)
+        self.weights = ModelWeights(store, self.spec, self.options, shapes_only=wafer.is_dry)
         self._stream: LayerStream | None = None
 
     def new_cache(self, capacity: Sequence[int] | Ints) -> KVCache:

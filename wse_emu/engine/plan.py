@@ -72,10 +72,10 @@ def sequences_of(slots: list[int], n_new: list[int], start: list[int], length: l
 
 
 def kinds_of_layers(spec: ModelSpec) -> tuple[ModelSpec, list[int]]:
-    """The model with one layer of each kind, and how many of each it has; kinds differ in network, window or rotation."""
-    kinds = Counter((spec.is_moe_layer(i), spec.window(i), spec.rotates(i)) for i in range(spec.num_layers))
-    moe, windows, rotates = zip(*kinds, strict=True)
-    few: dict[str, Any] = {"num_layers": len(kinds), "sliding_window": spec.sliding_window}
+    """The model with one layer of each kind, and how many of each it has; kinds differ in network, attention or rotation."""
+    kinds = Counter((spec.is_moe_layer(i), spec.pattern(i), spec.window(i), spec.rotates(i)) for i in range(spec.num_layers))
+    moe, patterns, windows, rotates = zip(*kinds, strict=True)
+    few: dict[str, Any] = {"num_layers": len(kinds), "patterns": patterns if spec.patterns else ()}
     few["sliding_layers"] = tuple(i for i, window in enumerate(windows) if window is not None)
     few["dense_layers"] = tuple(i for i, is_moe in enumerate(moe) if spec.is_moe and not is_moe)
     few["rotary"] = replace(spec.rotary, skipped_layers=tuple(i for i, turns in enumerate(rotates) if not turns))

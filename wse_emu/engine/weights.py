@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wse_emu.engine.options import EngineOptions
+from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.weights import layer_prefix, layer_weights, router_vectors
 from wse_emu.layers.ffn import FfnWeights
 from wse_emu.layers.router import RouterWeights
@@ -19,13 +20,14 @@ class ModelWeights:
     Parameters
     ----------
     store : WeightStore
+    spec : ModelSpec
     options : EngineOptions
     shapes_only : bool
         Whether values are never asked for (the ``dry`` executor).
     """
 
-    def __init__(self, store: WeightStore, options: EngineOptions, *, shapes_only: bool) -> None:
-        self.store, self.spec, self.options, self.shapes_only = store, store.spec, options, shapes_only
+    def __init__(self, store: WeightStore, spec: ModelSpec, options: EngineOptions, *, shapes_only: bool) -> None:
+        self.store, self.spec, self.options, self.shapes_only = store, spec, options, shapes_only
 
     def layer_names(self, layer: int) -> list[str]:
         """Tensors of a layer that are needed whatever is chosen."""

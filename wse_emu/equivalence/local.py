@@ -173,7 +173,7 @@ class StageLocal:
         out: dict[str, Bounded] = {name: (np.full(shape, np.nan), np.full(shape, np.nan)) for name, shape in shapes.items()}
         for s in np.unique(seq):
             t = np.flatnonzero(seq == s)
-            mask = formulas.visible(seq[t], pos[t], spec.window(layer))
+            mask = formulas.visible(seq[t], pos[t], spec.pattern(layer))
             n = mask.sum(axis=1)
             for head in range(spec.num_heads):
                 qh, kh = q[t, head], k[t, head // group]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from wse_emu.foundation.activations import ACTIVATIONS, Activation
+from wse_emu.foundation.attention_pattern import FULL, AttentionPattern
 from wse_emu.foundation.biases import Biases
 from wse_emu.foundation.errors import SpecError
 from wse_emu.foundation.norm_spec import NormSpec, QkNorm
@@ -58,6 +60,8 @@ class ModelSpec:
     """Keys that a query of a sliding layer sees, itself included."""
     sliding_layers: tuple[int, ...] = ()
     """Layers with that window, ascending; the others see all keys before."""
+    patterns: tuple[AttentionPattern, ...] = ()
+    """Which keys the queries of each layer admit, one entry for each layer; () is what `sliding_window` says."""
     num_experts: int = 0
     """Experts of a layer with a mixture; 0 exactly in a dense model."""
     top_k: int = 0
@@ -115,6 +119,8 @@ class ModelSpec:
         if (self.sliding_window is None) != (not self.sliding_layers):
             raise SpecError(f"`sliding_window` and `sliding_layers` belong together, got {self.sliding_window} and {self.sliding_layers}")
         self._check_rules()
+        if self.patterns and len(self.patterns) != self.num_layers:
+            raise SpecError(f"`patterns` must have one entry for each of {self.num_layers} layers, got {len(self.patterns)}")
         kind = None if self.rope_scaling is None else self.rope_scaling.kind
         if kind == "yarn" and not self.rope_theta > 1:
             raise SpecError(f"rotary scaling yarn: `rope_theta` must be above 1, got {self.rope_theta!r}")
@@ -159,8 +165,42 @@ class ModelSpec:
         return self.moe_intermediate_size if self.is_moe_layer(layer) else self.intermediate_size
 
     def window(self, layer: int) -> int | None:
-        """Keys that a query of a layer sees, itself included; None is all before it."""
+        """Window that the checkpoint gives a layer, in keys, a query's own included; None is none."""
         return self.sliding_window if _holds(self.sliding_layers, layer) else None
+
+    def pattern(self, layer: int) -> AttentionPattern:
+        """Keys that the queries of a layer admit."""
+        if self.patterns:
+            return self.patterns[layer]
+        window = self.window(layer)
+        return FULL if window is None else AttentionPattern(window=window)
+
+    def with_attention(self, attention: AttentionPattern | Sequence[AttentionPattern], dense_layers: Sequence[int] = ()) -> ModelSpec:
+        """The same model with other patterns of attention.
+
+        Parameters
+        ----------
+        attention : AttentionPattern or a sequence of them
+            For all layers, or one for each.
+        dense_layers : sequence of int
+            Layers that see every key nevertheless.
+
+        Raises
+        ------
+        SpecError
+            If there is not one pattern for each layer, or `dense_layers` names a layer that is not there.
+        """
+        patterns = [attention] * self.num_layers if isinstance(attention, AttentionPattern) else list(attention)
+        for i, pattern in enumerate(patterns):
+            if not isinstance(pattern, AttentionPattern):
+                raise SpecError(f"`attention[{i}]` must be an AttentionPattern, got {pattern!r}")
+        if len(patterns) != self.num_layers:
+            raise SpecError(f"`attention` must be one pattern or one for each of {self.num_layers} layers, got {len(patterns)}")
+        for layer in dense_layers:
+            if type(layer) is not int or not 0 <= layer < self.num_layers:
+                raise SpecError(f"`dense_layers` must name layers in 0..{self.num_layers - 1}, got {layer!r}")
+            patterns[layer] = FULL
+        return replace(self, patterns=tuple(patterns))
 
     @property
     def context_length(self) -> int:

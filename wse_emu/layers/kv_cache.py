@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from wse_emu.foundation.attention_pattern import AttentionPattern
 from wse_emu.foundation.errors import InputError
 from wse_emu.layers.heads import HeadLayout
 from wse_emu.wafer import costs
@@ -30,6 +31,9 @@ from wse_emu.wafer.traffic import Traffic
 from wse_emu.wafer.wafer import Wafer
 from wse_kernels.attention import store_kv
 from wse_kernels.attention_mesh import mesh_store_kv
+
+if TYPE_CHECKING:
+    from wse_emu.layers.attention_plan import AttentionPlan
 
 STORE_KV = Kernel(body=store_kv, params=("qkv", "q_slots", "row0", "k", "v"), out=("k", "v"), code_bytes=224)
 
@@ -96,7 +100,7 @@ class KVCache:
         self._v: list[NDArray[np.float32]] = []
         self._blocks: list[dict[tuple[int, int, int], tuple[Block, Block]]] = []
         self._plan: _AppendPlan | None = None
-        self._attention: tuple[Sequences | None, dict[int, list[Event]]] = (None, {})
+        self._attention: tuple[Sequences | None, dict[AttentionPattern, AttentionPlan]] = (None, {})
         try:
             for layer in range(n_layers):
                 self._reserve(layer)
@@ -141,14 +145,14 @@ class KVCache:
         """Bytes of the keys and values held now, in all layers."""
         return int(self.lengths.sum()) * 4 * self.heads.units.total * 4 * len(self._reserved)
 
-    def attention_events(self, sequences: Sequences, window: int, make: Callable[[], list[Event]]) -> list[Event]:
-        """What attention over the newest sequences costs: the same in all layers with one window, so made once."""
+    def attention_plan(self, sequences: Sequences, pattern: AttentionPattern, make: Callable[[], AttentionPlan]) -> AttentionPlan:
+        """What attention over the newest sequences asks for: the same in all layers with one pattern, so made once."""
         if self._attention[0] is not sequences:
             self._attention = (sequences, {})
         known = self._attention[1]
-        if window not in known:
-            known[window] = make()
-        return known[window]
+        if pattern not in known:
+            known[pattern] = make()
+        return known[pattern]
 
     @property
     def tokens_by_row(self) -> Ints:

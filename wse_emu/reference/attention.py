@@ -32,7 +32,7 @@ def attention_block(weights: PublishedWeights, layer: int, x: Floats, seq: Ints,
     maximum, denominator, context = np.empty(q.shape[:2], weights.dtype), np.empty(q.shape[:2], weights.dtype), np.empty_like(q)
     for s in np.unique(seq):  # tokens of different sequences never meet, so each has a matrix of its own
         t = np.flatnonzero(seq == s)
-        mask = formulas.visible(seq[t], pos[t], spec.window(layer))
+        mask = formulas.visible(seq[t], pos[t], spec.pattern(layer))
         maximum[t], denominator[t], context[t] = formulas.attention(q[t], k[t], v[t], mask, spec.attention_scale)
     yield "attn_max", maximum
     yield "attn_denominator", denominator

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from scipy.special import expit
 
+from wse_emu.foundation.attention_pattern import FULL, AttentionPattern
+
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 
@@ -48,13 +50,31 @@ def rotate(x: Floats, angles: NDArray[np.float64], factor: float = 1.0, *, inter
     return out
 
 
-def visible(seq: Ints, pos: Ints, window: int | None = None) -> NDArray[np.bool_]:
-    """Causal mask, (T, T) bool: entry (i, j) says whether token i sees token j (same sequence, no later position).
+def visible(seq: Ints, pos: Ints, pattern: AttentionPattern = FULL) -> NDArray[np.bool_]:
+    """Mask of one pattern, (T, T) bool: entry (i, j) says whether token i sees token j, of its own sequence and at no later position.
 
-    With a `window` W, only the W last of those positions, token i's own included.
+    Of the pattern only its numbers are used, each part as a formula on query and key positions (ModelZoo's masks).
     """
-    seen: NDArray[np.bool_] = (seq[:, None] == seq[None, :]) & (pos[None, :] <= pos[:, None])
-    return seen if window is None else seen & (pos[:, None] - pos[None, :] < window)
+    q, k = pos[:, None], pos[None, :]
+    causal: NDArray[np.bool_] = (seq[:, None] == seq[None, :]) & (k <= q)
+    if pattern.mask is not None:
+        return causal & pattern.mask(q, k)
+    if pattern.block_size is not None:
+        size = pattern.block_size
+        allowed = np.zeros((len(pattern.blocks), len(pattern.blocks)), np.bool_)
+        for i, listed in enumerate(pattern.blocks):
+            allowed[i, list(listed)] = True
+        return causal & allowed[q // size, np.minimum(k // size, len(allowed) - 1)]
+    seen = np.ones_like(causal)
+    if pattern.window is not None:
+        seen = q - k < pattern.window
+    if pattern.chunk is not None:
+        seen = q // pattern.chunk == k // pattern.chunk
+    seen = seen | (k < pattern.sinks)
+    if pattern.column_spacing is not None and pattern.column_width is not None:
+        # Columns begin at spacing - 1, 2 spacing - 1, ...
+        seen = seen | ((k >= pattern.column_spacing - 1) & ((k + 1) % pattern.column_spacing < pattern.column_width))
+    return causal & seen
 
 
 def attention(q: Floats, k: Floats, v: Floats, mask: NDArray[np.bool_], scale: float) -> tuple[Floats, Floats, Floats]:

@@ -1,0 +1,149 @@
+"""Patterns of attention: the keys that every query admits, against masks written key by key; and what contradicts itself."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import wse_emu as wse
+from wse_emu.foundation.attention_pattern import FULL, AttentionPattern, merged
+from wse_emu.reference.formulas import visible
+
+
+def admits(q: int, k: int, *, window: int | None = None, chunk: int | None = None, sinks: int = 0, spacing: int | None = None,
+           width: int | None = None) -> bool:  # fmt: skip
+    """One query and one key, by the words of ModelZoo's options."""
+    if k > q:
+        return False
+    local = True
+    if window is not None:
+        local = q - k < window
+    if chunk is not None:
+        local = k >= chunk * (q // chunk)
+    column = spacing is not None and any(i <= k < i + width for i in range(spacing - 1, k + 1, spacing))
+    return local or k < sinks or column
+
+
+@st.composite
+def numbers(draw: st.DrawFn) -> dict[str, Any]:
+    """Numbers of a pattern that do not contradict each other."""
+    local = draw(st.sampled_from(["window", "chunk", None]))
+    if local is None:
+        return {}
+    out = {local: draw(st.integers(1, 20)), "sinks": draw(st.integers(0, 8))}
+    if draw(st.booleans()):
+        out["spacing"] = draw(st.integers(1, 9))
+        out["width"] = draw(st.integers(1, out["spacing"]))
+    return out
+
+
+def pattern_of(numbers: dict[str, Any]) -> AttentionPattern:
+    names = {"spacing": "column_spacing", "width": "column_width"}
+    return AttentionPattern(**{names.get(name, name): value for name, value in numbers.items()})
+
+
+def keys_of(pattern: AttentionPattern, positions: np.ndarray) -> list[list[int]]:
+    """Keys of each query, and on the way that ranges are ascending, disjoint and not empty."""
+    first, ranges = pattern.ranges(positions)
+    assert first[0] == 0
+    assert first[-1] == len(ranges)
+    out = []
+    for a, b in pairwise(first.tolist()):
+        mine = ranges[a:b]
+        assert (mine[:, 0] < mine[:, 1]).all()
+        assert (mine[1:, 0] >= mine[:-1, 1]).all()
+        out.append([k for start, stop in mine.tolist() for k in range(start, stop)])
+    return out
+
+
+@given(numbers(), st.lists(st.integers(0, 60), min_size=1, max_size=12))
+def test_ranges_and_the_references_masks_are_those_of_the_words(numbers, positions) -> None:
+    pattern, q = pattern_of(numbers), np.array(positions, np.int64)
+    expected = [[k for k in range(at + 1) if admits(at, k, **numbers)] for at in positions]
+    assert keys_of(pattern, q) == expected
+    t = np.arange(61)
+    mask = visible(np.zeros_like(t), t, pattern)
+    assert [np.flatnonzero(mask[at]).tolist() for at in positions] == expected
+
+
+@given(st.integers(1, 6), st.integers(1, 5), st.randoms(use_true_random=False))
+def test_blocks_and_any_mask(size, n_blocks, random) -> None:
+    blocks = tuple(tuple(sorted({i, *random.sample(range(i + 1), random.randint(0, i))})) for i in range(n_blocks))
+    pattern, q = AttentionPattern(block_size=size, blocks=blocks), np.arange(size * n_blocks)
+    expected = [[k for k in range(at + 1) if k // size in blocks[at // size]] for at in q]
+    assert keys_of(pattern, q) == expected
+    mask = visible(np.zeros_like(q), q, pattern)
+    assert [np.flatnonzero(row).tolist() for row in mask] == expected
+    allowed = [i * 100 + j for i, row in enumerate(blocks) for j in row]
+    same = AttentionPattern(mask=lambda q, k: np.isin(q // size * 100 + k // size, allowed))
+    assert keys_of(same, q) == expected
+    assert keys_of(same, q[::-1]) == expected[::-1]
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), max_size=12))
+def test_merged_ranges_hold_the_same_keys(spans) -> None:
+    ranges = np.array([(a, a + n) for a, n in spans], np.int64).reshape(-1, 2)
+    out = merged(ranges)
+    assert (out[1:, 0] > out[:-1, 1]).all()
+    assert [k for a, b in out.tolist() for k in range(a, b)] == sorted({k for a, b in ranges.tolist() for k in range(a, b)})
+
+
+@pytest.mark.parametrize(
+    ("numbers", "rule"),
+    [
+        ({"window": 0}, "`window` must be an integer >= 1 or None, got 0"),
+        ({"window": True}, "`window` must be an integer >= 1 or None, got True"),
+        ({"chunk": 2.0}, "`chunk` must be an integer >= 1 or None, got 2.0"),
+        ({"window": 4, "chunk": 4}, "`window` and `chunk` are two local parts, give one; got 4 and 4"),
+        ({"window": 4, "sinks": -1}, "`sinks` must be an integer >= 0, got -1"),
+        ({"sinks": 3}, "`sinks` adds keys to a local part: give `window` or `chunk` too"),
+        ({"window": 4, "column_spacing": 4}, "`column_spacing` and `column_width` belong together, got 4 and None"),
+        ({"column_spacing": 4, "column_width": 1}, "`column_spacing` adds keys to a local part"),
+        ({"window": 4, "column_spacing": 4, "column_width": 5}, "`column_width` must be at most `column_spacing` (4), got 5"),
+        ({"block_size": 4}, "`block_size` and `blocks` belong together"),
+        ({"block_size": 4, "blocks": ((0,),), "window": 3}, "`block_size` stands alone, got `window` too"),
+        ({"block_size": 4, "blocks": ((0,), (0,))}, "`blocks[1]` must name blocks 0..1 in ascending order, its own among them, got (0,)"),
+        ({"block_size": 4, "blocks": ((0,), (0, 1, 2))}, "`blocks[1]` must name blocks 0..1"),
+        ({"mask": 3}, "`mask` must be a function of query and key positions, got 3"),
+        ({"mask": max, "sinks": 1, "window": 2}, "`mask` stands alone, got `window`, `sinks` too"),
+    ],
+)
+def test_contradictions_are_refused_at_construction(numbers, rule) -> None:
+    with pytest.raises(wse.SpecError, match=re.escape(rule)):
+        AttentionPattern(**numbers)
+
+
+def test_masks_that_are_none_are_refused() -> None:
+    q = np.arange(4)
+    with pytest.raises(wse.SpecError, match="admits no key for the query at position 2"):
+        AttentionPattern(mask=lambda q, k: (q != 2) & (k >= 0)).ranges(q)
+    with pytest.raises(wse.SpecError, match=r"must give booleans of shape \(4, 4\), got int64 of shape \(4, 4\)"):
+        AttentionPattern(mask=lambda q, k: q * k).ranges(q)
+    with pytest.raises(wse.SpecError, match=r"describes 1 blocks of 2 queries, there is one at position 2"):
+        AttentionPattern(block_size=2, blocks=((0,),)).ranges(q)
+
+
+def test_layers_of_a_model_take_patterns_and_some_stay_dense() -> None:
+    spec = wse.ModelSpec(
+        family="llama", vocab_size=9, hidden_size=4, intermediate_size=4, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=2,
+        rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=64, sliding_window=5, sliding_layers=(0, 2),
+    )  # fmt: skip
+    window = AttentionPattern(window=5)
+    assert [spec.pattern(i) for i in range(3)] == [window, FULL, window]
+    sparse = AttentionPattern(window=2, sinks=1)
+    assert [spec.with_attention(sparse, dense_layers=(1,)).pattern(i) for i in range(3)] == [sparse, FULL, sparse]
+    assert [spec.with_attention([FULL, sparse, window]).pattern(i) for i in range(3)] == [FULL, sparse, window]
+    with pytest.raises(wse.SpecError, match="`attention` must be one pattern or one for each of 3 layers, got 2"):
+        spec.with_attention([FULL, sparse])
+    with pytest.raises(wse.SpecError, match=r"`attention\[1\]` must be an AttentionPattern, got 4"):
+        spec.with_attention([FULL, 4, FULL])
+    with pytest.raises(wse.SpecError, match=r"`dense_layers` must name layers in 0\.\.2, got 3"):
+        spec.with_attention(sparse, (3,))
+    with pytest.raises(wse.SpecError, match="give `attention` too"):
+        wse.from_config(spec, dense_attention_layers=(0,))

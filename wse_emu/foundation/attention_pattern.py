@@ -1,0 +1,226 @@
+"""Which keys a query attends to: causal, and beyond that a window, a chunk, sinks, columns, blocks or any mask.
+
+A pattern answers one question, for any query position: the ranges of key positions that it admits. Everything else (which rows of cores are
+visited, what is computed, sent and kept) follows from those ranges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wse_emu.foundation.errors import SpecError
+
+Ints = NDArray[np.int64]
+
+MaskFunction = Callable[[Ints, Ints], NDArray[np.bool_]]
+"""``mask(q, k)``: query and key positions, int64, of shapes that broadcast, to booleans; what is not causal is cut off."""
+
+
+class KeyRanges(NamedTuple):
+    """Ranges of key positions that some queries admit, query by query."""
+
+    first: Ints
+    """(n + 1,) query i's ranges are ``ranges[first[i] : first[i + 1]]``."""
+    ranges: Ints
+    """(n_ranges, 2) start and stop of each: ascending and disjoint for one query, none empty."""
+
+    @property
+    def n_admitted(self) -> int:
+        """Pairs of a query and a key."""
+        return int((self.ranges[:, 1] - self.ranges[:, 0]).sum())
+
+    def union(self, begin: int, end: int) -> Ints:
+        """Keys that some of the queries begin to end admit, as (n, 2) ranges, ascending and apart."""
+        return merged(self.ranges[self.first[begin] : self.first[end]])
+
+
+def merged(ranges: Ints) -> Ints:
+    """Ranges (n, 2) in any order, overlapping or touching, as ascending ones that neither overlap nor touch."""
+    if len(ranges) < 2:
+        return ranges
+    ranges = ranges[np.argsort(ranges[:, 0], kind="stable")]
+    reach = np.maximum.accumulate(ranges[:, 1])
+    new = np.flatnonzero(np.concatenate([[True], ranges[1:, 0] > reach[:-1]]))
+    return np.stack([ranges[new, 0], np.concatenate([reach[new[1:] - 1], reach[-1:]])], axis=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionPattern:
+    """Keys that a query at position q admits, among those at positions k <= q; by default all.
+
+    The local part is a window or a chunk; sinks and columns are added to it. Names and masks are those of Cerebras ModelZoo 2.10
+    (``attention_sliding_window_length``, ``attention_sink_tokens``, ``attention_chunk_size``, ``attention_vertical_column_*``).
+
+    Raises
+    ------
+    SpecError
+        If a number is no positive integer, or parts contradict each other; the message names the rule.
+    """
+
+    window: int | None = None
+    """Keys with ``q - k < window``: that many, the query's own included."""
+    chunk: int | None = None
+    """Keys of the query's own block of so many: ``k >= chunk * (q // chunk)``. Not with `window`."""
+    sinks: int = 0
+    """And the first so many keys; with `window` or `chunk`."""
+    column_spacing: int | None = None
+    column_width: int | None = None
+    """And ``column_width`` keys from each of the positions ``spacing - 1, 2 spacing - 1, ...``; both or none, with `window` or `chunk`."""
+    block_size: int | None = None
+    blocks: tuple[tuple[int, ...], ...] = ()
+    """Block-sparse: block i of `block_size` queries sees the listed blocks of keys, its own among them. Alone."""
+    mask: MaskFunction | None = None
+    """Any mask; every query must admit at least one key. Alone."""
+
+    def __post_init__(self) -> None:
+        for name in ("window", "chunk", "column_spacing", "column_width", "block_size"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise SpecError(f"attention pattern: `{name}` must be an integer >= 1 or None, got {value!r}")
+        if type(self.sinks) is not int or self.sinks < 0:
+            raise SpecError(f"attention pattern: `sinks` must be an integer >= 0, got {self.sinks!r}")
+        local = self.window is not None or self.chunk is not None
+        if self.window is not None and self.chunk is not None:
+            raise SpecError(f"attention pattern: `window` and `chunk` are two local parts, give one; got {self.window} and {self.chunk}")
+        if (self.column_spacing is None) != (self.column_width is None):
+            raise SpecError(
+                "attention pattern: `column_spacing` and `column_width` belong together, got "
+                f"{self.column_spacing} and {self.column_width}"
+            )
+        for name in ("sinks", "column_spacing"):
+            if getattr(self, name) and not local:
+                raise SpecError(f"attention pattern: `{name}` adds keys to a local part: give `window` or `chunk` too")
+        if self.column_spacing is not None and self.column_width is not None and self.column_width > self.column_spacing:
+            raise SpecError(
+                f"attention pattern: `column_width` must be at most `column_spacing` ({self.column_spacing}), got {self.column_width}"
+            )
+        self._check_alone()
+
+    def _check_alone(self) -> None:
+        """Blocks and masks stand alone; blocks must name their own."""
+        if (self.block_size is None) != (not self.blocks):
+            raise SpecError(f"attention pattern: `block_size` and `blocks` belong together, got {self.block_size} and {self.blocks}")
+        alone = [name for name in ("block_size", "mask") if getattr(self, name) is not None]
+        others = [f.name for f in fields(self) if f.name not in ("block_size", "blocks", "mask") and getattr(self, f.name)]
+        if len(alone) > 1 or (alone and others):
+            raise SpecError(f"attention pattern: `{alone[0]}` stands alone, got {', '.join(f'`{n}`' for n in alone[1:] + others)} too")
+        for i, seen in enumerate(self.blocks):
+            if i not in seen or any(type(b) is not int or not 0 <= b <= i for b in seen) or list(seen) != sorted(set(seen)):
+                raise SpecError(
+                    f"attention pattern: `blocks[{i}]` must name blocks 0..{i} in ascending order, its own among them, got {seen}"
+                )
+        if self.mask is not None and not callable(self.mask):
+            raise SpecError(f"attention pattern: `mask` must be a function of query and key positions, got {self.mask!r}")
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every earlier key is admitted."""
+        return self.window is None and self.chunk is None and self.block_size is None and self.mask is None
+
+    def ranges(self, positions: Ints) -> KeyRanges:
+        """Keys that queries at these positions admit.
+
+        Parameters
+        ----------
+        positions : ndarray, (n,), int64
+
+        Raises
+        ------
+        SpecError
+            If a mask admits no key for some query, or is not a mask.
+        """
+        if self.mask is not None:
+            return _from_mask(self.mask, positions)
+        if self.block_size is not None:
+            return self._block_ranges(positions, self.block_size)
+        low = np.zeros_like(positions)
+        if self.window is not None:
+            low = np.maximum(positions + 1 - self.window, 0)
+        elif self.chunk is not None:
+            low = positions // self.chunk * self.chunk
+        sinks = np.minimum(self.sinks, low)
+        counts, columns = self._columns(sinks, low)
+        n_extra = (sinks > 0) + counts
+        first = np.concatenate([[0], np.cumsum(n_extra + 1)]).astype(np.int64)
+        ranges = np.empty((int(first[-1]), 2), np.int64)
+        with_sinks = np.flatnonzero(sinks > 0)
+        ranges[first[with_sinks]] = np.stack([np.zeros_like(with_sinks), sinks[with_sinks]], axis=1)
+        at = np.repeat(first[:-1] + (sinks > 0), counts) + _within(counts)
+        ranges[at] = columns
+        ranges[first[1:] - 1] = np.stack([low, positions + 1], axis=1)
+        return KeyRanges(first, ranges)
+
+    def _columns(self, low: Ints, high: Ints) -> tuple[Ints, Ints]:
+        """Columns between `low` and `high` of each query: how many, and their ranges, cut to between."""
+        if self.column_spacing is None or self.column_width is None:
+            return np.zeros_like(low), np.zeros((0, 2), np.int64)
+        p, w = self.column_spacing, self.column_width
+        # Column i begins at (i + 1) p - 1; those that end after `low` and begin before `high`.
+        begin = np.maximum((low - w + 1) // p, 0)
+        end = np.maximum(high // p, begin)
+        counts = np.where(high > low, end - begin, 0)
+        starts = (np.repeat(begin, counts) + _within(counts) + 1) * p - 1
+        cut = np.stack([np.maximum(starts, np.repeat(low, counts)), np.minimum(starts + w, np.repeat(high, counts))], axis=1)
+        keep = cut[:, 0] < cut[:, 1]
+        owner = np.repeat(np.arange(len(low)), counts)[keep]
+        return np.bincount(owner, minlength=len(low)).astype(np.int64), cut[keep].astype(np.int64)
+
+    def _block_ranges(self, positions: Ints, size: int) -> KeyRanges:
+        first, out = [0], []
+        for q in positions.tolist():
+            if q // size >= len(self.blocks):
+                raise SpecError(
+                    f"attention pattern: `blocks` describes {len(self.blocks)} blocks of {size} queries, there is one at position {q}"
+                )
+            listed = np.array([[b * size, (b + 1) * size] for b in self.blocks[q // size]], np.int64)
+            listed[:, 1] = np.minimum(listed[:, 1], q + 1)
+            out.append(merged(listed))
+            first.append(first[-1] + len(out[-1]))
+        return KeyRanges(np.array(first, np.int64), np.concatenate(out) if out else np.zeros((0, 2), np.int64))
+
+
+FULL = AttentionPattern()
+"""Every query admits all keys up to its own."""
+
+
+def _within(counts: Ints) -> Ints:
+    """``0, 1, ..., counts[0] - 1, 0, 1, ..., counts[1] - 1, ...``."""
+    total = int(counts.sum())
+    within: Ints = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
+    return within
+
+
+_MASK_ROWS = 1 << 20
+"""Elements of a mask that are evaluated at one time."""
+
+
+def _from_mask(mask: MaskFunction, positions: Ints) -> KeyRanges:
+    n_keys = int(positions.max(initial=-1)) + 1
+    keys = np.arange(n_keys, dtype=np.int64)[None, :]
+    counts, out = [], []
+    step = max(1, _MASK_ROWS // max(n_keys, 1))
+    for at in range(0, len(positions), step):
+        q = positions[at : at + step, None]
+        seen: Any = np.asarray(mask(q, keys))
+        if seen.dtype != np.bool_ or np.broadcast_shapes(seen.shape, (len(q), n_keys)) != (len(q), n_keys):
+            raise SpecError(
+                f"attention pattern: `mask` must give booleans of shape {(len(q), n_keys)}, got {seen.dtype} of shape {seen.shape}"
+            )
+        seen = np.broadcast_to(seen, (len(q), n_keys)) & (keys <= q)
+        blind = np.flatnonzero(~seen.any(axis=1))
+        if blind.size:
+            raise SpecError(f"attention pattern: `mask` admits no key for the query at position {int(q[blind[0], 0])}")
+        edges = np.diff(np.pad(seen, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+        row, start = np.nonzero(edges == 1)
+        stop = np.nonzero(edges == -1)[1]
+        counts.append(np.bincount(row, minlength=len(q)))
+        out.append(np.stack([start, stop], axis=1))
+    if not out:
+        return KeyRanges(np.zeros(1, np.int64), np.zeros((0, 2), np.int64))
+    first = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64)
+    return KeyRanges(first, np.concatenate(out).astype(np.int64))

@@ -1,0 +1,276 @@
+"""Attention one core at a time: tiles of queries on their way over the rows of keys, every block and message of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from wse_emu.layers.attention_kernels import ACCUMULATE, FINISH, PACK_QUERIES, PARTIAL_SCORES, SCORE_MAX, START_DENOMINATOR, START_MAX
+from wse_emu.layers.attention_plan import AttentionPlan
+from wse_emu.layers.heads import Part
+from wse_emu.layers.kv_cache import KVCache, Sequences
+from wse_emu.wafer import costs
+from wse_emu.wafer.cores import Block
+from wse_emu.wafer.kernel import Kernel
+from wse_emu.wafer.ledger import Event
+from wse_emu.wafer.moves import CHAIN_ADD
+from wse_emu.wafer.placement import Ints, Split, TokenBands
+from wse_emu.wafer.tensor import PlacedTensor
+from wse_emu.wafer.wafer import Wafer
+
+_NO_SINK = np.zeros(0, np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class _Visit:
+    """A row of keys that a tile of queries visits."""
+
+    row: int
+    keys: Ints
+    """Keys that some token admits, as rows of the core's block."""
+    admitted: Ints
+    """For each, the tokens of the tile that admit it: bit i for token i."""
+
+    @property
+    def n_pairs(self) -> int:
+        """Pairs of a token and a key that it admits."""
+        return int(np.bitwise_count(self.admitted).sum())
+
+
+@dataclass(slots=True)
+class _Counts:
+    """Runs and multiply-adds of one kernel."""
+
+    runs: int = 0
+    macs: int = 0
+
+
+class _TileRun:
+    """One query tile and one head on its way over the rows of keys."""
+
+    def __init__(
+        self, wafer: Wafer, cache: KVCache, layer: int, slot: int, parts: tuple[Part, ...], n_tokens: int, visits: list[_Visit],
+        tally: dict[str, _Counts], traffic: dict[str, Any],
+    ) -> None:  # fmt: skip
+        assert wafer.cores is not None
+        self.cores, self.cache, self.layer, self.slot, self.parts = wafer.cores, cache, layer, slot, parts
+        self.rows_held: list[int] = []
+        """Tokens that each row of cores holds."""
+        self.n_tokens, self.visits, self.tally, self.traffic = n_tokens, visits, tally, traffic
+        self.q_slots = cache.heads.queries_per_kv
+        self.n_columns = n_tokens * self.q_slots
+        self.borrowed: list[Block] = []
+        self.queries: dict[tuple[int, int], Block] = {}
+        self.scores: dict[tuple[int, int], Block] = {}
+        self.lists: dict[tuple[int, int], tuple[Block, Block]] = {}
+
+    def borrow(self, core: tuple[int, int], name: str, *shape: int, dtype: DTypeLike = np.float32) -> Block:
+        """A work block that lives as long as this run."""
+        block = self.cores.arena(*core).allocate(name, shape, dtype)
+        self.borrowed.append(block)
+        return block
+
+    def release(self) -> None:
+        """Give all work blocks back."""
+        for block in self.borrowed:
+            self.cores.arena(*block.core).free(block)
+
+    def run(self, kernel: Kernel, core: tuple[int, int], args: dict[str, Any], *, macs: int = 0) -> None:
+        """Run and tally a kernel; `macs` where its multiply-adds do not follow from shapes (the interpreter counts its own)."""
+        count = self.tally.setdefault(kernel.name, _Counts())
+        count.runs += 1
+        done = self.cores.run(kernel, core, args)
+        count.macs += done if self.cores.interpreted else done + macs
+
+    def kept(self, which: int, core: tuple[int, int]) -> Block:
+        """Keys (0) or values (1) of the sequence on a core that holds some."""
+        return self.cache.block(self.layer, self.slot, *core)[which].view(slice(0, self.rows_held[core[0]]))
+
+    def list_keys(self) -> None:
+        """Every core lists the keys of its row that the pattern admits, and the tokens that admit them; it knows the positions."""
+        for visit in self.visits:
+            for part in self.parts:
+                core = (visit.row, part.col)
+                keys = self.borrow(core, "admitted keys", visit.keys.size, dtype=np.int64)
+                admitted = self.borrow(core, "admitting tokens", visit.keys.size, dtype=np.int64)
+                keys.write(visit.keys)
+                admitted.write(visit.admitted)
+                self.lists[core] = keys, admitted
+
+    def send_queries(self, qkv: PlacedTensor, row: int, row0: int) -> None:
+        """Pack the tile's queries on their row and send them to every row of keys."""
+        for part in self.parts:
+            home = self.borrow((row, part.col), "packed queries", 2 * part.n_units, self.n_columns)
+            self.run(
+                PACK_QUERIES, (row, part.col),
+                {"qkv": qkv.held[row, part.col], "q_slots": self.q_slots, "row0": row0, "u0": part.first_unit, "q_t": home},
+            )  # fmt: skip
+            self.queries[row, part.col] = home
+            away = []
+            for visit in self.visits:
+                core = (visit.row, part.col)
+                if visit.row != row:
+                    self.queries[core] = self.borrow(core, "visiting queries", 2 * part.n_units, self.n_columns)
+                    away.append(self.queries[core])
+            self.cores.send(self.traffic["queries"], home, away)
+
+    def score(self) -> None:
+        """Whole scores on every core of the group, row of keys by row of keys."""
+        for visit in self.visits:
+            row, n_keys = visit.row, visit.keys.size
+            total: Block | None = None
+            for part in self.parts:
+                core = (row, part.col)
+                own = self.borrow(core, "scores", n_keys, self.n_columns)
+                args = {"k": self.kept(0, core), "f0": 2 * part.first_unit, "keys": self.lists[core][0], "q_t": self.queries[core]}
+                self.run(PARTIAL_SCORES, core, {**args, "s_t": own})
+                self.scores[core] = own
+                if total is not None:
+                    come = self.borrow(core, "incoming scores", n_keys, self.n_columns)
+                    self.cores.send(self.traffic["score chain"], total, [come])
+                    self.run(CHAIN_ADD, core, {"acc": come, "p": own})
+                    self.scores[core] = come
+                total = self.scores[core]
+            assert total is not None
+            others = [self.scores[row, part.col] for part in self.parts[:-1]]
+            for block in others:
+                block.poison()  # what was passed on makes room for the whole
+            self.cores.send(self.traffic["score return"], total, others)
+
+    def maximum(self) -> dict[tuple[int, int], Block]:
+        """The exact maximum over all admitted keys, on every core that the tile visits."""
+        maxima: dict[tuple[int, int], Block] = {}
+        for part in self.parts:
+            before: Block | None = None
+            for visit in self.visits:
+                core = (visit.row, part.col)
+                m = maxima[core] = self.borrow(core, "maxima", self.n_columns)
+                if before is None:
+                    self.run(START_MAX, core, {"sink": _NO_SINK, "m": m})
+                else:
+                    self.cores.send(self.traffic["maxima"], before, [m])
+                args = {"s_t": self.scores[core], "scale": self.cache.heads.scale, "q_slots": self.q_slots, "m": m}
+                self.run(SCORE_MAX, core, {**args, "admitted": self.lists[core][1]})
+                before = m
+            assert before is not None
+            others = [maxima[visit.row, part.col] for visit in self.visits[:-1]]
+            for block in others:
+                block.poison()
+            self.cores.send(self.traffic["maxima return"], before, others)
+        return maxima
+
+    def accumulate(self, maxima: dict[tuple[int, int], Block]) -> dict[int, tuple[Block, Block]]:
+        """Denominator and output of every part, handed from row to row; they end on the last row of keys."""
+        ends: dict[int, tuple[Block, Block]] = {}
+        for part in self.parts:
+            state: tuple[Block, Block] | None = None
+            for visit in self.visits:
+                core = (visit.row, part.col)
+                denominator = self.borrow(core, "denominators", self.n_columns)
+                output = self.borrow(core, "outputs", 2 * part.n_units, self.n_columns)
+                if state is None:
+                    self.run(START_DENOMINATOR, core, {"sink": _NO_SINK, "m": maxima[core], "denom": denominator})
+                    output.write(0.0)
+                else:
+                    for before, block in zip(state, (denominator, output), strict=True):
+                        self.cores.send(self.traffic["accumulators"], before, [block])
+                keys, admitted = self.lists[core]
+                self.run(
+                    ACCUMULATE, core,
+                    {
+                        "s_t": self.scores[core], "q_slots": self.q_slots, "keys": keys, "admitted": admitted, "m": maxima[core],
+                        "v": self.kept(1, core), "f0": 2 * part.first_unit, "denom": denominator, "o_t": output,
+                    },
+                    macs=visit.n_pairs * self.q_slots * 2 * part.n_units,
+                )  # fmt: skip
+                state = (denominator, output)
+            assert state is not None
+            ends[part.col] = state
+        return ends
+
+    def send_context(self, ends: dict[int, tuple[Block, Block]], context: PlacedTensor, row: int, row0: int, n_replicas: int) -> None:
+        """Divide, and send the tile's context to all rows that hold its tokens."""
+        q_slots, t = self.q_slots, self.n_tokens
+        last = self.visits[-1].row
+        for part in self.parts:
+            core = (last, part.col)
+            denominator, output = ends[part.col]
+            done = self.borrow(core, "finished context", t, 2 * part.n_units * q_slots)
+            self.run(FINISH, core, {"o_t": output, "denom": denominator, "q_slots": self.q_slots, "row0": 0, "u0": 0, "context": done})
+            first = 2 * part.first_unit * q_slots
+            where = (slice(row0, row0 + t), slice(first, first + 2 * part.n_units * q_slots))
+            targets = [context.held[row + i, part.col] for i in range(n_replicas)]
+            for target in targets:
+                if target.core == core:
+                    target.write(done.read(), where)
+            self.cores.send(self.traffic["context"], done, [target for target in targets if target.core != core], to=where)
+
+
+_MOVES = (
+    ("broadcast", "queries", "queries"), ("chain", "scores", "score chain"), ("broadcast", "scores", "score return"),
+    ("chain", "maxima", "maxima"), ("broadcast", "maxima", "maxima return"), ("chain", "accumulators", "accumulators"),
+    ("send", "context", "context"),
+)  # fmt: skip
+
+
+def attend_on_cores(
+    wafer: Wafer, qkv: PlacedTensor, context: PlacedTensor, cache: KVCache, layer: int, sequences: Sequences, bands: TokenBands,
+    plan: AttentionPlan, m_out: NDArray[np.float32], denom_out: NDArray[np.float32],
+) -> tuple[Event, ...]:  # fmt: skip
+    """`wse_emu.layers.attention.attention`, tile by tile and head by head, every core on its own; returns what was done and moved."""
+    assert wafer.cores is not None
+    heads, visits = cache.heads, plan.visits
+    traffic = {key: wafer.cores.traffic() for _, _, key in _MOVES}
+    tally: dict[str, _Counts] = {}
+    for i in range(visits.n.size):
+        s, first, n, row = (int(a[i]) for a in (visits.sequence, visits.first, visits.n, visits.row))
+        held = cache.split(int(sequences.start[s] + sequences.n_new[s]))
+        here = _visits_of(plan, held, i)
+        row0 = first - int(bands.split.starts[row])
+        for head, parts in enumerate(heads.heads):
+            run = _TileRun(wafer, cache, layer, int(sequences.slot[s]), parts, n, here, tally, traffic)
+            try:
+                run.rows_held = held.sizes.tolist()
+                run.send_queries(qkv, row, row0)
+                run.list_keys()
+                run.score()
+                maxima = run.maximum()
+                ends = run.accumulate(maxima)
+                run.send_context(ends, context, row, row0, bands.n_feature_bands)
+                if m_out.size:
+                    last = (here[-1].row, parts[0].col)
+                    where = (slice(first, first + n), slice(head * heads.queries_per_kv, (head + 1) * heads.queries_per_kv))
+                    m_out[where] = maxima[last].read().reshape(-1, n).T
+                    denom_out[where] = ends[parts[0].col][0].read().reshape(-1, n).T
+            finally:
+                run.release()
+    moves = {key: traffic[key].event(kind, name, costs.COLORS[kind]) for kind, name, key in _MOVES}
+
+    def launch(kernel: Kernel) -> Event:
+        count = tally.get(kernel.name, _Counts())
+        return Event(None, "", "launch", kernel.name, count=count.runs, macs=count.macs)
+
+    return (
+        launch(PACK_QUERIES), moves["queries"], launch(PARTIAL_SCORES), moves["score chain"], launch(CHAIN_ADD), moves["score return"],
+        launch(START_MAX), launch(SCORE_MAX), moves["maxima"], moves["maxima return"], launch(START_DENOMINATOR), launch(ACCUMULATE),
+        moves["accumulators"], launch(FINISH), moves["context"],
+    )  # fmt: skip
+
+
+def _visits_of(plan: AttentionPlan, held: Split, tile: int) -> list[_Visit]:
+    """What a tile's visits find: keys as rows of the core's block, and bits of the tokens that admit them."""
+    first, n = int(plan.visits.first[tile]), int(plan.visits.n[tile])
+    bits = np.zeros(held.total, np.int64)
+    for i in range(n):
+        for start, stop in plan.admitted.ranges[plan.admitted.first[first + i] : plan.admitted.first[first + i + 1]].tolist():
+            bits[start:stop] |= 1 << i
+    out = []
+    for visit in range(int(plan.visits.first_visit[tile]), int(plan.visits.first_visit[tile + 1])):
+        row = int(plan.visits.key_row[visit])
+        of_row = bits[held.starts[row] : held.stops[row]]
+        keys = np.flatnonzero(of_row)
+        out.append(_Visit(row, keys, of_row[keys]))
+    return out

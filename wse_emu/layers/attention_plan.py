@@ -1,0 +1,213 @@
+"""Which tiles of queries visit which rows of keys, and what that computes and sends: the same in every layer with one pattern."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from wse_emu.foundation.attention_pattern import AttentionPattern, KeyRanges
+from wse_emu.layers.attention_kernels import ACCUMULATE, FINISH, PACK_QUERIES, PARTIAL_SCORES, SCORE_MAX, START_DENOMINATOR, START_MAX
+from wse_emu.layers.heads import HeadLayout
+from wse_emu.layers.kv_cache import KVCache, Sequences
+from wse_emu.wafer import costs
+from wse_emu.wafer.ledger import Event
+from wse_emu.wafer.moves import CHAIN_ADD
+from wse_emu.wafer.placement import Ints, TokenBands
+
+
+@dataclass(frozen=True)
+class Visits:
+    """Tiles of queries (tokens of one sequence on one row of cores) and the rows of keys that each visits, tile by tile, top down."""
+
+    sequence: Ints
+    """Per tile, index among the pass's sequences."""
+    first: Ints
+    """First token (index among all new tokens)."""
+    n: Ints
+    """Tokens."""
+    row: Ints
+    """Row of cores that holds them."""
+    first_visit: Ints
+    """(tiles + 1,) a tile's visits are ``first_visit[i]`` to ``first_visit[i + 1]``."""
+    key_row: Ints
+    """Per visit, row of cores with keys that some token of the tile admits."""
+    n_keys: Ints
+    """Per visit, how many of them."""
+
+    @property
+    def low(self) -> Ints:
+        """Per tile, first row visited."""
+        return self.key_row[self.first_visit[:-1]]
+
+    @property
+    def high(self) -> Ints:
+        """Per tile, last row visited."""
+        return self.key_row[self.first_visit[1:] - 1]
+
+    @property
+    def n_rows(self) -> Ints:
+        """Per tile, rows visited."""
+        return np.diff(self.first_visit)
+
+    @property
+    def tile(self) -> Ints:
+        """Per visit, its tile."""
+        return np.repeat(np.arange(self.n.size), self.n_rows)
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What one pattern asks for in one forward pass."""
+
+    admitted: KeyRanges
+    """Of every new token."""
+    visits: Visits
+    events: tuple[Event, ...]
+
+
+def plan_attention(
+    cache: KVCache, sequences: Sequences, bands: TokenBands, pattern: AttentionPattern, tile_tokens: int
+) -> AttentionPlan:
+    """Tiles, visits and costs of a pattern over the newest tokens.
+
+    Parameters
+    ----------
+    cache : KVCache
+    sequences : Sequences
+    bands : TokenBands
+    pattern : AttentionPattern
+    tile_tokens : int
+        Most tokens of a tile.
+    """
+    admitted = pattern.ranges(sequences.positions)
+    visits = _visits(cache, sequences, bands, admitted, tile_tokens)
+    return AttentionPlan(admitted, visits, tuple(_events(cache.heads, cache.wafer.rows, bands, admitted, visits)))
+
+
+def _visits(cache: KVCache, sequences: Sequences, bands: TokenBands, admitted: KeyRanges, tile_tokens: int) -> Visits:
+    split = bands.split
+    tiles: list[tuple[int, int, int, int]] = []
+    first_visit, key_rows, n_keys = [0], [], []
+    for s in range(sequences.n_new.size):
+        first, n, start = (int(a[s]) for a in (sequences.first_token, sequences.n_new, sequences.start))
+        starts = cache.split(start + n).offsets
+        at = first
+        while at < first + n:
+            row = int(split.owner[at])
+            stop = min(int(split.stops[row]), first + n, at + tile_tokens)
+            counts = np.diff(_keys_below(admitted.union(at, stop), starts))
+            visited = np.flatnonzero(counts)
+            tiles.append((s, at, stop - at, row))
+            first_visit.append(first_visit[-1] + visited.size)
+            key_rows.append(visited)
+            n_keys.append(counts[visited])
+            at = stop
+    sequence, token, n_tokens, row_of_tile = np.array(tiles, np.int64).T
+    return Visits(
+        sequence, token, n_tokens, row_of_tile, np.array(first_visit, np.int64), np.concatenate(key_rows), np.concatenate(n_keys)
+    )
+
+
+def _keys_below(ranges: Ints, positions: Ints) -> Ints:
+    """How many keys of ascending ranges (n, 2) lie below each of some positions."""
+    before = np.concatenate([[0], np.cumsum(ranges[:, 1] - ranges[:, 0])])
+    at = np.searchsorted(ranges[:, 0], positions, side="left")
+    last = np.maximum(at - 1, 0)
+    below: Ints = np.where(at > 0, before[last] + np.minimum(positions, ranges[last, 1]) - ranges[last, 0], 0)
+    return below
+
+
+def _events(heads: HeadLayout, n_rows: int, bands: TokenBands, admitted: KeyRanges, visits: Visits) -> list[Event]:
+    parts, q = heads.n_parts, visits.n * heads.queries_per_kv
+    low, high, rows = visits.low, visits.high, visits.n_rows
+    width = 2 * heads.units.max_size
+    total_width = 2 * heads.units.total
+    spans = np.array([p[-1].col - p[0].col for p in heads.heads])
+    cut = [p for p in heads.heads if len(p) > 1]
+    gap = max((int(np.diff([part.col for part in p]).max()) for p in cut), default=0)
+    scores = q[visits.tile] * visits.n_keys
+    scored = int(scores.sum())
+
+    def column(
+        kind: str, name: str, count: int, words: Ints, source: Ints, ends: list[Ints], *, total: int, widest: int, hops: int
+    ) -> Event:
+        """Messages along columns: per tile `words` for each unit of width, from `source` out to `ends`."""
+        load, length = costs.LineLoad(n_rows), np.zeros(words.size, np.int64)
+        for end in ends:
+            load.add(source, end, words)
+            length += np.abs(end - source)
+        return costs.moved(
+            kind, name, count=count, words=int(words.sum()) * total, hops=int((words * length).sum()) * total,
+            max_link=load.busiest() * widest, max_hops=hops,
+        )  # fmt: skip
+
+    goes = ~((low == visits.row) & (high == visits.row))
+    up, down = np.minimum(low, visits.row), np.maximum(high, visits.row)
+    far = np.where(goes, np.maximum(visits.row - up, down - visits.row), 0)
+    queries = column(
+        "broadcast", "queries", int(goes.sum()) * parts, np.where(goes, q, 0), visits.row, [up, down], total=total_width, widest=width,
+        hops=int(far.max(initial=0)),
+    )  # fmt: skip
+
+    busiest = int(np.bincount(visits.key_row, scores, n_rows).max())
+    hands = sum(len(p) - 1 for p in cut)
+    chained = int(rows.sum()) * hands
+    chain = costs.moved(
+        "chain", "scores", count=chained, words=scored * hands, hops=scored * int(spans.sum()), max_link=busiest if cut else 0, max_hops=gap
+    )
+    back = costs.moved(
+        "broadcast", "scores", count=int(rows.sum()) * len(cut), words=scored * len(cut), hops=scored * int(spans.sum()),
+        max_link=busiest if cut else 0, max_hops=int(spans.max()),
+    )  # fmt: skip
+
+    several = rows > 1
+    steps = np.where(several, rows - 1, 0)
+    same = np.diff(visits.tile) == 0
+    row_gap = int(np.diff(visits.key_row)[same].max(initial=0))
+    heads_here = int(heads.heads_per_col.max())
+
+    def handed(name: str, messages: int, total: int, widest: int) -> Event:
+        """Blocks handed from key row to key row: `total` words per query column of the tile and hand."""
+        load = costs.LineLoad(n_rows)
+        load.add(low, high, np.where(several, q, 0))
+        return costs.moved(
+            "chain", name, count=int(steps.sum()) * messages, words=int((q * steps).sum()) * total,
+            hops=int((q * (high - low)).sum()) * total, max_link=load.busiest() * widest, max_hops=row_gap,
+        )  # fmt: skip
+
+    returned = np.where(several, q, 0)
+    maxima = handed("maxima", parts, parts, heads_here)
+    maxima_back = column(
+        "broadcast", "maxima", int(several.sum()) * parts, returned, high, [low], total=parts, widest=heads_here,
+        hops=int((high - low)[several].max(initial=0)),
+    )  # fmt: skip
+    accumulators = handed("accumulators", 2 * parts, parts + total_width, heads_here + width)
+
+    bottom = visits.row + bands.n_feature_bands - 1
+    leaves = ~((bottom == visits.row) & (high == visits.row))
+    top, end = np.minimum(high, visits.row), np.maximum(high, bottom)
+    far = np.where(leaves, np.maximum(high - top, end - high), 0)
+    answers = column(
+        "send", "context", int(leaves.sum()) * parts, np.where(leaves, q, 0), high, [top, end], total=total_width, widest=width,
+        hops=int(far.max(initial=0)),
+    )  # fmt: skip
+    n_tiles, n_visits = int(q.size), int(rows.sum()) * parts
+    n_heads = heads.n_kv_heads * heads.queries_per_kv
+    return [
+        Event(None, "", "launch", PACK_QUERIES.name, count=n_tiles * parts),
+        queries,
+        Event(None, "", "launch", PARTIAL_SCORES.name, count=n_visits, macs=scored * total_width),
+        chain,
+        Event(None, "", "launch", CHAIN_ADD.name, count=chained),
+        back,
+        Event(None, "", "launch", START_MAX.name, count=n_tiles * parts),
+        Event(None, "", "launch", SCORE_MAX.name, count=n_visits),
+        maxima,
+        maxima_back,
+        Event(None, "", "launch", START_DENOMINATOR.name, count=n_tiles * parts),
+        Event(None, "", "launch", ACCUMULATE.name, count=n_visits, macs=admitted.n_admitted * n_heads * heads.head_dim),
+        accumulators,
+        Event(None, "", "launch", FINISH.name, count=n_tiles * parts),
+        answers,
+    ]
