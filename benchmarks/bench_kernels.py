@@ -20,7 +20,7 @@ from benchmarks.racing import Call, Case, Race, Work
 from wse_emu.equivalence.tolerance import U, linear_bound
 from wse_emu.foundation.routing_rule import ROUTING_PRESETS
 from wse_emu.layers.router import router_code
-from wse_kernels import attention, exp, ffn, formats, head_norm, log, matmul, norm, rope, routing
+from wse_kernels import attention, elementwise, exp, ffn, formats, head_norm, log, matmul, norm, qk_norm, rope, routing
 
 CASES = Cases()
 EPS = np.float32(1e-5)
@@ -69,6 +69,81 @@ _elementwise("silu_array", exp.silu_array, _silu, lambda t, v: t.nn.functional.s
 _elementwise(
     "softplus_array", log.softplus_array, lambda x: np.logaddexp(np.float32(0), x), lambda t, v: t.nn.functional.softplus(v),
     lambda x: np.logaddexp(0, x), 8,
+)  # fmt: skip
+
+
+def _gelu_tanh(x: Any) -> Any:
+    return x / 2 * (1 + np.tanh(x.dtype.type((2 / np.pi) ** 0.5) * (x + x.dtype.type(0.044715) * x**3)))
+
+
+@CASES.add("tanh_array")
+def _tanh_array(smoke: bool) -> Case:
+    x = 4 * normal(*_block(smoke)).ravel()
+    out = np.empty_like(x)
+
+    def ours() -> F32:
+        exp.tanh_array(x, out)
+        return out
+
+    right = np.tanh(x.astype(np.float64))
+    peers = {"numpy": lambda: np.tanh(x), **torch_call(lambda t, v: t.tanh(v), x)}
+    return Case(ours, peers, (right,), (relative(right, 8),), Work(bytes=2 * x.nbytes), parallel=False)
+
+
+@CASES.add("gelu_tanh_array")
+def _gelu_tanh_array(smoke: bool) -> Case:
+    x = 2 * normal(*_block(smoke)).ravel()
+    out = np.empty_like(x)
+
+    def ours() -> F32:
+        exp.gelu_tanh_array(x, out)
+        return out
+
+    right = _gelu_tanh(x.astype(np.float64))
+    peers = {"numpy": lambda: _gelu_tanh(x), **torch_call(lambda t, v: t.nn.functional.gelu(v, approximate="tanh"), x)}
+    # Libraries take 1 + tanh, which loses where tanh is near -1: an error relative to the argument, not to the result.
+    bound = relative(right, 40) + 4 * U * np.abs(x)
+    return Case(ours, peers, (right,), (bound,), Work(bytes=2 * x.nbytes), parallel=False)
+
+
+def _in_place(name: str, call: Any, formula: Any, torch: Any, roundings: float, *shapes: Any) -> None:
+    """A kernel that changes a block: each call begins with the same values, as the peers' do. `shapes`: of more blocks, of (t, n)."""
+
+    def make(smoke: bool) -> Case:
+        before, out = 2 * normal(*_block(smoke)), np.empty(_block(smoke), np.float32)
+        more = [normal(*shape(*before.shape), seed=i) for i, shape in enumerate(shapes, 1)]
+
+        def ours() -> F32:
+            out[...] = before
+            call(out, *more)
+            return out
+
+        right = formula(before.astype(np.float64), *(m.astype(np.float64) for m in more))
+        peers = {"numpy": lambda: formula(before, *more), **torch_call(torch, before, *more)}
+        # A sum may cancel: its rounding errors are relative to what is added.
+        size = np.abs(right) + sum(np.abs(m.astype(np.float64)) for m in more)
+        return Case(ours, peers, (right,), (relative(size, roundings),), Work(bytes=2 * before.nbytes), parallel=False)
+
+    CASES.add(name)(make)
+
+
+_LIMIT = np.float32(1.5)
+_in_place("add_bias", elementwise.add_bias, lambda x, b: x + b, lambda t, x, b: x + b, 1, lambda t, n: (1, n))
+_in_place(
+    "add_scaled", lambda x, y: elementwise.add_scaled(x, y, _LIMIT), lambda x, y: x + y * x.dtype.type(_LIMIT),
+    lambda t, x, y: x + y * float(_LIMIT), 4, lambda t, n: (t, n),
+)  # fmt: skip
+_in_place(
+    "clip_to", lambda x: elementwise.clip_to(x, _LIMIT), lambda x: np.clip(x, -_LIMIT, _LIMIT),
+    lambda t, x: x.clamp(-float(_LIMIT), float(_LIMIT)), 0,
+)  # fmt: skip
+_in_place(
+    "soft_cap", lambda x: elementwise.soft_cap(x, _LIMIT), lambda x: x.dtype.type(_LIMIT) * np.tanh(x / x.dtype.type(_LIMIT)),
+    lambda t, x: float(_LIMIT) * t.tanh(x / float(_LIMIT)), 12,
+)  # fmt: skip
+_in_place(
+    "scale_by_sigmoid", elementwise.scale_by_sigmoid, lambda x, g: x / (1 + np.exp(-g)), lambda t, x, g: x * t.sigmoid(g), 10,
+    lambda t, n: (t, 1),
 )  # fmt: skip
 
 
@@ -223,6 +298,26 @@ def _swiglu_into(smoke: bool) -> Case:
 
     peers = {"numpy": numpy, **torch_call(lambda t, v: t.nn.functional.silu(v[:, ::2]) * v[:, 1::2], y)}
     return Case(ours, peers, (right,), (relative(right, 10),), Work(bytes=y.nbytes + h.nbytes), parallel=False)
+
+
+@CASES.add("geglu_into")
+def _geglu_into(smoke: bool) -> Case:
+    t, n = _block(smoke)
+    y = normal(t, n)
+    h = np.empty((t, n // 2), np.float32)
+    gate, up = y[:, ::2].astype(np.float64), y[:, 1::2].astype(np.float64)
+    right = _gelu_tanh(gate) * up
+
+    def ours() -> F32:
+        ffn.geglu_into(y, 0, h)
+        return h
+
+    peers = {
+        "numpy": lambda: _gelu_tanh(y[:, ::2]) * y[:, 1::2],
+        **torch_call(lambda t, v: t.nn.functional.gelu(v[:, ::2], approximate="tanh") * v[:, 1::2], y),
+    }
+    bound = relative(right, 42) + 4 * U * np.abs(gate * up)
+    return Case(ours, peers, (right,), (bound,), Work(bytes=y.nbytes + h.nbytes), parallel=False)
 
 
 @CASES.add("combine_into")
@@ -413,6 +508,69 @@ def _head_scale(smoke: bool) -> Case:
 
     peers = {"numpy": numpy, **torch_side(torch)}
     right = right.reshape(qkv.shape)
+    return Case(ours, peers, (right,), (relative(right, 8),), Work(bytes=2 * qkv.nbytes), parallel=False)
+
+
+@CASES.add("qk_squares")
+def _qk_squares(smoke: bool) -> Case:
+    t, q, units = _heads(smoke)
+    qkv = normal(t, units * (q + 2) * 2)
+    split = qkv.reshape(t, units, q + 2, 2)
+    ss = np.empty((t, 2), np.float32)
+
+    def ours() -> F32:
+        qk_norm.qk_squares(qkv, q, ss)
+        return ss
+
+    def by_formula(x: Any) -> Any:
+        return np.stack([(x[:, :, :q] ** 2).sum(axis=(1, 2, 3)), (x[:, :, q] ** 2).sum(axis=(1, 2))], axis=1)
+
+    def torch(t_: Any, of: Any) -> Call:
+        x = of(split)
+        return lambda: t_.stack([(x[:, :, :q] ** 2).sum((1, 2, 3)), (x[:, :, q] ** 2).sum((1, 2))], 1)
+
+    right = by_formula(split.astype(np.float64))
+    work = Work(macs=t * units * 2 * (q + 1), bytes=qkv.nbytes)
+    peers = {"numpy": lambda: by_formula(split), **torch_side(torch)}
+    return Case(ours, peers, (right,), (relative(right, 2 * np.sqrt(2 * units * q)),), work, parallel=False)
+
+
+@CASES.add("qk_scale")
+def _qk_scale(smoke: bool) -> Case:
+    t, q, units = _heads(smoke)
+    before = normal(t, units * (q + 2) * 2)
+    split = before.reshape(t, units, q + 2, 2)
+    total = np.stack([(split[:, :, :q] ** 2).sum(axis=(1, 2, 3)), (split[:, :, q] ** 2).sum(axis=(1, 2))], axis=1)
+    q_weight, k_weight = normal(1, units * q * 2, seed=1), normal(1, units * 2, seed=2)
+    sizes, qkv = (np.float32(units * q * 2), np.float32(units * 2)), before.copy()
+    weights = np.concatenate([q_weight.reshape(units, q, 2), k_weight.reshape(units, 1, 2)], axis=1)
+    of_slot = np.array([0] * q + [1])
+
+    def factors(sums: Any) -> Any:
+        return (1 / np.sqrt(sums / np.array(sizes, sums.dtype) + sums.dtype.type(EPS)))[:, None, of_slot, None]
+
+    def ours() -> F32:
+        qkv[...] = before
+        qk_norm.qk_scale(qkv, total, q_weight, k_weight, q, *sizes, EPS)
+        return qkv
+
+    def by_formula(x: Any, sums: Any) -> Any:
+        result = x.copy()
+        result[:, :, : q + 1] *= factors(sums) * weights
+        return result.reshape(before.shape)
+
+    def torch(t_: Any, of: Any) -> Call:
+        x, sums, w, size = of(split), of(total), of(weights), of(np.array(sizes, np.float32))
+
+        def call() -> Any:
+            result = x.clone()
+            result[:, :, : q + 1] *= t_.rsqrt(sums / size + float(EPS))[:, None, of_slot, None] * w
+            return result.reshape(len(result), -1)
+
+        return call
+
+    right = by_formula(split.astype(np.float64), total.astype(np.float64))
+    peers = {"numpy": lambda: by_formula(split, total), **torch_side(torch)}
     return Case(ours, peers, (right,), (relative(right, 8),), Work(bytes=2 * qkv.nbytes), parallel=False)
 
 

@@ -26,10 +26,12 @@ from wse_emu.foundation.routing_rule import MIXTRAL_ROUTING, RoutingRule
 from wse_emu.layers.assigned_routing import assign
 from wse_emu.layers.attention import attention
 from wse_emu.layers.edges import logits
+from wse_emu.layers.elementwise import bias, cap, clip, gate_rows
 from wse_emu.layers.ffn import FfnWeights, dense_ffn, experts_ffn
 from wse_emu.layers.head_norm import head_norm
 from wse_emu.layers.linear import Selection, all_gather_bands, matmul
 from wse_emu.layers.norm import add_residual, rms_norm, stream_vector
+from wse_emu.layers.qk_norm import qk_norm
 from wse_emu.layers.rotary import ROTATE_QK, place_rotary
 from wse_emu.layers.router import RouterWeights, report_chosen, route
 from wse_emu.wafer.placement import Split
@@ -117,7 +119,68 @@ def _add_residual(layer: Layer) -> Case:
     return Case(ours, peers, (right,), (relative(right, 1),), Work(bytes=3 * x.nbytes, tokens=layer.n_tokens), look=gathered)
 
 
+def _unary(layer: Layer, run: Callable[[Any, Any], None], formula: Callable[[Any], Any], torch: Any, roundings: float) -> Case:
+    """An operation on every element, in place: each call begins with the same values, as the peers' do."""
+    wafer, x = layer.wafer(), layer.x
+    placed = put(wafer, x)
+    before = placed.flat.copy()
+
+    def ours() -> Any:
+        placed.flat[...] = before
+        run(wafer, placed)
+        return placed
+
+    right = formula(x.astype(np.float64))
+    bound = relative(np.abs(right) + 1, roundings)
+    peers = {"numpy": lambda: formula(x), **torch_call(torch, x)}
+    return Case(ours, peers, (right,), (bound,), Work(bytes=2 * x.nbytes, tokens=layer.n_tokens), look=gathered)
+
+
+@both("bias")
+def _bias(layer: Layer) -> Case:
+    values = normal(layer.hidden, seed=1)
+
+    def run(wafer: Any, placed: Any) -> None:
+        bias(wafer, placed, "bias", values, layer.bands)
+
+    return _unary(layer, run, lambda x: x + values, lambda t, x: x + t.from_numpy(values), 4)
+
+
+@both("clip")
+def _clip(layer: Layer) -> Case:
+    def run(wafer: Any, placed: Any) -> None:
+        clip(wafer, placed, 0.5)
+
+    return _unary(layer, run, lambda x: np.clip(x, -0.5, 0.5), lambda t, x: x.clamp(-0.5, 0.5), 0)
+
+
+@both("cap")
+def _cap(layer: Layer) -> Case:
+    def run(wafer: Any, placed: Any) -> None:
+        cap(wafer, placed, 0.5)
+
+    return _unary(layer, run, lambda x: x.dtype.type(0.5) * np.tanh(x / x.dtype.type(0.5)), lambda t, x: 0.5 * t.tanh(x / 0.5), 8)
+
+
 # ---- products
+
+
+@both("gate_rows")
+def _gate_rows(layer: Layer) -> Case:
+    wafer, x, y = layer.wafer(), layer.x, normal(layer.n_tokens, layer.hidden, seed=2)
+    w = normal(layer.hidden, 1, seed=1, scale=layer.hidden**-0.5)
+    placed, other, gate = put(wafer, x), put(wafer, y, name="y"), streamed(w)
+    before = other.flat.copy()
+
+    def ours() -> Any:
+        other.flat[...] = before
+        gate_rows(wafer, placed, gate, other, layer.bands)
+        return other
+
+    right = y / (1 + np.exp(-(x.astype(np.float64) @ w)))
+    peers = {"numpy": lambda: y / (1 + np.exp(-(x @ w))), **torch_call(lambda t, a, b, g: b * t.sigmoid(a @ g), x, y, w)}
+    work = Work(macs=x.size, bytes=3 * x.nbytes, tokens=layer.n_tokens)
+    return Case(ours, peers, (right,), (composed(right),), work, look=gathered)
 
 
 @both("matmul")
@@ -340,6 +403,43 @@ def _head_norm(layer: Layer) -> Case:
         ours, peers, right, tuple(rms_norm_bound(v) for v in right), _head_norm_work(layer),
         look=lambda found: layer.published(gathered(found))[:2],
     )  # fmt: skip
+
+
+@both("qk_norm")
+def _qk_norm(layer: Layer) -> Case:
+    wafer, new, heads = layer.wafer(), layer.qkv[layer.n_cached :], layer.heads
+    placed = put(wafer, new, heads.qkv)
+    before, n = placed.flat.copy(), layer.n_tokens
+    q, k, _ = layer.published(new)
+    w_q, w_k = (1 + normal(v[0].size, seed=i) / 4 for i, v in enumerate((q, k), 7))
+
+    def ours() -> Any:
+        placed.flat[...] = before
+        qk_norm(wafer, placed, heads, ("q_norm", "k_norm"), (_row_in_units(layer, w_q), _row_in_units(layer, w_k)), EPS, layer.bands)
+        return placed
+
+    def by_formula(*pair: Any) -> Any:
+        flat = [v.reshape(n, -1) for v in pair]
+        eps = flat[0].dtype.type(EPS)
+        return tuple(
+            (v * (1 / np.sqrt((v * v).mean(axis=1, keepdims=True) + eps)) * w).reshape(p.shape)
+            for v, w, p in zip(flat, (w_q, w_k), pair, strict=True)
+        )
+
+    def torch(t: Any, of: Any) -> Call:
+        pairs = [(of(v.reshape(n, -1)), of(w), v.shape) for v, w in ((q, w_q), (k, w_k))]
+        return lambda: tuple(t.nn.functional.rms_norm(v, (w.numel(),), w, EPS).reshape(shape) for v, w, shape in pairs)
+
+    right = by_formula(q.astype(np.float64), k.astype(np.float64))
+    bounds = tuple(rms_norm_bound(v.reshape(n, -1)).reshape(v.shape) for v in right)
+    peers = {"numpy": lambda: by_formula(q, k), **torch_side(torch)}
+    return Case(ours, peers, right, bounds, _head_norm_work(layer), look=lambda found: layer.published(gathered(found))[:2])
+
+
+def _row_in_units(layer: Layer, weight: F32) -> F32:
+    """A weight over all heads, (heads * d,), in the order of the wafer layout: pair unit, head of the group, element."""
+    half, per_group = layer.head_dim // 2, weight.size // layer.head_dim // layer.n_kv
+    return np.ascontiguousarray(weight.reshape(layer.n_kv, per_group, 2, half).transpose(0, 3, 1, 2)).reshape(-1)
 
 
 @both("mesh_head_norm")

@@ -63,10 +63,11 @@ class LayerStream:
             self._end()
             self._thread.join()
             self._thread = None
-        # Groups that were asked for and never used: a failure there concerns no result.
-        for names in self._pending:
-            with suppress(StoreError):
-                self._store.drop(names)
+        # Groups that were prepared and never used: a failure there concerns no result.
+        for names, future in self._pending.items():
+            if not future.cancelled():
+                with suppress(StoreError):
+                    self._store.drop(names)
         self._pending.clear()
 
     def schedule(self, names: Sequence[str]) -> bool:
