@@ -29,7 +29,7 @@ from pathlib import Path
 from wse_emu.memoryx import build
 folder = Path(sys.argv.pop(1))
 build.cache_directory = lambda cache_dir=None: folder
-from wse_emu.cli.app import main
+from wse_emu.cli.entry import main
 main()
 """
 """The command with its layout file in a folder and the kernels of the user's cache: a smoke run has no time to compile them."""

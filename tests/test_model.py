@@ -305,10 +305,10 @@ def test_a_given_wafer_is_kept_and_refuses_before_anything_happens() -> None:
 
 
 def test_what_fits_no_grid_is_refused_with_the_worst_core() -> None:
-    spec = replace(make().spec, max_position_embeddings=1 << 24, num_layers=32)
+    spec = replace(make().spec, max_position_embeddings=1 << 24, num_layers=1 << 11)
     checkpoint = random_checkpoint(spec)
     with pytest.raises(wse.SramOverflowError, match="`keys and values of layer") as caught:
-        wse.WaferModel(checkpoint, ShapeStore(spec), None, 1 << 23, 64, EngineOptions())
+        wse.WaferModel(checkpoint, ShapeStore(spec), None, 1 << 20, 64, EngineOptions())
     assert caught.value.core_map.blocks[-1][0].endswith("(does not fit)")
 
 
