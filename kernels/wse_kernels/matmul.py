@@ -18,7 +18,20 @@ from numpy.typing import NDArray
 from wse_kernels._jit import helper, kernel
 from wse_kernels.ffn import geglu_into, swiglu_into
 from wse_kernels.fma import fma
-from wse_kernels.matmul_tile import COLS, ROWS, add_tiles, fma_step, load_tile, read_only, store_tile, zero_tile
+from wse_kernels.matmul_tile import (
+    COLS,
+    ROWS,
+    THIN_COLS,
+    THIN_ROWS,
+    add_tiles,
+    fma_step,
+    load_thin,
+    load_tile,
+    read_only,
+    store_tile,
+    zero_thin,
+    zero_tile,
+)
 from wse_kernels.threads import Driver
 
 F32 = NDArray[np.float32]
@@ -171,6 +184,55 @@ def _write_strip(
         lo += 1
 
 
+@helper
+def _thin_strip(x: F32, n_x_rows: int, k_starts: I64, row: int, w: F32, w0: int, n: int, total: F32) -> None:
+    """One row times the weight tile at ``w[w0]``, n columns wide, chained over all wafer columns; to `total`, -0.0 beyond."""
+    for j in range(total.shape[0]):
+        total[j] = np.float32(-0.0)
+    n_cols = k_starts.shape[0] - 1
+    for j in range(0, n - THIN_COLS + 1, THIN_COLS):
+        acc = load_thin(total, j)
+        for c in range(n_cols):
+            k0, k1 = k_starts[c], k_starts[c + 1]
+            if k0 < k1:
+                p = zero_thin()
+                for k in range(k0, k1):
+                    p = fma_step(p, x, n_x_rows * k0 + row * (k1 - k0) + k - k0, w, w0 + k * n + j)
+                acc = add_tiles(acc, p)
+        store_tile(acc, total, j)
+    for j in range(n // THIN_COLS * THIN_COLS, n):
+        for c in range(n_cols):
+            k0, k1 = k_starts[c], k_starts[c + 1]
+            if k0 < k1:
+                one = np.float32(0.0)
+                for k in range(k0, k1):
+                    one = fma(x[n_x_rows * k0 + row * (k1 - k0) + k - k0], w[w0 + k * n + j], one)
+                total[j] = total[j] + one
+
+
+@helper
+def _thin_matmul(
+    part: int, n_parts: int, x: F32, n_x_rows: int, k_starts: I64, rows: I64,
+    w: F32, w_offset: int, n_in: int, n_out: int,
+    out: F32, n_out_rows: int, out_starts: I64, out_rows: I64, scale: F32, mode: int, t: F32, h: F32,
+) -> None:  # fmt: skip
+    """One part of `mesh_matmul` for a few rows: its weight tiles, each read once for every row; `t` and `h` are scratch."""
+    m = rows.shape[0]
+    n_tiles = (n_out + WEIGHT_TILE_COLS - 1) // WEIGHT_TILE_COLS
+    for tile in range(part * n_tiles // n_parts, (part + 1) * n_tiles // n_parts):
+        j0, j1 = tile * WEIGHT_TILE_COLS, min((tile + 1) * WEIGHT_TILE_COLS, n_out)
+        for i in range(m):
+            _thin_strip(x, n_x_rows, k_starts, rows[i], w, w_offset + j0 * n_in, j1 - j0, t[i])
+        block = t
+        if mode in (SWIGLU, GEGLU):
+            if mode == SWIGLU:
+                swiglu_into(t, 0, h)
+            else:
+                geglu_into(t, 0, h)
+            block, j0, j1 = h, j0 // 2, j1 // 2
+        _write_strip(block, 0, m, j0, j1, out, n_out_rows, out_starts, out_rows, scale, mode == COMBINE)
+
+
 @kernel(driver=True)
 def _mesh_matmul(
     part: int, n_parts: int, x: F32, n_x_rows: int, k_starts: I64, rows: I64,
@@ -179,6 +241,12 @@ def _mesh_matmul(
 ) -> None:  # fmt: skip
     """One part of `mesh_matmul`: its row blocks of all strips, or its piece of the sequence of (strip, row block)."""
     m = rows.shape[0]
+    if m <= THIN_ROWS:
+        _thin_matmul(
+            part, n_parts, x, n_x_rows, k_starts, rows, w, w_offset, n_in, n_out, out, n_out_rows, out_starts, out_rows, scale, mode,
+            np.empty((m, WEIGHT_TILE_COLS), np.float32), np.empty((m, WEIGHT_TILE_COLS // 2), np.float32),
+        )  # fmt: skip
+        return
     n_blocks = (m + ROWS - 1) // ROWS
     n_strips = (n_out + COLS - 1) // COLS
     share_rows = n_blocks >= _BLOCKS_PER_THREAD * n_parts

@@ -325,3 +325,28 @@ def test_read_only_view_cannot_be_written_but_shares_memory():
         view[0] = 1
     array[0] = 2
     assert view[0] == 2
+
+
+@pytest.mark.parametrize("n_out", [2, 64, 70, 128, 194, 300])
+@pytest.mark.parametrize("mode", [matmul.STORE, matmul.SWIGLU, matmul.GEGLU, matmul.COMBINE])
+def test_a_few_rows_have_the_bits_that_they_have_among_many(n_out: int, mode: int) -> None:
+    """Few rows go another way through the driver (`THIN_ROWS`)."""
+    rng = np.random.default_rng(31)
+    n_in, n_rows, n_cols = 37, 11, 5
+    k_starts = np.arange(n_cols + 1) * n_in // n_cols
+    n_placed = n_out // 2 if mode in (matmul.SWIGLU, matmul.GEGLU) else n_out
+    out_starts = np.arange(n_cols + 1) * n_placed // n_cols
+    x, w = rng.standard_normal(n_rows * n_in).astype(np.float32), rng.standard_normal(n_in * n_out).astype(np.float32)
+    w.flags.writeable = False
+    begin = rng.standard_normal(n_rows * n_placed).astype(np.float32)
+
+    def product(rows: list[int]) -> np.ndarray:
+        chosen, out = np.array(rows, np.int64), begin.copy()
+        scale = np.linspace(0.5, 1.5, n_rows).astype(np.float32)[chosen]
+        matmul.mesh_matmul(x, n_rows, k_starts, chosen, w, 0, n_in, n_out, out, n_rows, out_starts, chosen, scale, mode)
+        panels = [out[n_rows * a : n_rows * b].reshape(n_rows, b - a)[chosen] for a, b in pairwise(out_starts.tolist())]
+        return np.hstack(panels).view(np.int32)
+
+    whole = product(list(range(n_rows)))
+    for rows in ([0], [7], [3, 10]):
+        np.testing.assert_array_equal(product(rows), whole[rows])
