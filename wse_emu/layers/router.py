@@ -288,8 +288,8 @@ def checked_replay(replay: NDArray[np.int64] | None, n_tokens: int, n_experts: i
 def meeting_cores(bands: TokenBands, n_cols: int) -> tuple[Ints, Ints, Ints]:
     """(row, column, tokens) of every core on which tokens' scores meet, replicas once."""
     tokens = np.arange(bands.n_tokens)
-    pairs, counts = np.unique(np.stack([bands.split.owner, tokens % n_cols]), axis=1, return_counts=True)
-    return pairs[0], pairs[1], counts
+    cores, counts = np.unique(bands.split.owner * n_cols + tokens % n_cols, return_counts=True)
+    return cores // n_cols, cores % n_cols, counts
 
 
 def told_event(n_rows: int, n_cols: int, bands: TokenBands, top_k: int) -> Event:
