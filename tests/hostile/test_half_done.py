@@ -104,8 +104,9 @@ def test_weights_that_fail_at_any_call(executor: str, depth: int) -> None:
             errors[at] = str(error)
         assert what_is_there(model.wafer) == before, at
     assert errors == {at: f"call {at} failed" for at in errors}
-    # A group that was prepared for a step that never came, or dropped after the last one, concerns no result.
-    assert len(errors) >= len(points) - 3
+    # A group that was prepared for a step that never came, or dropped after the last one, concerns no result; and whether the thread still
+    # got to prepare it, and so whether it is dropped, depends on time: up to two of the counted calls may not come again.
+    assert len(errors) >= len(points) - (3 if depth == 0 else 5)
     with_store(model, store)
     assert same(model.generate(PROMPT, 2), want)
 
