@@ -154,7 +154,9 @@ FAMILIES: Mapping[str, Family] = _by_type(
             routing_config=_fixed_routing,
         ),
         names=named(
-            router="block_sparse_moe.gate.weight", **ffn_names("experts.", "block_sparse_moe.experts.{e}.", gate="w1", up="w3", down="w2"),
+            router="block_sparse_moe.gate.weight", router_bias="block_sparse_moe.gate.bias",
+            e_score_correction_bias="block_sparse_moe.gate.e_score_correction_bias",
+            **ffn_names("experts.", "block_sparse_moe.experts.{e}.", gate="w1", up="w3", down="w2"),
         ),
     ),
     Family(
