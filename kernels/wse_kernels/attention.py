@@ -31,9 +31,6 @@ _ZERO = np.float32(0.0)
 
 _MINUS_INF = np.float32(-np.inf)
 
-MAX_TILE_TOKENS = 32
-"""Most tokens of a tile of queries: each has a bit of its own in ``admitted``."""
-
 
 @kernel()
 def store_kv(qkv: NDArray[np.float32], q_slots: int, row0: int, k: NDArray[np.float32], v: NDArray[np.float32]) -> None:

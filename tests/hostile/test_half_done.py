@@ -95,18 +95,20 @@ def test_weights_that_fail_at_any_call(executor: str, depth: int) -> None:
     model.generate(PROMPT, 2)
     assert counter.calls > 60
     points = range(1, counter.calls + 1, 1 if executor == "batched" else 4)
-    errors = {}
+    errors, reached = {}, 0
     for at in points:
-        with_store(model, FailingStore(store, at))
+        failing = FailingStore(store, at)
+        with_store(model, failing)
         try:
             model.generate(PROMPT, 2)
         except StoreError as error:
             errors[at] = str(error)
+        reached += failing.calls >= at  # whether the thread still prepares a last group, which is then dropped, depends on time
         assert what_is_there(model.wafer) == before, at
     assert errors == {at: f"call {at} failed" for at in errors}
-    # A group that was prepared for a step that never came, or dropped after the last one, concerns no result; and whether the thread still
-    # got to prepare it, and so whether it is dropped, depends on time: up to two of the counted calls may not come again.
-    assert len(errors) >= len(points) - (3 if depth == 0 else 5)
+    assert reached >= len(points) - 2
+    # A group that was prepared for a step that never came, or dropped after the last one, concerns no result.
+    assert len(errors) >= reached - 3
     with_store(model, store)
     assert same(model.generate(PROMPT, 2), want)
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from wse_emu.foundation.attention_pattern import FULL, AttentionPattern
 from wse_emu.layers.attention_cores import attend_on_cores
-from wse_emu.layers.attention_kernels import CODE_BYTES
+from wse_emu.layers.attention_kernels import CODE_BYTES, NO_SINK
 from wse_emu.layers.attention_plan import plan_attention
 from wse_emu.layers.heads import HeadLayout
 from wse_emu.layers.kv_cache import KVCache, Sequences
@@ -28,7 +28,6 @@ _WORK_BYTES = 4096
 """SRAM that the work blocks of one query tile may take, lists of keys apart; the tile holds at least one token."""
 _WORDS_PER_KEY = 4
 """Of the lists of keys: its row and the tokens that admit it, a 64-bit word each."""
-_NO_SINK = np.zeros(0, np.float32)
 
 
 def attention(
@@ -74,7 +73,7 @@ def attention(
         elif not wafer.is_dry:
             k, v, base, capacity = cache.buffers(layer, sequences)
             mesh_attention(
-                qkv.flat, heads.units.offsets, heads.queries_per_kv, heads.head_dim, heads.scale, _NO_SINK, plan.admitted.first,
+                qkv.flat, heads.units.offsets, heads.queries_per_kv, heads.head_dim, heads.scale, NO_SINK, plan.admitted.first,
                 plan.admitted.ranges, sequences.first_token, sequences.n_new, base, capacity, k, v, context.flat, m, denominator,
             )  # fmt: skip
     for event in events:

@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from wse_emu.layers.attention_kernels import ACCUMULATE, FINISH, PACK_QUERIES, PARTIAL_SCORES, SCORE_MAX, START_DENOMINATOR, START_MAX
+from wse_emu.layers.attention_kernels import (
+    ACCUMULATE,
+    FINISH,
+    NO_SINK,
+    PACK_QUERIES,
+    PARTIAL_SCORES,
+    SCORE_MAX,
+    START_DENOMINATOR,
+    START_MAX,
+)
 from wse_emu.layers.attention_plan import AttentionPlan
 from wse_emu.layers.heads import Part
 from wse_emu.layers.kv_cache import KVCache, Sequences
@@ -20,8 +29,6 @@ from wse_emu.wafer.moves import CHAIN_ADD
 from wse_emu.wafer.placement import Ints, Split, TokenBands
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.wafer import Wafer
-
-_NO_SINK = np.zeros(0, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +156,7 @@ class _TileRun:
                 core = (visit.row, part.col)
                 m = maxima[core] = self.borrow(core, "maxima", self.n_columns)
                 if before is None:
-                    self.run(START_MAX, core, {"sink": _NO_SINK, "m": m})
+                    self.run(START_MAX, core, {"sink": NO_SINK, "m": m})
                 else:
                     self.cores.send(self.traffic["maxima"], before, [m])
                 args = {"s_t": self.scores[core], "scale": self.cache.heads.scale, "q_slots": self.q_slots, "m": m}
@@ -172,7 +179,7 @@ class _TileRun:
                 denominator = self.borrow(core, "denominators", self.n_columns)
                 output = self.borrow(core, "outputs", 2 * part.n_units, self.n_columns)
                 if state is None:
-                    self.run(START_DENOMINATOR, core, {"sink": _NO_SINK, "m": maxima[core], "denom": denominator})
+                    self.run(START_DENOMINATOR, core, {"sink": NO_SINK, "m": maxima[core], "denom": denominator})
                     output.write(0.0)
                 else:
                     for before, block in zip(state, (denominator, output), strict=True):

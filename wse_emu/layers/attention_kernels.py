@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from wse_emu.wafer.kernel import Kernel
 from wse_emu.wafer.moves import CHAIN_ADD
 from wse_kernels.attention import finish, pack_queries, partial_scores, score_max, softmax_accumulate, start_denominator, start_max
@@ -29,3 +31,5 @@ CODE_BYTES = sum(
     k.code_bytes for k in (PACK_QUERIES, PARTIAL_SCORES, START_MAX, SCORE_MAX, START_DENOMINATOR, ACCUMULATE, FINISH, CHAIN_ADD)
 )
 """Of all bodies that are on a core together."""
+NO_SINK = np.zeros(0, np.float32)
+"""Sinks of heads that have none."""
