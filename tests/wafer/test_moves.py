@@ -198,6 +198,19 @@ def test_a_chain_along_a_column_combines_north_to_south(op, data, grid, m, n, se
         assert_same_bits(block, of_core)
 
 
+def test_opposite_infinities_chain_to_a_nan_without_a_word() -> None:
+    parts = Placement((2, 1), ("row", Split.uniform(1, 2)), ("col", Split.single(1, 0, 1)), 2, 1)
+    out = Placement((1, 1), ("row", Split.single(1, 1, 2)), ("col", Split.single(1, 0, 1)), 2, 1)
+
+    def program(wafer: wse.Wafer) -> list[Array]:
+        with put(wafer, "p", parts, np.array([[np.inf], [-np.inf]], np.float32)) as p, wafer.empty("y", out) as y:
+            moves.chain_col(wafer, p, y)
+            return look(y)
+
+    (whole, *_), _ = run_everywhere((2, 1), program)
+    assert np.isnan(whole).all()
+
+
 @settings(max_examples=MAX_EXAMPLES)
 @given(st.data(), GRIDS, SIZES, SIZES, st.sampled_from(DTYPES), SEEDS)
 def test_a_send_replaces_one_block(data, grid, m, n, dtype, seed) -> None:

@@ -308,8 +308,10 @@ def _stations(partials: Placement, axis: Literal[0, 1], size: int, name: str, ou
 
 
 def _combine(op: ChainOp, total: NDArray[Any], more: NDArray[Any]) -> None:
+    """`total` and what comes from the next core, as the fabric combines them: IEEE 754, an infinity or a NaN passes without a word."""
     if op == "add":
-        total += more
+        with np.errstate(all="ignore"):
+            total += more
     elif op == "max":
         np.copyto(total, more, where=(more > total) | (more != more))
     else:
