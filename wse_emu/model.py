@@ -342,7 +342,7 @@ class WaferModel:
         n_prompt : int, optional
             Columns of `input_ids` that were a prompt; the others are what `generate` made of it. Each is then drawn again from the verified
             logits and must be the same token. Where rotary frequencies follow the length, keys in the cache keep the rotation they were
-            given, and this check is left out with a note.
+            given, and where a routing rule lets tokens meet, this check is left out with a note.
         sampler : Sampler, optional
             As given to `generate`; greedy by default.
 
@@ -359,6 +359,9 @@ class WaferModel:
         report = verify_record(record, self.spec, self.checkpoint.tensors.read)
         if n_prompt is None:
             return report
+        if self.spec.is_moe and self.spec.routing.tokens_meet:
+            note = "generated tokens: the routing rule lets tokens of a pass meet, one that comes alone is routed otherwise"
+            return replace(report, notes=(*report.notes, note))
         if self.spec.rope_scaling is not None and self.spec.rope_scaling.follows_length:
             note = f"generated tokens: rotary scaling {self.spec.rope_scaling.kind} follows the length, the cache keeps older rotations"
             return replace(report, notes=(*report.notes, note))
@@ -594,7 +597,7 @@ class _Session:
         if model.wafer.is_dry and spec.is_moe:
             n = len(model.recorded_routing)
             if self._traces is None:
-                trace = RoutingTrace.worst_case(len(spec.moe_layers), tokens.size, spec.num_experts, spec.top_k)
+                trace = RoutingTrace.worst_case(len(spec.moe_layers), tokens.size, spec.num_experts, spec.n_slots)
             elif n < len(self._traces):
                 trace = self._traces[n]
             else:
@@ -621,6 +624,9 @@ def _merged(results: list[ForwardResult], order: Ints) -> ForwardResult:
         first = records[0]
         rows = [r.row_of_token for r in records if r.row_of_token is not None]
         seq, pos, tokens = (np.concatenate([getattr(r, name) for r in records])[order] for name in ("seq", "pos", "token_ids"))
+        passes = np.repeat(np.arange(len(records)), [len(r.seq) for r in records])[order]
         stages = {key: np.concatenate([r.stages[key] for r in records])[order] for key in first.stages}
-        merged.taps = TapRecord(seq, pos, tokens, stages, row_of_token=np.concatenate(rows)[order], col_starts=first.col_starts)
+        merged.taps = TapRecord(
+            seq, pos, tokens, stages, row_of_token=np.concatenate(rows)[order], pass_of_token=passes, col_starts=first.col_starts
+        )
     return merged

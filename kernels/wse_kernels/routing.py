@@ -81,7 +81,7 @@ class RouterCode(NamedTuple):
     """A routing rule as a kernel takes it: typed numbers, so that one body serves all rules."""
 
     selection: int
-    """`SOFTMAX`, `SIGMOID`, `SQRTSOFTPLUS` or `LOGITS`: from logits to the scores that are compared."""
+    """`SOFTMAX`, `SIGMOID`, `SQRTSOFTPLUS`, `LOGITS` or `SINKHORN`: from logits to the scores that are compared."""
     weighting: int
     """One of those (but not `LOGITS`), `SOFTMAX_TOPK` or `SPARSEMIXER`: from logits to weights."""
     n_group: int
@@ -106,15 +106,19 @@ class RouterCode(NamedTuple):
     """Width of sparsemixer's band, twice the noise."""
 
 
-SOFTMAX, SIGMOID, SQRTSOFTPLUS, LOGITS, SOFTMAX_TOPK, SPARSEMIXER = range(6)
+SOFTMAX, SIGMOID, SQRTSOFTPLUS, LOGITS, SOFTMAX_TOPK, SPARSEMIXER, SINKHORN = range(7)
 LOWEST_ID, HIGHEST_ID, REJECT = range(3)
 FLOAT32, BFLOAT16, FLOAT16, CB16 = range(4)
+NOBODY = -1
+"""In a slot of a token that visits fewer experts than it has slots; such slots come last."""
+TIED = -2
+"""In a token's first slot, where a tie is refused."""
 WORK_ROWS = 5
 """Rows of `route_tokens`'s scratch: logits as used, scores, scores for the choice, whether shut, scores of groups."""
 
 
 @helper
-def _stored(x: np.float32, stored_as: int) -> np.float32:
+def stored(x: np.float32, stored_as: int) -> np.float32:
     """`x` as a format of 16 bits holds it."""
     if stored_as == BFLOAT16:
         return f32_of_bf16(bf16_of_f32(x))
@@ -126,7 +130,7 @@ def _stored(x: np.float32, stored_as: int) -> np.float32:
 
 
 @helper
-def _scores(logits: NDArray[np.float32], kind: int, out: NDArray[np.float32]) -> None:
+def expert_scores(logits: NDArray[np.float32], kind: int, out: NDArray[np.float32]) -> None:
     """Scores of all experts. Softmax: exact maximum, then exponentials summed over ascending ids, then divided."""
     n_experts = logits.shape[0]
     if kind == SOFTMAX:
@@ -151,7 +155,7 @@ def _scores(logits: NDArray[np.float32], kind: int, out: NDArray[np.float32]) ->
 
 
 @helper
-def _best(values: NDArray[np.float32], shut: NDArray[np.float32], n: int, tie: int) -> int:
+def best_of(values: NDArray[np.float32], shut: NDArray[np.float32], n: int, tie: int) -> int:
     """Index of the highest value that is not shut; one that is no number stays where it is first, and beats nothing."""
     best = -1
     for e in range(n):
@@ -161,7 +165,7 @@ def _best(values: NDArray[np.float32], shut: NDArray[np.float32], n: int, tie: i
 
 
 @helper
-def _is_tied(values: NDArray[np.float32], shut: NDArray[np.float32], n: int, last: np.float32) -> bool:
+def is_tied(values: NDArray[np.float32], shut: NDArray[np.float32], n: int, last: np.float32) -> bool:
     """Whether a value that was passed over equals the last one taken."""
     for e in range(n):
         if shut[e] == _ZERO and values[e] == last:
@@ -170,7 +174,7 @@ def _is_tied(values: NDArray[np.float32], shut: NDArray[np.float32], n: int, las
 
 
 @helper
-def _shut_groups(rule: RouterCode, work: NDArray[np.float32]) -> bool:
+def shut_groups(rule: RouterCode, work: NDArray[np.float32]) -> bool:
     """Shut the experts of all groups but the best; whether a tie decided."""
     choice, shut, groups = work[2], work[3], work[4]
     size = choice.shape[0] // rule.n_group
@@ -188,10 +192,10 @@ def _shut_groups(rule: RouterCode, work: NDArray[np.float32]) -> bool:
         shut[g] = _ZERO
     last = _ZERO
     for _ in range(rule.topk_group):
-        g = _best(groups, shut, rule.n_group, rule.tie)
+        g = best_of(groups, shut, rule.n_group, rule.tie)
         last = groups[g]
         shut[g] = _ONE
-    tied = _is_tied(groups, shut, rule.n_group, last)
+    tied = is_tied(groups, shut, rule.n_group, last)
     # Marks of groups become marks of experts, from the end, so that none is overwritten before it is read.
     for g in range(rule.n_group - 1, -1, -1):
         mark = _ONE - shut[g]
@@ -201,7 +205,7 @@ def _shut_groups(rule: RouterCode, work: NDArray[np.float32]) -> bool:
 
 
 @helper
-def _weights(rule: RouterCode, work: NDArray[np.float32], ids: NDArray[np.int64], out: NDArray[np.float32]) -> None:
+def raw_weights(rule: RouterCode, work: NDArray[np.float32], ids: NDArray[np.int64], out: NDArray[np.float32]) -> None:
     """Weights of the chosen experts before they are divided by their sum."""
     logits, scores, shut = work[0], work[1], work[3]
     n_experts, top_k = logits.shape[0], ids.shape[0]
@@ -230,9 +234,25 @@ def _weights(rule: RouterCode, work: NDArray[np.float32], ids: NDArray[np.int64]
             shut[ids[slot]] = _ONE
     else:
         if rule.weighting != rule.selection:
-            _scores(logits, rule.weighting, scores)
+            expert_scores(logits, rule.weighting, scores)
         for slot in range(top_k):
             out[slot] = scores[ids[slot]]
+
+
+@helper
+def finish_weights(rule: RouterCode, weights: NDArray[np.float32]) -> None:
+    """Divide weights by their sum, summed over ascending slots, and scale them, as the rule says."""
+    if rule.normalizes:
+        total = _ZERO
+        for slot in range(weights.shape[0]):
+            total = total + weights[slot]
+        total = (total + rule.null_bias) + rule.epsilon
+        total = rule.least if total < rule.least else total
+        for slot in range(weights.shape[0]):
+            weights[slot] = weights[slot] / total
+    if rule.scale != _ONE:
+        for slot in range(weights.shape[0]):
+            weights[slot] = weights[slot] * rule.scale
 
 
 @kernel()
@@ -260,8 +280,8 @@ def route_tokens(
     work : ndarray, (5, n_experts), float32
         Scratch.
     topk_ids : ndarray, (t, top_k), int64
-        Written: experts in descending order of their scores for the choice. With `REJECT`, -1 in the first place where equal scores leave
-        the set open.
+        Written: experts in descending order of their scores for the choice. With `REJECT`, `TIED` in the first place where equal scores
+        leave the set open.
     topk_weights : ndarray, (t, top_k), float32
         Written.
 
@@ -276,36 +296,26 @@ def route_tokens(
         for e in range(n_experts):
             if rule.has_bias:
                 logits[i, e] = logits[i, e] + bias[0, e]
-            used[e] = _stored(logits[i, e], rule.stored_as) if rule.rounds_logits else logits[i, e]
-        _scores(used, rule.selection, scores)
+            used[e] = stored(logits[i, e], rule.stored_as) if rule.rounds_logits else logits[i, e]
+        expert_scores(used, rule.selection, scores)
         for e in range(n_experts):
-            scores[e] = _stored(scores[e], rule.stored_as)
+            scores[e] = stored(scores[e], rule.stored_as)
             choice[e] = scores[e] + correction[0, e] if rule.has_correction else scores[e]
             shut[e] = _ZERO
         tied = False
         if rule.topk_group < rule.n_group:
-            tied = _shut_groups(rule, work)
+            tied = shut_groups(rule, work)
         last = _ZERO
         for slot in range(topk_ids.shape[1]):
-            best = _best(choice, shut, n_experts, rule.tie)
+            best = best_of(choice, shut, n_experts, rule.tie)
             topk_ids[i, slot] = best
             last = choice[best]
             shut[best] = _ONE
-        tied = tied or _is_tied(choice, shut, n_experts, last)
-        _weights(rule, work, topk_ids[i], topk_weights[i])
-        total = _ZERO
-        for slot in range(topk_ids.shape[1]):
-            total = total + topk_weights[i, slot]
-        if rule.normalizes:
-            total = (total + rule.null_bias) + rule.epsilon
-            total = rule.least if total < rule.least else total
-            for slot in range(topk_ids.shape[1]):
-                topk_weights[i, slot] = topk_weights[i, slot] / total
-        if rule.scale != _ONE:
-            for slot in range(topk_ids.shape[1]):
-                topk_weights[i, slot] = topk_weights[i, slot] * rule.scale
+        tied = tied or is_tied(choice, shut, n_experts, last)
+        raw_weights(rule, work, topk_ids[i], topk_weights[i])
+        finish_weights(rule, topk_weights[i])
         if tied and rule.tie == REJECT:
-            topk_ids[i, 0] = -1
+            topk_ids[i, 0] = TIED
 
 
 @kernel()
@@ -384,15 +394,17 @@ def group_tokens(
     starts[:] = 0
     for i in range(topk_ids.shape[0]):
         for slot in range(topk_ids.shape[1]):
-            starts[topk_ids[i, slot] + 1] += 1
+            if topk_ids[i, slot] != NOBODY:
+                starts[topk_ids[i, slot] + 1] += 1
     for e in range(1, starts.shape[0]):
         starts[e] += starts[e - 1]
     for i in range(topk_ids.shape[0]):
         for slot in range(topk_ids.shape[1]):
             e = topk_ids[i, slot]
-            rows[starts[e]] = i
-            scale[starts[e]] = topk_weights[i, slot]
-            starts[e] += 1
+            if e != NOBODY:
+                rows[starts[e]] = i
+                scale[starts[e]] = topk_weights[i, slot]
+                starts[e] += 1
     for e in range(starts.shape[0] - 1, 0, -1):
         starts[e] = starts[e - 1]
     starts[0] = 0
@@ -412,7 +424,8 @@ def mark_chosen(topk_ids: NDArray[np.int64], mask: NDArray[np.int32]) -> None:
     for i in range(topk_ids.shape[0]):
         for slot in range(topk_ids.shape[1]):
             e = topk_ids[i, slot]
-            mask[e // 32] |= np.int32(np.uint32(1) << np.uint32(e % 32))
+            if e != NOBODY:
+                mask[e // 32] |= np.int32(np.uint32(1) << np.uint32(e % 32))
 
 
 @kernel()

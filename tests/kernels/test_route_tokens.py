@@ -15,7 +15,7 @@ from wse_emu.layers.router import router_code
 from wse_emu.reference import routing
 from wse_emu.testing.routing_rules import random_rule
 from wse_kernels._jit import plain
-from wse_kernels.routing import WORK_ROWS, assign_experts, route_tokens, softmax_topk
+from wse_kernels.routing import TIED, WORK_ROWS, assign_experts, route_tokens, softmax_topk
 
 F = np.float32
 
@@ -84,7 +84,7 @@ def test_the_plainest_rule_has_the_bits_of_its_own_kernel(seed: int, n: int, nor
 
 
 @pytest.mark.nojit
-@pytest.mark.parametrize(("policy", "expected"), [("lowest_id", [1, 2]), ("highest_id", [4, 2]), ("reject", [-1, 2])])
+@pytest.mark.parametrize(("policy", "expected"), [("lowest_id", [1, 2]), ("highest_id", [4, 2]), ("reject", [TIED, 2])])
 def test_ties_go_as_the_policy_says(policy: str, expected: list[int]) -> None:
     _, ids, _ = decide(np.array([[1, 5, 5, 0, 5]], F), RoutingRule(tie_policy=policy), 2)
     assert ids[0].tolist() == expected
@@ -97,7 +97,7 @@ def test_a_tie_that_leaves_the_set_as_it_is_is_not_rejected() -> None:
 
 
 @pytest.mark.nojit
-@pytest.mark.parametrize(("policy", "expected"), [("lowest_id", [1, 0]), ("highest_id", [3, 2]), ("reject", [-1, 0])])
+@pytest.mark.parametrize(("policy", "expected"), [("lowest_id", [1, 0]), ("highest_id", [3, 2]), ("reject", [TIED, 0])])
 def test_ties_of_groups_go_as_the_policy_says(policy: str, expected: list[int]) -> None:
     rule = RoutingRule(n_group=2, topk_group=1, tie_policy=policy)
     _, ids, _ = decide(np.array([[1, 5, 1, 5]], F), rule, 2)

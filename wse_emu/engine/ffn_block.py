@@ -89,8 +89,8 @@ def _route(run: ForwardPass, normal: PlacedTensor) -> Routing:
         numbers = run.token_ids if rule.routing_algorithm == "hash" else run.sequences.positions
         return assign(run.wafer, numbers, run.bands, spec.num_experts, spec.top_k, rule, replay=replay)
     return route(
-        run.wafer, normal, run.weights.router(run.current_layer), run.bands, spec.top_k, rule, chunk=run.options.piece,
-        probe=run.want_router, replay=replay,
+        run.wafer, normal, run.weights.router(run.current_layer), run.bands, spec.top_k, rule,
+        groups=tuple(run.sequences.n_new.tolist()), chunk=run.options.piece, probe=run.want_router, replay=replay,
     )  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def _expert_taps(run: ForwardPass) -> ExpertTaps | None:
     """Room for what the experts give, if taps were asked for."""
     if run.result.taps is None:
         return None
-    shape = (run.bands.n_tokens, run.spec.top_k)
+    shape = (run.bands.n_tokens, run.spec.n_slots)
     sizes = (run.spec.moe_intermediate_size, run.spec.hidden_size)
     return ExpertTaps(*(np.zeros((*shape, n), np.float32) for n in sizes))
 

@@ -87,6 +87,8 @@ class ForwardPass:
         if routing.logits is not None:
             self.result.router_logits.append(routing.logits)
             stages[self.layer, "router_logits"] = routing.logits
+        if routing.scores is not None:
+            stages[self.layer, "router_scores"] = routing.scores
         stages[self.layer, "topk_ids"], stages[self.layer, "topk_weights"] = routing.topk_ids, routing.topk_weights
 
     def scope(self, stage: str) -> AbstractContextManager[None]:

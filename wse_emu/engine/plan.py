@@ -99,7 +99,7 @@ def peak_sram(spec: ModelSpec, wafer_spec: WaferSpec, rows: int, cols: int, work
         sequences = sequences_of([s for s, _ in new], [n for _, n in new], [work.capacity[s] - n for s, n in new])
         trace = None
         if spec.is_moe:
-            few = np.tile(np.arange(spec.top_k, dtype=np.int64), (sequences.n_tokens, 1))
+            few = np.tile(np.arange(spec.n_slots, dtype=np.int64), (sequences.n_tokens, 1))
             trace = RoutingTrace((few,) * n_moe)
         wanted = np.arange(sequences.n_tokens, dtype=np.int64)
         engine.forward(np.zeros(sequences.n_tokens, np.int64), sequences, cache, wanted, taps=work.probe, trace=trace)
@@ -272,7 +272,7 @@ def _stream_bytes(spec: ModelSpec, n_tokens: int, options: EngineOptions) -> int
     few, n_alike = kinds_of_layers(spec)
     engine = shape_engine(wafer, few, options)
     cache = KVCache(wafer, engine.heads, few.num_layers, np.array([n_tokens]))
-    trace = RoutingTrace.worst_case(len(few.moe_layers), n_tokens, spec.num_experts, spec.top_k) if spec.is_moe else None
+    trace = RoutingTrace.worst_case(len(few.moe_layers), n_tokens, spec.num_experts, spec.n_slots) if spec.is_moe else None
     engine.forward(np.zeros(n_tokens, np.int64), sequences_of([0], [n_tokens], [0]), cache, np.array([n_tokens - 1]), trace=trace)
     rows = [row for row in wafer.ledger.totals(by=("layer", "kind")) if row["kind"] == "stream"]
     inside = sum(row["bytes"] * n_alike[row["layer"]] for row in rows if row["layer"] is not None)

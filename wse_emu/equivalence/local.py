@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from wse_emu.equivalence import tolerance
-from wse_emu.equivalence.routing_bounds import expert_weights_bound
+from wse_emu.equivalence.routing_bounds import expert_weights_bound, together_scores
 from wse_emu.equivalence.stages import attended, inputs_of, of_heads
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.taps import TapRecord
@@ -86,6 +86,8 @@ class StageLocal:
             scale = spec.scales.residual
             total = x + scale * inputs[1]
             return total, tolerance.add_bound(total) if scale == 1 else tolerance.scaled_add_bound(total, scale * inputs[1])
+        if name == "router_scores":
+            return together_scores(x, self._record.together, spec.routing, self.correction(layer))
         if name == "topk_weights":
             ids = self._record.stages[layer, "topk_ids"]
             if not spec.routing.is_learned:
@@ -146,8 +148,8 @@ class StageLocal:
         spec = self._spec
         ids = self._record.stages[layer, "topk_ids"]
         width = spec.moe_intermediate_size if name == "expert_hidden" else spec.hidden_size
-        value, bound = np.empty((*ids.shape, width)), np.empty((*ids.shape, width))
-        for expert in np.unique(ids):
+        value, bound = np.zeros((*ids.shape, width)), np.zeros((*ids.shape, width))
+        for expert in np.unique(ids[ids >= 0]):
             at = np.nonzero(ids == expert)
             if name == "expert_hidden":
                 value[at], bound[at] = self._glu(layer, self._entering(layer, x, at), int(expert))

@@ -117,6 +117,26 @@ def judge_routing(
     return out
 
 
+def judge_together(
+    topk_ids: NDArray[np.int64], own_scores: NDArray[Any], together: NDArray[np.int64], k: int, rule: RoutingRule
+) -> LayerRouting:
+    """Judge decisions of tokens that meet (those of one number in `together`): nothing is excused.
+
+    `own_scores` (T, E) are the run's own; the decision follows from them without another rounding.
+    """
+    expected = routing.choose_together(own_scores.astype(np.float64), together, k, rule)
+    wrong = np.argwhere(topk_ids != expected)
+    out = LayerRouting()
+    if len(wrong):
+        token, slot = (int(v) for v in wrong[0])
+        out.misordered = out.faulty_tokens = len(np.unique(wrong[:, 0]))
+        out.fault = RoutingFault(
+            token=token, slot=slot, expert=max(int(topk_ids[token, slot]), 0), gap=0.0, tolerance=0.0,
+            message=f"chose experts {topk_ids[token].tolist()}, by the scores of all tokens it is {expected[token].tolist()}",
+        )  # fmt: skip
+    return out
+
+
 def judge_assigned(topk_ids: NDArray[np.int64], numbers: NDArray[np.int64], num_experts: int) -> LayerRouting:
     """Judge decisions by number (hash, uniform): nothing is excused."""
     expected = routing.assigned(numbers, num_experts, topk_ids.shape[1])

@@ -74,6 +74,51 @@ def probability_tolerance(logits: Floats) -> Floats:
     return np.where(lost[:, None] & lost[None, :], np.inf, each[:, None] + each[None, :])
 
 
+def together_scores(
+    logits: Floats, together: NDArray[np.int64], rule: RoutingRule, correction: Floats | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Scores for the choice where tokens meet, from exact `logits` (T, E), and what float32 may make of them."""
+    used = logits if rule.router_fp32 else routing.rounded(logits, rule.selection_dtype)
+    kind = rule.router_selection_nonlinearity
+    if kind == "sinkhorn":
+        exact, error = routing.sinkhorn(used, together, rule.sinkhorn_n_iters), np.zeros_like(used)
+        for group in np.unique(together):
+            error[together == group] = _sinkhorn_error(used[together == group], rule.sinkhorn_n_iters)
+    else:
+        exact = routing.scores(used, kind)
+        error = score_error(used, exact, kind, np.zeros_like(used))
+    value, error = _through_rounding(exact, error, rule.selection_dtype)
+    if correction is not None:
+        value = value + correction
+        error = error + U * np.abs(value)
+    return value.astype(np.float64), error.astype(np.float64)
+
+
+def _sinkhorn_error(r: Floats, n_iters: int) -> Floats:
+    """Error of sinkhorn's scores of tokens that meet: (t, E).
+
+    A log-sum of terms known to e each is known to ``log(sum of p exp(e))``, p the terms' shares of the sum. Beside that: the exponentials
+    of rounded differences and their sum, all relative to the sum and so absolute in its logarithm; the logarithm itself (1 ulp, 2 u of
+    its size); the sum with the maximum; and the rounding of what is taken away.
+    """
+    error = np.zeros_like(r)
+    for _ in range(n_iters):
+        for axis in (1, 0):
+            top = r.max(axis=axis, keepdims=True)
+            p = np.exp(r - top)
+            total = p.sum(axis=axis, keepdims=True)
+            spread = np.log((p * np.exp(error)).sum(axis=axis, keepdims=True) / total)
+            terms = (p * (EXP_ERROR + U * (top - r))).sum(axis=axis, keepdims=True) / total
+            log_total = np.log(total)
+            whole = top + log_total
+            own = terms + 2 * np.sqrt(r.shape[axis]) * U + 2 * U * np.abs(log_total) + U * np.abs(whole)
+            r = r - whole
+            error = error + spread + own + U * np.abs(r)
+    value = np.exp(r)
+    out: Floats = value * (np.expm1(error) + EXP_ERROR) + SMALLEST_NORMAL
+    return out
+
+
 def _through_rounding(value: Floats, error: Floats, dtype: str) -> tuple[Floats, Floats]:
     """Values and errors after rounding to a format: none where both ends round alike, else the distance of what they round to."""
     if dtype == "float32":
@@ -116,11 +161,17 @@ def _softmax_relative(logits: Floats, bound: Floats) -> Floats:
 
 
 def expert_weights_bound(logits: Floats, ids: NDArray[np.int64], rule: RoutingRule) -> Floats:
-    """Bound of the weights of the experts `ids` (T, k), from exact `logits` (T, E).
+    """Bound of the weights of the experts `ids` (T, k), from exact `logits` (T, E); nothing is allowed where the id is -1.
 
     The error of each chosen score; where they are divided by their sum also those of the sum, averaged, its k roundings and the division;
     where they are scaled, the scale's own rounding and the product's.
     """
+    if (ids < 0).any():
+        each = np.zeros(ids.shape)
+        for n in range(1, ids.shape[1] + 1):
+            mine = (ids >= 0).sum(axis=1) == n
+            each[mine, :n] = expert_weights_bound(logits[mine], ids[mine, :n], rule)
+        return each
     raw = routing.raw_weights(logits, ids, rule)
     error = _raw_error(logits, ids, raw, rule)
     bound = error

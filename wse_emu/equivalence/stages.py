@@ -14,6 +14,8 @@ from wse_emu.foundation.taps import Stage, TapRecord
 PROJECTED = ("attn_norm", "q", "k", "v")
 ATTENTION = ("attn_max", "attn_denominator", "attn_context", "attn_out")
 ROUTER = ("router_logits", "topk_ids", "topk_weights")
+ROUTER_OF_ALL = ("router_logits", "router_scores", "topk_ids", "topk_weights")
+"""Where tokens meet: what is compared is a stage of its own."""
 SHARED = ("shared_hidden", "shared_out")
 EXPERTS = ("expert_hidden", "expert_out")
 
@@ -27,6 +29,7 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
     "attn_after_norm": ("attn_out",),
     "ffn_norm": ("attn_residual",),
     "router_logits": ("ffn_norm",),
+    "router_scores": ("router_logits",),
     "topk_ids": ("ffn_norm", "router_logits"),
     "topk_weights": ("router_logits", "topk_ids"),
     "expert_hidden": ("ffn_norm", "topk_ids"),
@@ -67,7 +70,8 @@ def expected_stages(spec: ModelSpec) -> list[Stage]:
 
 def _mixture(spec: ModelSpec) -> list[str]:
     shared = [] if spec.shared_experts is None else [*SHARED, *(["shared_gate"] if spec.shared_experts.gated else [])]
-    return [*(ROUTER if spec.routing.is_learned else ROUTER[1:]), *shared, *EXPERTS]
+    router = ROUTER_OF_ALL if spec.routing.tokens_meet else ROUTER
+    return [*(router if spec.routing.is_learned else ROUTER[1:]), *shared, *EXPERTS]
 
 
 def attended(spec: ModelSpec, layer: int) -> tuple[str, str, str]:
@@ -91,10 +95,11 @@ def stage_shape(spec: ModelSpec, name: str, n_tokens: int) -> tuple[int, ...]:
             "attn_denominator": (spec.num_heads,),
             "attn_context": (spec.num_heads * spec.head_dim,),
             "router_logits": (spec.num_experts,),
-            "topk_ids": (spec.top_k,),
-            "topk_weights": (spec.top_k,),
-            "expert_hidden": (spec.top_k, spec.moe_intermediate_size),
-            "expert_out": (spec.top_k, spec.hidden_size),
+            "router_scores": (spec.num_experts,),
+            "topk_ids": (spec.n_slots,),
+            "topk_weights": (spec.n_slots,),
+            "expert_hidden": (spec.n_slots, spec.moe_intermediate_size),
+            "expert_out": (spec.n_slots, spec.hidden_size),
             "ffn_hidden": (spec.intermediate_size,),
             "shared_hidden": (shared,),
             "shared_gate": (1,),
@@ -121,6 +126,8 @@ def inputs_of(spec: ModelSpec, stage: Stage) -> tuple[Stage, ...]:
         names = ("ffn_norm", "topk_ids", "topk_weights")
     elif name in ("topk_ids", "topk_weights") and not spec.routing.is_learned:
         names = () if name == "topk_ids" else ("topk_ids",)
+    elif name == "topk_ids" and spec.routing.tokens_meet:
+        names = ("router_scores",)
     if names is None:
         assert layer is not None
         names = _inputs_in_layer(spec, layer, name)
@@ -152,10 +159,11 @@ def _inputs_in_layer(spec: ModelSpec, layer: int, name: str) -> tuple[str, ...]:
 
 def expert_of(name: str, element: tuple[int, ...], topk_ids: NDArray[np.int64] | None, token: int) -> int | None:
     """Expert that an element (indices after the token axis) of a stage belongs to, None where there is none."""
-    if name == "router_logits":
+    if name in ("router_logits", "router_scores"):
         return element[0]
     if name in ("topk_ids", "topk_weights", "expert_hidden", "expert_out") and topk_ids is not None:
-        return int(topk_ids[token, element[0]])
+        expert = int(topk_ids[token, element[0]])
+        return None if expert < 0 else expert
     return None
 
 

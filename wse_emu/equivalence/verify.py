@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from wse_emu.equivalence import tolerance
 from wse_emu.equivalence.local import StageLocal
 from wse_emu.equivalence.report import Failure, RoutingSummary, StageCheck, VerifyReport
-from wse_emu.equivalence.routing import LayerRouting, judge_assigned, judge_routing
+from wse_emu.equivalence.routing import LayerRouting, judge_assigned, judge_routing, judge_together
 from wse_emu.equivalence.stages import core_of, expected_stages, expert_of, inputs_of, stage_dtype, stage_shape
 from wse_emu.foundation.errors import InputError
 from wse_emu.foundation.model_spec import ModelSpec
@@ -65,7 +65,8 @@ def verify_record(record: TapRecord, spec: ModelSpec, read: Callable[[str], NDAr
     2. Stage by stage: the stage's formula in float64, applied to the inputs that the run itself had, so that no earlier error enters.
        What float32 may lose there is derived in `wse_emu.equivalence.tolerance`. An embedding is a look-up and must be exact.
     3. Routing: the experts of a token must be the highest of the run's own router logits, descending, equal ones by lowest id. A set that
-       differs from float64's is excused only where the scores are closer than their tolerance (`judge_routing`).
+       differs from float64's is excused only where the scores are closer than their tolerance (`judge_routing`). Where tokens meet, the
+       scores that are compared are a stage of their own, and the decision must be exactly what the rule makes of them.
     4. End to end: against the full dense float64 forward, which replays the run's routing (`end_to_end=False` leaves this out: it computes
        every expert for every token). See `TWIN_FACTOR`.
 
@@ -96,7 +97,7 @@ class _Verification:
         self._expected = expected_stages(spec)
         self._usable: dict[Stage, NDArray[Any]] = {}
         self._structure = self._check_structure()
-        self._usable_record = TapRecord(record.seq, record.pos, record.token_ids, self._usable)
+        self._usable_record = TapRecord(record.seq, record.pos, record.token_ids, self._usable, pass_of_token=record.pass_of_token)
         self._local = StageLocal(self._usable_record, spec, self._read)
         self._end_to_end = end_to_end
         self._copies = max(2, -(-TWIN_TOKENS // len(record.seq)))
@@ -111,7 +112,7 @@ class _Verification:
             if forwards is None:
                 continue
             exact, naive = (_take(forward, stage) for forward in forwards)
-            if stage in self._usable and stage[1] != "topk_ids":  # the choices are replayed
+            if stage in self._usable and stage[1] not in ("topk_ids", "router_scores"):  # the choices are replayed
                 self._checks.append(self._check_end_to_end(stage, number, exact, naive))
         self._checks += [c for stage, c in self._structure.items() if stage not in set(self._expected)]
         failed = [c for c in self._checks if c.status == "failed"]
@@ -191,9 +192,13 @@ class _Verification:
     def _bad_ids(self, ids: NDArray[np.int64]) -> tuple[int, int, str] | None:
         """(token, slot, rule) of the first expert id that is out of range or repeated."""
         e = self._spec.num_experts
-        for token, slot in np.argwhere((ids < 0) | (ids >= e)):
+        lacks = (ids == -1) & self._spec.routing.has_capacity
+        for token, slot in np.argwhere(((ids < 0) & ~lacks) | (ids >= e)):
             return int(token), int(slot), f"expert id {ids[token, slot]} must lie in 0..{e - 1}"
-        for token in np.flatnonzero((np.diff(np.sort(ids, axis=1), axis=1) == 0).any(axis=1)):
+        for token, slot in np.argwhere(lacks[:, :-1] & ~lacks[:, 1:]):
+            return int(token), int(slot), "a slot without an expert must come after those with one"
+        ranked = np.sort(ids, axis=1)
+        for token in np.flatnonzero(((np.diff(ranked, axis=1) == 0) & (ranked[:, 1:] >= 0)).any(axis=1)):
             slot = next(s for s in range(ids.shape[1]) if ids[token, s] in ids[token, :s])
             return int(token), slot, f"expert {ids[token, slot]} is chosen twice"
         return None
@@ -256,7 +261,10 @@ class _Verification:
 
     def _check_routing(self, layer: int) -> StageCheck:
         ids, rule = self._usable[layer, "topk_ids"], self._spec.routing
-        if rule.is_learned:
+        if rule.tokens_meet:
+            scores, together = self._usable[layer, "router_scores"], self._record.together
+            found = judge_together(ids, scores, together, self._spec.top_k, rule)
+        elif rule.is_learned:
             exact, bound = self._local.check(layer, "router_logits")
             own = self._usable[layer, "router_logits"]
             correction = self._local.correction(layer)
@@ -373,6 +381,8 @@ def _check_tokens(record: TapRecord, spec: ModelSpec) -> None:
         a = getattr(record, name)
         if a.ndim != 1 or a.dtype != np.int64 or len(a) != len(record.seq):
             raise InputError(f"`record.{name}` must be int64 of shape ({len(record.seq)},), got {a.dtype} of shape {a.shape}")
+    if record.pass_of_token is not None and record.pass_of_token.shape != record.seq.shape:
+        raise InputError(f"`record.pass_of_token` must have shape {record.seq.shape}, got {record.pass_of_token.shape}")
     if record.row_of_token is not None and record.row_of_token.shape != record.seq.shape:
         raise InputError(f"`record.row_of_token` must have shape {record.seq.shape}, got {record.row_of_token.shape}")
     if not len(record.seq):

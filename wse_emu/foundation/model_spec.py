@@ -151,6 +151,11 @@ class ModelSpec:
         """Whether there are layers with a mixture of experts."""
         return self.num_experts > 0
 
+    @property
+    def n_slots(self) -> int:
+        """Most experts that a token visits; 0 in a dense model."""
+        return self.routing.slots(self.num_experts, self.top_k) if self.is_moe else 0
+
     def is_moe_layer(self, layer: int) -> bool:
         """Whether the feed-forward network of a layer is a mixture of experts."""
         return self.is_moe and not _holds(self.dense_layers, layer)

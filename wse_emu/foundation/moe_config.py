@@ -10,6 +10,7 @@ from wse_emu.foundation.routing_rule import RoutingAlgorithm, RoutingRule, Selec
 
 Implementation = Literal["functional", "experimental", "optimized"]
 Nonlinearity = Literal["softmax", "sigmoid"]
+SelectionNonlinearity = Literal["softmax", "sigmoid", "sinkhorn"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,13 +23,14 @@ class MoEConfig:
     """Experts that every token visits, with weight 1; only with learned routing."""
     top_k: int = 1
     load_balancing_loss_coef: float = 0.0
-    """Of training alone; must be 0 with hash and uniform routing, which learn nothing."""
+    """Of training alone; must be 0 with hash and uniform routing, which learn nothing, and with sinkhorn, which balances."""
     null_expert_bias: float = 0.0
     moe_implementation: Implementation = "experimental"
     router_use_bias: bool = False
     router_fp32: bool = True
     routing_algorithm: RoutingAlgorithm = "learned"
-    router_selection_nonlinearity: Nonlinearity = "softmax"
+    router_selection_nonlinearity: SelectionNonlinearity = "softmax"
+    sinkhorn_n_iters: int = 1
     expert_weighting_nonlinearity: Nonlinearity = "softmax"
     expert_weighting_normalization: bool = True
     probability_before_ffn: bool = False
@@ -52,11 +54,13 @@ class MoEConfig:
             raise SpecError(f"`load_balancing_loss_coef` must be a number >= 0, got {coef!r}")
         if coef > 0 and self.routing_algorithm != "learned":
             raise SpecError(f"`load_balancing_loss_coef` must be 0 with `routing_algorithm` {self.routing_algorithm!r}, got {coef!r}")
+        if coef > 0 and self.router_selection_nonlinearity == "sinkhorn":
+            raise SpecError(f"`load_balancing_loss_coef` must be 0 with `router_selection_nonlinearity` 'sinkhorn', got {coef!r}")
         if self.moe_implementation not in get_args(Implementation):
             raise SpecError(f"`moe_implementation` must be one of {', '.join(get_args(Implementation))}, got {self.moe_implementation!r}")
-        for name in ("router_selection_nonlinearity", "expert_weighting_nonlinearity"):
-            if getattr(self, name) not in get_args(Nonlinearity):
-                raise SpecError(f"`{name}` must be one of {', '.join(get_args(Nonlinearity))}, got {getattr(self, name)!r}")
+        for name, known in (("router_selection_nonlinearity", SelectionNonlinearity), ("expert_weighting_nonlinearity", Nonlinearity)):
+            if getattr(self, name) not in get_args(known):
+                raise SpecError(f"`{name}` must be one of {', '.join(get_args(known))}, got {getattr(self, name)!r}")
         if self.probability_before_ffn and self.moe_implementation != "experimental":
             raise SpecError(f"`probability_before_ffn` needs `moe_implementation` 'experimental', got {self.moe_implementation!r}")
         if self.num_experts > 1:
@@ -77,6 +81,7 @@ class MoEConfig:
             return RoutingRule(routing_algorithm=self.routing_algorithm, probability_before_ffn=self.probability_before_ffn)
         return RoutingRule(
             router_selection_nonlinearity=self.router_selection_nonlinearity,
+            sinkhorn_n_iters=self.sinkhorn_n_iters,
             expert_weighting_nonlinearity=self.expert_weighting_nonlinearity,
             expert_weighting_normalization=self.expert_weighting_normalization,
             null_expert_bias=self.null_expert_bias,

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from types import MappingProxyType
 from typing import Literal, get_args
 
 from wse_emu.foundation.errors import SpecError
 
 RoutingAlgorithm = Literal["learned", "hash", "uniform"]
-Selection = Literal["softmax", "sigmoid", "sqrtsoftplus", "none"]
+Selection = Literal["softmax", "sigmoid", "sqrtsoftplus", "none", "sinkhorn"]
 Weighting = Literal["softmax", "sigmoid", "sqrtsoftplus", "softmax_topk", "sparsemixer"]
 GroupScore = Literal["max", "top2_sum"]
 TiePolicy = Literal["lowest_id", "highest_id", "reject"]
+Chooser = Literal["token", "expert"]
+Overflow = Literal["drop", "reroute"]
 SelectionDtype = Literal["float32", "bfloat16", "float16", "cb16"]
 MAX_EXPERTS = 1 << 15
 """Most experts of a layer: ids are 16-bit numbers on the wafer (ModelZoo)."""
@@ -27,13 +30,31 @@ class RoutingRule:
     For every token: logits (plus the router's bias), a score for each expert, plus the correction bias, groups, the `top_k` highest; then
     the weights of the chosen ones, divided by their sum, times the scale. Names are those of ModelZoo's MoE options and of Hugging Face's
     configurations. Relations to the number of experts are checked by `check_sizes`, which `ModelSpec` calls.
+
+    Three pieces let tokens meet (`tokens_meet`): sinkhorn scores, a capacity, and experts that choose. Those that meet are the new
+    tokens of one sequence in one forward pass. Neighbours in a batch and padding still change nothing; prompt chunks do, and a step with
+    a cache is not what the whole sequence would give.
     """
 
     routing_algorithm: RoutingAlgorithm = "learned"
     """"learned": by the scores. "hash": the one expert ``token id mod experts``, weight 1. "uniform": position ``s`` visits ``(s + j) mod
     experts`` for ``j < top_k``, weight ``1 / top_k`` each. The latter two have no gate."""
     router_selection_nonlinearity: Selection = "softmax"
-    """From logits to the scores that are compared; "none" compares the logits. "sqrtsoftplus" is ``sqrt(log(1 + exp(x)))``."""
+    """From logits to the scores that are compared; "none" compares the logits. "sqrtsoftplus" is ``sqrt(log(1 + exp(x)))``.
+    "sinkhorn" takes from the logits their log-sum over experts, then that over the tokens that meet, `sinkhorn_n_iters` times, then
+    exp."""
+    sinkhorn_n_iters: int = 1
+    """Rounds of sinkhorn; of no account without it."""
+    chooser: Chooser = "token"
+    """Who chooses: a token its `top_k` experts, or an expert the tokens that score highest, as many as its capacity (Zhou et al. 2022);
+    then a token visits any number of experts, in ascending order, and `top_k` is their mean."""
+    capacity_factor: float | None = None
+    """An expert takes at most ``ceil(capacity_factor * tokens that meet * top_k / experts)`` tokens; None sets no limit (with `chooser`
+    "expert": 1)."""
+    overflow: Overflow = "drop"
+    """What happens to a choice that finds its expert full: it is dropped and the token visits fewer (Switch), or the token tries its next
+    best, until it has `top_k` or none is left ("no token left behind"). First choices come before second ones, earlier tokens before later
+    ones. Weights are those of the experts that a token does visit."""
     e_score_correction_bias: bool = False
     """Whether a learned bias of each expert is added to the scores for the choice, and not to the weights."""
     n_group: int = 1
@@ -88,7 +109,13 @@ class RoutingRule:
             raise SpecError("`routed_scaling_factor` must be above 0: no expert would count")
         if self.topk_group > self.n_group:
             raise SpecError(f"`topk_group` must not exceed `n_group`, got {self.topk_group} of {self.n_group}")
+        if type(self.sinkhorn_n_iters) is not int or self.sinkhorn_n_iters < 1:
+            raise SpecError(f"`sinkhorn_n_iters` must be an integer >= 1, got {self.sinkhorn_n_iters!r}")
+        factor = self.capacity_factor
+        if factor is not None and (type(factor) not in (int, float) or not math.isfinite(factor) or factor <= 0):
+            raise SpecError(f"`capacity_factor` must be a finite number > 0 or None, got {factor!r}")
         self._check_weighting()
+        self._check_meeting()
         if not self.router_fp32 and self.selection_dtype == "float32":
             raise SpecError("`router_fp32` False rounds logits to `selection_dtype`: name one of 16 bits")
         if self.routing_algorithm != "learned":
@@ -106,7 +133,29 @@ class RoutingRule:
             if getattr(self, name) and not self.expert_weighting_normalization:
                 raise SpecError(f"`{name}` needs `expert_weighting_normalization` True: there is no sum that it could belong to")
 
+    def _check_meeting(self) -> None:
+        if self.overflow == "reroute" and (self.capacity_factor is None or self.chooser == "expert"):
+            raise SpecError("`overflow` 'reroute' needs a `capacity_factor`, and tokens that choose (`chooser` 'token')")
+        if self.capacity_factor is not None and self.tie_policy == "reject":
+            raise SpecError("`tie_policy` 'reject' does not go with `capacity_factor`: who finds room is no matter of one token's scores")
+        if self.expert_weighting_nonlinearity == "sparsemixer" and self.has_capacity:
+            raise SpecError("sparsemixer weighs by the order of a token's own choices: no `capacity_factor`, `chooser` 'token'")
+        if self.chooser == "expert":
+            if self.n_group > 1:
+                raise SpecError(f"`n_group` must be 1 with `chooser` 'expert': no token opens groups; got {self.n_group}")
+            if self.tie_policy != "lowest_id":
+                raise SpecError("`tie_policy` must be 'lowest_id' with `chooser` 'expert': of equal scores the earlier token's is taken")
+            if self.expert_weighting_normalization or self.expert_weighting_nonlinearity == "softmax_topk":
+                raise SpecError(
+                    "with `chooser` 'expert' weights are the scores themselves: `expert_weighting_normalization` False and no softmax over "
+                    "the chosen ones"
+                )
+
     def _check_unlearned(self) -> None:
+        if self.tokens_meet:
+            raise SpecError(
+                f"sinkhorn, `capacity_factor` and `chooser` 'expert' need scores, `routing_algorithm` {self.routing_algorithm!r} has none"
+            )
         for name in ("e_score_correction_bias", "router_use_bias"):
             if getattr(self, name):
                 raise SpecError(f"`{name}` must be False with `routing_algorithm` {self.routing_algorithm!r}: it has no scores")
@@ -142,6 +191,27 @@ class RoutingRule:
         return self.routing_algorithm == "learned"
 
     @property
+    def has_capacity(self) -> bool:
+        """Whether experts take no more than a number of tokens; a token may then visit fewer than there are slots, or none."""
+        return self.capacity_factor is not None or self.chooser == "expert"
+
+    @property
+    def tokens_meet(self) -> bool:
+        """Whether a token's experts depend on the other new tokens of its sequence."""
+        return self.has_capacity or self.router_selection_nonlinearity == "sinkhorn"
+
+    def capacity(self, n_tokens: int, num_experts: int, top_k: int) -> int:
+        """Most tokens of an expert, of `n_tokens` that meet."""
+        if not self.has_capacity:
+            return n_tokens
+        factor = Fraction(1 if self.capacity_factor is None else self.capacity_factor)
+        return min(n_tokens, math.ceil(factor * n_tokens * top_k / num_experts))
+
+    def slots(self, num_experts: int, top_k: int) -> int:
+        """Most experts that one token visits."""
+        return num_experts if self.chooser == "expert" else top_k
+
+    @property
     def weights_jump(self) -> bool:
         """Whether weights are no continuous function of the logits: rounded to 16 bits, or shut out at a threshold."""
         return self.is_learned and (self.selection_dtype != "float32" or self.expert_weighting_nonlinearity == "sparsemixer")
@@ -155,6 +225,8 @@ _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType({
     "routing_algorithm": get_args(RoutingAlgorithm),
     "router_selection_nonlinearity": get_args(Selection),
     "group_score": get_args(GroupScore),
+    "chooser": get_args(Chooser),
+    "overflow": get_args(Overflow),
     "tie_policy": get_args(TiePolicy),
     "expert_weighting_nonlinearity": get_args(Weighting),
     "selection_dtype": get_args(SelectionDtype),
@@ -177,6 +249,7 @@ ROUTING_PRESETS: Mapping[str, RoutingRule] = MappingProxyType({
         router_use_bias=True,
     ),
     "modelzoo": RoutingRule(selection_dtype="bfloat16"),
+    "switch": RoutingRule(capacity_factor=1.25, expert_weighting_normalization=False),
 })  # fmt: skip
 """Rules of published models, by name, as their configurations have them; ``dataclasses.replace`` varies one. "modelzoo" is its default:
-probabilities cast to 16 bits before the choice."""
+probabilities cast to 16 bits before the choice. "switch" is meant for `top_k` 1 (Fedus et al. 2022)."""

@@ -26,5 +26,14 @@ class TapRecord:
     """Stage to array, in the order in which the stages ran."""
     row_of_token: NDArray[np.int64] | None = None
     """(T,) row of cores that holds each token, if a wafer ran it."""
+    pass_of_token: NDArray[np.int64] | None = None
+    """(T,) number of the forward pass that took each token in, if there was more than one: where a routing rule lets tokens meet, those of
+    one sequence and one pass do."""
     col_starts: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     """Axis name ("hidden", "ffn", "expert", "heads", "vocab") to the first element of every column's block, in the wafer layout's order."""
+
+    @property
+    def together(self) -> NDArray[np.int64]:
+        """(T,) one number for the tokens of one sequence that one forward pass took in."""
+        passes = np.zeros_like(self.seq) if self.pass_of_token is None else self.pass_of_token
+        return np.unique(np.stack([self.seq, passes]), axis=1, return_inverse=True)[1].reshape(-1).astype(np.int64)

@@ -80,7 +80,7 @@ def assign(
 
 
 def _events(n_rows: int, n_cols: int, bands: TokenBands, top_k: int) -> tuple[Event, ...]:
-    row, col, n = meeting_cores(bands, n_cols)
+    row, col, n, _ = meeting_cores(bands, n_cols)
     rows = (row[:, None] + np.arange(bands.n_feature_bands)).reshape(-1)  # replicas, too
     words = np.repeat(n * _NUMBER_WORDS, bands.n_feature_bands)
     link = np.zeros(n_cols, np.int64)

@@ -1,7 +1,8 @@
 """Which experts each token visits: scores meet on one core of the token's row, which applies the routing rule and tells the row.
 
 The core for a token is the one in column ``token index modulo columns``. Tokens never leave their row, and neither does the decision; only
-the set of chosen experts goes to MemoryX, over the control channel.
+the set of chosen experts goes to MemoryX, over the control channel. Where a rule lets the tokens of a sequence meet, it is the one in
+column ``sequence index modulo columns``, and the cores of that column decide together (see `router_together`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from wse_emu.foundation.errors import TieError, TraceError
 from wse_emu.foundation.routing_rule import RoutingRule
+from wse_emu.layers import router_together as together
 from wse_emu.layers.linear import DEFAULT_CHUNK
 from wse_emu.layers.norm import stream_vector
 from wse_emu.layers.row_products import PARTIAL_MATMUL, RowProducts
@@ -65,6 +67,8 @@ class Routing:
     topk_weights: NDArray[np.float32]
     logits: NDArray[np.float32] | None
     """(T, n_experts), if asked for."""
+    scores: NDArray[np.float32] | None = None
+    """(T, n_experts) what is compared, if asked for and tokens meet."""
 
     def __enter__(self) -> Routing:
         return self
@@ -90,6 +94,7 @@ class RouterWeights:
 def router_code(rule: RoutingRule) -> RouterCode:
     """A rule as the kernel takes it."""
     scores = {"softmax": codes.SOFTMAX, "sigmoid": codes.SIGMOID, "sqrtsoftplus": codes.SQRTSOFTPLUS, "none": codes.LOGITS}
+    scores["sinkhorn"] = codes.SINKHORN
     formats = {"float32": codes.FLOAT32, "bfloat16": codes.BFLOAT16, "float16": codes.FLOAT16, "cb16": codes.CB16}
     weights = {**scores, "softmax_topk": codes.SOFTMAX_TOPK, "sparsemixer": codes.SPARSEMIXER}
     return RouterCode(
@@ -119,7 +124,7 @@ def is_plain(rule: RoutingRule) -> bool:
 
 def route(
     wafer: Wafer, x: PlacedTensor, router: RouterWeights, bands: TokenBands, top_k: int, rule: RoutingRule,
-    *, chunk: int = DEFAULT_CHUNK, probe: bool = False, replay: NDArray[np.int64] | None = None,
+    *, groups: tuple[int, ...] = (), chunk: int = DEFAULT_CHUNK, probe: bool = False, replay: Ints | None = None,
 ) -> Routing:  # fmt: skip
     """Choose experts by learned scores, as `rule` says.
 
@@ -135,6 +140,8 @@ def route(
     top_k : int
     rule : RoutingRule
         Of algorithm "learned".
+    groups : tuple of int
+        Tokens of each sequence, where the rule lets them meet; else of no account.
     chunk : int
         Most experts of one streamed piece.
     probe : bool
@@ -152,38 +159,41 @@ def route(
     gate = router.gate
     n_tokens, n_experts = bands.n_tokens, gate.n_out
     rows = x.placement.axis0
-    decision = _Decision.of(rule)
-    per_core = -(-bands.split.max_size // wafer.cols)
-    meeting_words = np.full(wafer.cols, decision.words(per_core, n_experts, top_k))
-    place = wafer.placement((n_tokens, top_k), rows, (None, None))
+    groups = groups if rule.tokens_meet else ()
+    assert not rule.tokens_meet or sum(groups) == n_tokens
+    slots, decision = rule.slots(n_experts, top_k), _Decision.of(rule)
+    meeting_words = _meeting_words(bands, wafer.cols, groups, rule, n_experts, slots)
+    place = wafer.placement((n_tokens, slots), rows, (None, None))
     slab_place = wafer.placement((gate.n_in, 2 * min(chunk, n_experts)), ("col", x.placement.axis1[1]), (None, None))
     part_place = wafer.placement(
         (n_tokens, wafer.cols * min(chunk, n_experts)), rows, ("col", Split.uniform(min(chunk, n_experts), wafer.cols))
     )
     logits = np.zeros((n_tokens, n_experts), np.float32)
-    topk_ids, topk_weights = np.zeros((n_tokens, top_k), np.int64), np.zeros((n_tokens, top_k), np.float32)
+    topk_ids, topk_weights = np.zeros((n_tokens, slots), np.int64), np.zeros((n_tokens, slots), np.float32)
+    scores = np.zeros((n_tokens, n_experts) if rule.tokens_meet else (0, 0), np.float32)
+    code = together.code_bytes(rule, n_experts, top_k) if rule.tokens_meet else decision.kernel.code_bytes
     with ExitStack() as kept:  # what outlives this call, unless it fails
         ids = kept.enter_context(wafer.empty("chosen experts", place, np.int64))
         weights = kept.enter_context(wafer.empty("expert weights", place))
         with (
             wafer.sram.reserved("router scores", np.ones(wafer.rows, np.int64), meeting_words, 4),
-            _biases(wafer, router, bands) as biases,
+            _biases(wafer, router, bands, groups) as biases,
             wafer.empty("weight slabs", slab_place) as slab,
             wafer.empty("partial sums", part_place) as part,
             wafer.empty("incoming sums", part_place) as inbox,
-            wafer.sram.code("router", PARTIAL_MATMUL.code_bytes + CHAIN_ADD.code_bytes + decision.kernel.code_bytes),
+            wafer.sram.code("router", PARTIAL_MATMUL.code_bytes + CHAIN_ADD.code_bytes + code),
         ):
             if wafer.cores is not None:
-                events = _isolated(wafer, x, gate, bands, decision, biases, chunk, slab, part, inbox, ids, weights, logits)
+                events = _isolated(
+                    wafer, x, gate, bands, decision, biases, chunk, slab, part, inbox, ids, weights, logits, scores, top_k, groups
+                )
                 for row in bands.split.representatives.tolist():
                     where = slice(int(bands.split.starts[row]), int(bands.split.stops[row]))
                     topk_ids[where], topk_weights[where] = ids.block(row, 0), weights.block(row, 0)
             else:
-                events = _events(
-                    wafer.rows, wafer.cols, x.placement.axis1[1], bands, n_experts, top_k, chunk, gate.name, decision.kernel.name
-                )
+                events = _events(wafer.rows, wafer.cols, x.placement.axis1[1], bands, n_experts, top_k, chunk, gate.name, rule, groups)
                 if wafer.is_dry:
-                    topk_ids = checked_replay(replay, n_tokens, n_experts, top_k)
+                    topk_ids = checked_replay(replay, n_tokens, n_experts, slots, may_lack=rule.has_capacity)
                 else:
                     all_tokens = np.arange(n_tokens, dtype=np.int64)
                     whole = np.array([0, n_experts], np.int64)
@@ -191,22 +201,44 @@ def route(
                         x.flat, n_tokens, x.placement.axis1[1].offsets, all_tokens, gate.values, 0, gate.n_in, n_experts,
                         logits.reshape(-1), n_tokens, whole, all_tokens, np.zeros(1, np.float32), STORE,
                     )  # fmt: skip
-                    decision.decide(logits, biases, topk_ids, topk_weights)
+                    if rule.tokens_meet:
+                        given = {"logits": logits, **dict(zip(("bias", "correction"), _whole(biases, n_experts), strict=True))}
+                        together.decide(rule, router_code(rule), groups, given, topk_ids, topk_weights, scores, top_k)
+                    else:
+                        decision.decide(logits, biases, topk_ids, topk_weights)
                     ids.flat[...], weights.flat[...] = topk_ids.reshape(-1), topk_weights.reshape(-1)
             if not wafer.is_dry:
                 _refuse_ties(topk_ids, logits)
         kept.pop_all()
     for event in events:
         wafer.record(event)
-    if probe:
-        wafer.record(costs.moved("probe", "router logits", count=1, words=logits.size, hops=0, max_link=0, max_hops=0))
-    return Routing(ids, weights, topk_ids, topk_weights, logits if probe else None)
+    if not probe:
+        return Routing(ids, weights, topk_ids, topk_weights, None)
+    wafer.record(costs.moved("probe", "router logits", count=1, words=logits.size, hops=0, max_link=0, max_hops=0))
+    if not rule.tokens_meet:
+        return Routing(ids, weights, topk_ids, topk_weights, logits)
+    wafer.record(costs.moved("probe", "router scores", count=1, words=scores.size, hops=0, max_link=0, max_hops=0))
+    return Routing(ids, weights, topk_ids, topk_weights, logits, scores)
+
+
+def _meeting_words(bands: TokenBands, n_cols: int, groups: tuple[int, ...], rule: RoutingRule, n_experts: int, slots: int) -> Ints:
+    """Words of every column's fullest core: scores that meet there, working memory and decisions."""
+    if not groups:
+        per_core = -(-bands.split.max_size // n_cols)
+        return np.full(n_cols, _Decision.of(rule).words(per_core, n_experts, slots))
+    row, col, n, _ = meeting_cores(bands, n_cols, groups)
+    words = np.zeros((bands.n_rows, n_cols), np.int64)
+    for r, c, k in zip(row.tolist(), col.tolist(), n.tolist(), strict=True):
+        words[r, c] += k * (n_experts + slots * (_ID_WORDS + 1)) + together.words(rule, k, n_experts)
+    most: Ints = words.max(axis=0)
+    return most
 
 
 @dataclass(frozen=True, slots=True)
 class _Decision:
     """The kernel that decides under a rule, with its scratch and its scalars."""
 
+    rule: RoutingRule
     kernel: Kernel
     scalars: Mapping[str, Any]
     """Arguments that are no blocks."""
@@ -214,8 +246,8 @@ class _Decision:
     @staticmethod
     def of(rule: RoutingRule) -> _Decision:
         if is_plain(rule):
-            return _Decision(SOFTMAX_TOPK, {"renormalize": rule.expert_weighting_normalization})
-        return _Decision(ROUTE_TOKENS, {"rule": router_code(rule)})
+            return _Decision(rule, SOFTMAX_TOPK, {"renormalize": rule.expert_weighting_normalization})
+        return _Decision(rule, ROUTE_TOKENS, {"rule": router_code(rule)})
 
     @property
     def is_plain(self) -> bool:
@@ -240,19 +272,26 @@ class _Decision:
     ) -> None:
         """Decide for all tokens at once."""
         name, shape = self.scratch(*logits.shape)
-        given = [_NO_BIAS if b is None else b.flat[: logits.shape[1]].reshape(1, -1) for b in biases]
-        args = self.args(given) | {"logits": logits, name: np.empty(shape, np.float32), "topk_ids": ids, "topk_weights": weights}
+        args = self.args(_whole(biases, logits.shape[1]))
+        args |= {"logits": logits, name: np.empty(shape, np.float32), "topk_ids": ids, "topk_weights": weights}
         self.kernel.body(*(args[p] for p in self.kernel.params))
 
 
 _NO_BIAS = np.zeros((1, 1), np.float32)
 
 
+def _whole(biases: Sequence[PlacedTensor | None], n_experts: int) -> list[NDArray[np.float32]]:
+    """Biases as (1, n_experts); one number that is not read where there is none."""
+    return [_NO_BIAS if b is None else b.flat[:n_experts].reshape(1, -1) for b in biases]
+
+
 @contextmanager
-def _biases(wafer: Wafer, router: RouterWeights, bands: TokenBands) -> Iterator[tuple[PlacedTensor | None, PlacedTensor | None]]:
+def _biases(
+    wafer: Wafer, router: RouterWeights, bands: TokenBands, groups: tuple[int, ...]
+) -> Iterator[tuple[PlacedTensor | None, PlacedTensor | None]]:
     """The gate's bias and the correction bias, whole on every column on which tokens meet."""
     n_experts = router.gate.n_out
-    meets = np.arange(wafer.cols) < bands.n_tokens
+    meets = np.arange(wafer.cols) < (len(groups) or bands.n_tokens)
     everywhere = Split(n_experts, np.zeros(wafer.cols, np.int64), np.where(meets, n_experts, 0))
     with ExitStack() as stack:
         placed = [
@@ -263,7 +302,7 @@ def _biases(wafer: Wafer, router: RouterWeights, bands: TokenBands) -> Iterator[
 
 
 def _refuse_ties(topk_ids: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
-    tied = np.flatnonzero(topk_ids[:, 0] < 0)
+    tied = np.flatnonzero(topk_ids[:, 0] == codes.TIED)
     if tied.size:
         token = int(tied[0])
         raise TieError(
@@ -272,29 +311,45 @@ def _refuse_ties(topk_ids: NDArray[np.int64], logits: NDArray[np.float32]) -> No
         )
 
 
-def checked_replay(replay: NDArray[np.int64] | None, n_tokens: int, n_experts: int, top_k: int) -> NDArray[np.int64]:
-    """The recorded decision, if it is one for these tokens and experts."""
+def checked_replay(
+    replay: NDArray[np.int64] | None, n_tokens: int, n_experts: int, top_k: int, *, may_lack: bool = False
+) -> NDArray[np.int64]:
+    """The recorded decision, if it is one for these tokens and experts; with `may_lack` a token may have fewer than `top_k`."""
     if replay is None:
         raise TraceError("the `dry` executor needs a routing trace: it computes no scores")
     if replay.shape != (n_tokens, top_k):
         raise TraceError(f"routing trace: expected ids of shape {(n_tokens, top_k)}, got {replay.shape}")
+    lacks = may_lack & (replay == codes.NOBODY)
     ids = np.sort(replay, axis=1)
-    bad = (ids[:, 0] < 0) | (ids[:, -1] >= n_experts) | (ids[:, 1:] == ids[:, :-1]).any(axis=1)
+    twice = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
+    bad = ((replay < 0) & ~lacks).any(axis=1) | (ids[:, -1] >= n_experts) | twice.any(axis=1)
+    bad |= (lacks[:, :-1] & ~lacks[:, 1:]).any(axis=1)  # slots of nobody come last
     for token in np.flatnonzero(bad).tolist():
         raise TraceError(f"routing trace: token {token} chose {replay[token].tolist()}; expected different experts in 0..{n_experts - 1}")
     return replay.astype(np.int64, copy=False)
 
 
-def meeting_cores(bands: TokenBands, n_cols: int) -> tuple[Ints, Ints, Ints]:
-    """(row, column, tokens) of every core on which tokens' scores meet, replicas once."""
-    tokens = np.arange(bands.n_tokens)
-    cores, counts = np.unique(bands.split.owner * n_cols + tokens % n_cols, return_counts=True)
-    return cores // n_cols, cores % n_cols, counts
+def meeting_columns(n_tokens: int, n_cols: int, groups: tuple[int, ...]) -> tuple[Ints, Ints]:
+    """Column of cores on which each token's scores meet, and its sequence where tokens meet (else 0)."""
+    if not groups:
+        return np.arange(n_tokens) % n_cols, np.zeros(n_tokens, np.int64)
+    sequence = np.repeat(np.arange(len(groups)), groups)
+    return sequence % n_cols, sequence
 
 
-def told_event(n_rows: int, n_cols: int, bands: TokenBands, top_k: int) -> Event:
+def meeting_cores(bands: TokenBands, n_cols: int, groups: tuple[int, ...] = ()) -> tuple[Ints, Ints, Ints, Ints]:
+    """(row, column, tokens, sequence) of every core on which tokens' scores meet, replicas once; by row, then by column or sequence."""
+    column, sequence = meeting_columns(bands.n_tokens, n_cols, groups)
+    base = max(len(groups), 1) if groups else n_cols
+    cores, first, counts = np.unique(
+        bands.split.owner * base + (sequence if groups else column), return_index=True, return_counts=True
+    )  # fmt: skip
+    return cores // base, column[first], counts, sequence[first]
+
+
+def told_event(n_rows: int, n_cols: int, bands: TokenBands, top_k: int, groups: tuple[int, ...] = ()) -> Event:
     """Every meeting core tells its decision to its row: ids and weights, a message each."""
-    row, col, n = meeting_cores(bands, n_cols)
+    row, col, n, _ = meeting_cores(bands, n_cols, groups)
     ends = np.zeros((2, n_rows), np.int64)
     np.add.at(ends[0], row[col > 0], n[col > 0])
     np.add.at(ends[1], row[col < n_cols - 1], n[col < n_cols - 1])
@@ -309,15 +364,20 @@ def told_event(n_rows: int, n_cols: int, bands: TokenBands, top_k: int) -> Event
 
 @lru_cache(maxsize=4096)
 def _events(
-    n_rows: int, n_cols: int, k_split: Split, bands: TokenBands, n_experts: int, top_k: int, chunk: int, name: str,
-    decides: str,
+    n_rows: int, n_cols: int, k_split: Split, bands: TokenBands, n_experts: int, top_k: int, chunk: int, name: str, rule: RoutingRule,
+    groups: tuple[int, ...],
 ) -> tuple[Event, ...]:  # fmt: skip
     stations, source, n_in = k_split.used, int(k_split.used[-1]), k_split.total
     n_pieces = -(-n_experts // chunk)
     used, replicas = bands.used_rows, bands.n_feature_bands
     last_row = used - 1
     row_words = bands.split.sizes[:used] * n_experts
-    row, col, n = meeting_cores(bands, n_cols)
+    row, col, n, sequence = meeting_cores(bands, n_cols, groups)
+    decides: tuple[Event, ...] = (Event(None, "", "launch", _Decision.of(rule).kernel.name, count=int(row.size) * replicas),)
+    if groups:
+        each = [row[sequence == s] for s in range(len(groups))]
+        columns = [s % n_cols for s in range(len(groups))]
+        decides = together.events(n_rows, rule, each, columns, n_experts, top_k, replicas)
     away = col != source
     side = np.zeros((2, n_rows), np.int64)
     np.add.at(side[0], row[col < source], n[col < source])
@@ -336,56 +396,70 @@ def _events(
             hops=int((n * np.abs(col - source)).sum()) * n_experts * replicas, max_link=int(side.max(initial=0)) * n_experts,
             max_hops=int(np.abs(col - source).max()),
         ),
-        Event(None, "", "launch", decides, count=int(row.size) * replicas),
-        told_event(n_rows, n_cols, bands, top_k),
+        *decides,
+        told_event(n_rows, n_cols, bands, rule.slots(n_experts, top_k), groups),
     )  # fmt: skip
 
 
 def _isolated(
     wafer: Wafer, x: PlacedTensor, gate: StreamedMatrix, bands: TokenBands, decision: _Decision, biases: Sequence[PlacedTensor | None],
     chunk: int, slab: PlacedTensor, part: PlacedTensor, inbox: PlacedTensor, ids: PlacedTensor, weights: PlacedTensor,
-    logits_out: NDArray[np.float32],
+    logits_out: NDArray[np.float32], scores_out: NDArray[np.float32], top_k: int, groups: tuple[int, ...],
 ) -> tuple[Event, ...]:  # fmt: skip
     cores = wafer.cores
     assert cores is not None
-    n_experts, top_k = gate.n_out, ids.placement.shape[1]
+    n_experts, slots, rule = gate.n_out, ids.placement.shape[1], decision.rule
+    column_of, sequence_of = meeting_columns(bands.n_tokens, wafer.cols, groups)
     products, told = RowProducts(cores, gate.name, x, slab, part, inbox), cores.traffic()
-    decided = macs = 0
+    handed, shared, tally, macs = cores.traffic(), cores.traffic(), dict[str, int](), 0
+    decided: dict[tuple[int, int, int], Mapping[str, Any]] = {}
     rows = range(bands.used_rows)
     with cores.borrowing() as borrow:
-        meeting: dict[tuple[int, int], tuple[Block, Ints]] = {}
+        meeting: dict[tuple[int, int, int], tuple[Block, Ints]] = {}  # by row, column and sequence
         for row in rows:
-            tokens = np.arange(bands.split.starts[row], bands.split.stops[row])
-            for col in range(wafer.cols):
-                mine = np.flatnonzero(tokens % wafer.cols == col)
-                if mine.size:
-                    meeting[row, col] = (borrow((row, col), "router scores", (mine.size, n_experts), np.float32), mine)
+            of_row = slice(int(bands.split.starts[row]), int(bands.split.stops[row]))
+            for col, s in dict.fromkeys(zip(column_of[of_row].tolist(), sequence_of[of_row].tolist(), strict=True)):
+                mine = np.flatnonzero((column_of[of_row] == col) & (sequence_of[of_row] == s))
+                meeting[row, col, s] = (borrow((row, col), "router logits", (mine.size, n_experts), np.float32), mine)
         for first in range(0, n_experts, chunk):
             n = min(chunk, n_experts - first)
             products.stream(gate.columns(first, first + n), rows)
             for row in rows:
                 all_rows = np.arange(bands.split.sizes[row], dtype=np.int64)
                 acc = products.product(row, all_rows.size, partial(_constant, all_rows), compact=False)
-                for col in range(wafer.cols):
-                    if (row, col) in meeting:
-                        scores, mine = meeting[row, col]
+                for where, (scores, mine) in meeting.items():
+                    if where[0] == row:
                         products.hand(acc, scores, (slice(None), slice(first, first + n)), (mine, slice(None)))
-        for core, (scores, mine) in meeting.items():
+        stations: dict[tuple[int, int], list[together.Station]] = {}  # by sequence and replica, top down
+        for (row, col, s), (scores, mine) in meeting.items():
+            core = (row, col)
+            made = borrow(core, "decision", (mine.size, slots), np.int64), borrow(core, "weights", (mine.size, slots), np.float32)
+            given = [_NO_BIAS if b is None else b.held[core] for b in biases]
+            blocks: dict[str, Any] = {"logits": scores, "topk_ids": made[0], "topk_weights": made[1]}
+            if groups:
+                blocks |= {"bias": given[0], "correction": given[1], **together.place(borrow, rule, core, mine.size, n_experts)}
+                stations.setdefault((s, row % bands.n_feature_bands), []).append(together.Station(core, blocks))
+                continue
             scratch, shape = decision.scratch(mine.size, n_experts)
-            work = borrow(core, "router work", shape, np.float32)
-            made = borrow(core, "decision", (mine.size, top_k), np.int64), borrow(core, "weights", (mine.size, top_k), np.float32)
-            args = decision.args([_NO_BIAS if b is None else b.held[core] for b in biases])
-            args |= {"logits": scores, scratch: work, "topk_ids": made[0], "topk_weights": made[1]}
-            macs += cores.run(decision.kernel, core, args)
-            decided += 1
-            to = (mine, slice(None))
-            for block, tensor in zip(made, (ids, weights), strict=True):
-                tensor.held[core].write(block.read(), to)
-                cores.send(told, block, [tensor.held[core[0], c] for c in range(wafer.cols) if c != core[1]], to=to)
-            logits_out[bands.split.starts[core[0]] + mine] = scores.read()
+            blocks[scratch] = borrow(core, "router work", shape, np.float32)
+            macs += cores.run(decision.kernel, core, {**decision.args(given), **blocks})
+            tally[decision.kernel.name] = tally.get(decision.kernel.name, 0) + 1
+            decided[row, col, s] = blocks
+        for (s, _), column in sorted(stations.items()):
+            macs += together.decide_on_cores(cores, rule, router_code(rule), column, groups[s], top_k, tally, handed, shared)
+            decided.update(((*station.core, s), station.blocks) for station in column)
+        for (row, col, s), (scores, mine) in meeting.items():
+            to, result = (mine, slice(None)), decided[row, col, s]
+            for name, tensor in (("topk_ids", ids), ("topk_weights", weights)):
+                tensor.held[row, col].write(result[name].read(), to)
+                cores.send(told, result[name], [tensor.held[row, c] for c in range(wafer.cols) if c != col], to=to)
+            logits_out[bands.split.starts[row] + mine] = scores.read()
+            if groups:
+                scores_out[bands.split.starts[row] + mine] = result["scores"].read()
     return (
         *products.events(),
-        Event(None, "", "launch", decision.kernel.name, count=decided, macs=macs),
+        *together.launches(tally, macs),
+        *(together.moved(handed, shared) if groups else ()),
         told.event("broadcast", "routing", costs.COLORS["broadcast"]),
     )
 
@@ -421,7 +495,7 @@ def report_chosen(wafer: Wafer, routing: Routing, bands: TokenBands, n_experts: 
                     max_hops=used - 1,
                 ),
             ]  # fmt: skip
-            chosen = np.unique(routing.topk_ids)
+            chosen = np.unique(routing.topk_ids[routing.topk_ids != codes.NOBODY])
         else:
             events, mask = _merge_isolated(wafer, routing, used, n_words)
             bits = np.unpackbits(mask.view(np.uint8), bitorder="little")

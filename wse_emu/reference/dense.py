@@ -84,8 +84,8 @@ class DenseReference:
             the model does with them "q_norm", "k_norm", "q_clip", "k_clip", "v_clip", "q_rope", "k_rope", in its order
             (`ModelSpec.qkv_suffixes`), "attn_max", "attn_denominator" (T, heads), "attn_context" (T, heads * d), "attn_out",
             "attn_after_norm" where there is that norm, "attn_residual", "ffn_norm" (T, h), then "router_logits" (T, E) where they are
-            learned, "topk_ids" (T, k) int64, "topk_weights" (T, k), "shared_hidden" (T, fs), "shared_out" (T, h), "shared_gate" (T, 1)
-            where there are shared experts,
+            learned, "router_scores" (T, E) where tokens meet, "topk_ids" (T, k) int64, "topk_weights" (T, k),
+            "shared_hidden" (T, fs), "shared_out" (T, h), "shared_gate" (T, 1) where there are shared experts,
             "expert_hidden" (T, k, f), "expert_out" (T, k, h) in a layer with a mixture, "ffn_hidden" (T, f) in a dense one, "ffn_out",
             "ffn_after_norm", "layer_out" (T, h); last "final_norm" (T, h), "logits" (T, vocab).
 
@@ -125,7 +125,7 @@ class DenseReference:
             moe = spec.is_moe_layer(layer)
             if moe:
                 numbers = routing_numbers(spec.routing, token_ids, pos)
-                ffn = experts_ffn(weights, layer, norm, numbers, None if replay is None else replay[layer], shares.get(layer))
+                ffn = experts_ffn(weights, layer, norm, numbers, None if replay is None else replay[layer], shares.get(layer), seq)
             else:
                 ffn = dense_ffn(weights, layer, norm)
             for name, value in ffn:
@@ -160,15 +160,16 @@ class DenseReference:
         spec = self.spec
         if not spec.is_moe:
             raise InputError("`routing` was given, but the model is dense: it has no experts")
-        shape = (n_tokens, spec.top_k)
+        shape, none = (n_tokens, spec.n_slots), -1 if spec.routing.has_capacity else 0
         for layer in spec.moe_layers:
             if layer not in routing:
                 raise InputError(f"`routing` has no entry for layer {layer}")
             ids = routing[layer]
             if ids.shape != shape or not np.issubdtype(ids.dtype, np.integer):
                 raise InputError(f"`routing[{layer}]` must hold integers of shape {shape}, got {ids.dtype} of shape {ids.shape}")
-            if (ids < 0).any() or (ids >= spec.num_experts).any():
+            if (ids < none).any() or (ids >= spec.num_experts).any():
                 raise InputError(f"`routing[{layer}]` must name experts 0..{spec.num_experts - 1}, got {ids.min()}..{ids.max()}")
-            if (np.diff(np.sort(ids, axis=1), axis=1) == 0).any():
+            ranked = np.sort(ids, axis=1)
+            if ((ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] >= 0)).any():
                 raise InputError(f"`routing[{layer}]` names an expert twice for one token")
         return {layer: routing[layer].astype(np.int64) for layer in spec.moe_layers}

@@ -30,14 +30,15 @@ def dense_ffn(weights: PublishedWeights, layer: int, x: Floats, expert: Expert =
 
 
 def experts_ffn(
-    weights: PublishedWeights, layer: int, x: Floats, numbers: Ints, replay: Ints | None, replayed_weights: Floats | None = None
-) -> Iterator[tuple[str, NDArray[Any]]]:
+    weights: PublishedWeights, layer: int, x: Floats, numbers: Ints, replay: Ints | None, replayed_weights: Floats | None = None,
+    together: Ints | None = None,
+) -> Iterator[tuple[str, NDArray[Any]]]:  # fmt: skip
     """Stages of a mixture: every expert for every token, then masked.
 
     `numbers` (T,) takes the place of scores where these are not learned (see `routing_numbers`), `replay` (T, k) that of the choice,
-    `replayed_weights` (T, k) that of the weights.
+    `replayed_weights` (T, k) that of the weights. Tokens of one number in `together` (T,) meet where the rule lets them.
     """
-    spec, n_tokens = weights.spec, len(x)
+    spec = weights.spec
     rule = spec.routing
     if rule.is_learned:
         logits = formulas.linear(x, weights.layer(layer, "router"))
@@ -45,7 +46,14 @@ def experts_ffn(
             logits = logits + weights.layer(layer, "router_bias")
         yield "router_logits", logits
         correction = weights.layer(layer, "e_score_correction_bias") if rule.e_score_correction_bias else None
-        ids = routing.choose(routing.compared(logits, rule, correction), spec.top_k, rule) if replay is None else replay
+        if rule.tokens_meet:
+            assert together is not None
+            value = routing.compared_together(logits, together, rule, correction)
+            yield "router_scores", value
+            ids = routing.choose_together(value, together, spec.top_k, rule)
+        else:
+            ids = routing.choose(routing.compared(logits, rule, correction), spec.top_k, rule)
+        ids = ids if replay is None else replay
         share = routing.weights(logits, ids, rule)
     else:
         ids = routing.assigned(numbers, spec.num_experts, spec.top_k) if replay is None else replay
@@ -63,8 +71,8 @@ def experts_ffn(
             gate = formulas.linear(x, weights.layer(layer, "shared_gate"))
             yield "shared_gate", gate
             combined *= expit(gate)
-    hidden = np.empty((n_tokens, spec.top_k, spec.moe_intermediate_size), weights.dtype)
-    outs = np.empty((n_tokens, spec.top_k, spec.hidden_size), weights.dtype)
+    hidden = np.zeros((*ids.shape, spec.moe_intermediate_size), weights.dtype)
+    outs = np.zeros((*ids.shape, spec.hidden_size), weights.dtype)
     for expert in range(spec.num_experts):
         mask = ids == expert  # (T, k), at most one slot of a token
         factor = np.where(mask, share, 0).sum(axis=1, keepdims=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import expit, softmax
+from scipy.special import expit, logsumexp, softmax
 
 from wse_emu.foundation.routing_rule import RoutingRule
 from wse_emu.reference.formulas import Floats, Ints
@@ -46,6 +46,71 @@ def scores(logits: Floats, kind: str) -> Floats:
     else:
         out = logits
     return out
+
+
+def sinkhorn(logits: Floats, together: Ints, n_iters: int) -> Floats:
+    """``r -= lse(r, experts); r -= lse(r, tokens)``, so many times, then exp; the tokens of one number in `together` (T,) meet."""
+    out = logits.copy()
+    for group in np.unique(together):
+        r = logits[together == group]
+        for _ in range(n_iters):
+            r = r - logsumexp(r, axis=1, keepdims=True)
+            r = r - logsumexp(r, axis=0, keepdims=True)
+        out[together == group] = np.exp(r)
+    return out
+
+
+def with_capacity(value: Floats, together: Ints, k: int, rule: RoutingRule) -> Ints:
+    """Experts of every token where experts have a capacity, from the scores that are compared: (T, E) -> (T, slots), -1 for none."""
+    out = np.full((len(value), rule.slots(value.shape[1], k)), -1, np.int64)
+    for group in np.unique(together):
+        tokens = np.flatnonzero(together == group)
+        room = rule.capacity(len(tokens), value.shape[1], k)
+        decide = _experts_choose if rule.chooser == "expert" else _tokens_find_room
+        for token, ids in zip(tokens.tolist(), decide(value[tokens], room, k, rule), strict=True):
+            out[token, : len(ids)] = ids
+    return out
+
+
+def _experts_choose(value: Floats, room: int, _k: int, _rule: RoutingRule) -> list[list[int]]:
+    """Every expert takes its highest tokens, of equal ones the earliest."""
+    ids: list[list[int]] = [[] for _ in value]
+    for expert in range(value.shape[1]):
+        for token in np.argsort(-value[:, expert], kind="stable")[:room].tolist():
+            ids[token].append(expert)
+    return ids
+
+
+def _tokens_find_room(value: Floats, room: int, k: int, rule: RoutingRule) -> list[list[int]]:
+    """Choice by choice, token by token, as long as there is room."""
+    n_open = rule.topk_group * (value.shape[1] // rule.n_group)
+    ranked = choose(Scores(value, group_scores(value, rule)), n_open, rule).tolist()
+    ids: list[list[int]] = [[] for _ in value]
+    taken = dict.fromkeys(range(value.shape[1]), 0)
+    for choice in range(n_open if rule.overflow == "reroute" else k):
+        for token, order in enumerate(ranked):
+            if len(ids[token]) < k and taken[order[choice]] < room:
+                ids[token].append(order[choice])
+                taken[order[choice]] += 1
+    return ids
+
+
+def compared_together(logits: Floats, together: Ints, rule: RoutingRule, correction: Floats | None) -> Floats:
+    """Scores for the choice where tokens meet: those of one number in `together` (T,) do; (T, E) -> (T, E)."""
+    used = logits if rule.router_fp32 else rounded(logits, rule.selection_dtype)
+    if rule.router_selection_nonlinearity == "sinkhorn":
+        value = sinkhorn(used, together, rule.sinkhorn_n_iters)
+    else:
+        value = scores(used, rule.router_selection_nonlinearity)
+    value = rounded(value, rule.selection_dtype)
+    return value if correction is None else value + correction
+
+
+def choose_together(value: Floats, together: Ints, k: int, rule: RoutingRule) -> Ints:
+    """Experts of every token from `compared_together`'s scores: (T, slots) int64, -1 for none."""
+    if rule.has_capacity:
+        return with_capacity(value, together, k, rule)
+    return choose(Scores(value, group_scores(value, rule)), k, rule)
 
 
 def compared(logits: Floats, rule: RoutingRule, correction: Floats | None) -> Scores:
@@ -107,12 +172,18 @@ def raw_weights(logits: Floats, ids: Ints, rule: RoutingRule) -> Floats:
 
 
 def weights(logits: Floats, ids: Ints, rule: RoutingRule) -> Floats:
-    """Weights of the chosen experts: (T, E), (T, k) -> (T, k)."""
+    """Weights of the chosen experts: (T, E), (T, k) -> (T, k); 0 where the id is -1."""
+    if (ids < 0).any():
+        out = np.zeros(ids.shape, logits.dtype)
+        for n in range(1, ids.shape[1] + 1):
+            mine = (ids >= 0).sum(axis=1) == n
+            out[mine, :n] = weights(logits[mine], ids[mine, :n], rule)
+        return out
     share = raw_weights(logits, ids, rule)
     if rule.expert_weighting_normalization:
         share = share / divisor(share, rule)
-    out: Floats = share * logits.dtype.type(rule.routed_scaling_factor)
-    return out
+    scaled: Floats = share * logits.dtype.type(rule.routed_scaling_factor)
+    return scaled
 
 
 def divisor(share: Floats, rule: RoutingRule) -> Floats:

@@ -66,7 +66,8 @@ def _layer_load(passes: Sequence[NDArray[np.int64]], n_experts: int, rows: int) 
         span = bands.n_feature_bands
         band = bands.split.owner // span
         by_band = np.zeros((n_experts, bands.n_token_bands), np.int64)
-        np.add.at(by_band, (ids, band[:, None]), 1)
+        taken = ids >= 0
+        np.add.at(by_band, (ids[taken], np.broadcast_to(band[:, None], ids.shape)[taken]), 1)
         by_expert += by_band.sum(axis=1)
         by_row[:, : bands.used_rows] += np.repeat(by_band / span, span, axis=1)
         busiest += float(by_band.max(axis=1).sum() / span)

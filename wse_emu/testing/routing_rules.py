@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -62,3 +63,34 @@ def random_rule(rng: np.random.Generator, *, algorithms: tuple[str, ...] = ("lea
         selection_dtype=dtype,
     )
     return rule, n_group * size, top_k
+
+
+def random_rule_together(rng: np.random.Generator) -> tuple[RoutingRule, int, int]:
+    """Draw a rule under which tokens meet, a number of experts and a `top_k` that fit each other.
+
+    Parameters
+    ----------
+    rng : Generator
+
+    Returns
+    -------
+    tuple of (RoutingRule, int, int)
+        The rule, `num_experts` and `top_k`.
+    """
+    rule, num_experts, top_k = random_rule(rng)
+    while rule.expert_weighting_nonlinearity == "sparsemixer":
+        rule, num_experts, top_k = random_rule(rng)
+    kind = int(rng.integers(4))
+    if kind == 0 or rng.integers(4) == 0:
+        rule = replace(rule, router_selection_nonlinearity="sinkhorn", sinkhorn_n_iters=int(rng.integers(1, 4)))
+    factor = float(rng.choice([0.3, 0.5, 1.0, 1.25, 2.0]))
+    if kind in (1, 2):
+        rule = replace(rule, capacity_factor=factor, overflow=("drop", "reroute")[kind - 1])
+    if kind == 3:
+        weighting = rule.expert_weighting_nonlinearity
+        rule = replace(
+            rule, chooser="expert", capacity_factor=None if rng.integers(3) == 0 else factor, n_group=1, topk_group=1,
+            tie_policy="lowest_id", expert_weighting_normalization=False, null_expert_bias=0.0, norm_epsilon=0.0, norm_min=0.0,
+            expert_weighting_nonlinearity="softmax" if weighting == "softmax_topk" else weighting,
+        )  # fmt: skip
+    return rule, num_experts, top_k
