@@ -29,7 +29,6 @@ from wse_kernels.matmul_tile import (
     load_tile,
     read_only,
     store_tile,
-    zero_thin,
     zero_tile,
 )
 from wse_kernels.threads import Driver
@@ -51,6 +50,12 @@ WEIGHT_TILE_COLS = 128
 
 _K_BLOCK = 2048
 """Rows of a strip of weights that stay in the CPU's second-level cache while the rows of x pass."""
+
+_STREAMS = 4
+"""Weight tiles that a product of a few rows reads side by side: memory delivers several streams faster than one."""
+
+_THIN_BLOCK = 2
+"""Rows of a weight tile that it reads before it turns to the next tile."""
 
 _BLOCKS_PER_THREAD = 16
 """With this many row blocks for every thread the rows are shared out, and each is packed once; otherwise the strips."""
@@ -185,44 +190,64 @@ def _write_strip(
 
 
 @helper
-def _thin_strip(x: F32, n_x_rows: int, k_starts: I64, row: int, w: F32, w0: int, n: int, total: F32) -> None:
-    """One row times the weight tile at ``w[w0]``, n columns wide, chained over all wafer columns; to `total`, -0.0 beyond."""
-    for j in range(total.shape[0]):
-        total[j] = np.float32(-0.0)
-    n_cols = k_starts.shape[0] - 1
-    for j in range(0, n - THIN_COLS + 1, THIN_COLS):
-        acc = load_thin(total, j)
-        for c in range(n_cols):
-            k0, k1 = k_starts[c], k_starts[c + 1]
-            if k0 < k1:
-                p = zero_thin()
-                for k in range(k0, k1):
-                    p = fma_step(p, x, n_x_rows * k0 + row * (k1 - k0) + k - k0, w, w0 + k * n + j)
-                acc = add_tiles(acc, p)
-        store_tile(acc, total, j)
-    for j in range(n // THIN_COLS * THIN_COLS, n):
-        for c in range(n_cols):
-            k0, k1 = k_starts[c], k_starts[c + 1]
-            if k0 < k1:
-                one = np.float32(0.0)
-                for k in range(k0, k1):
-                    one = fma(x[n_x_rows * k0 + row * (k1 - k0) + k - k0], w[w0 + k * n + j], one)
-                total[j] = total[j] + one
+def _thin_tiles(x: F32, n_x_rows: int, k_starts: I64, rows: I64, w: F32, w0: int, n_in: int, n: int, p: F32, total: F32) -> None:
+    """A few rows times the weight tiles from ``w[w0]`` on, n columns in all, chained over all wafer columns; to `total`, -0.0 beyond.
+
+    Tiles are read side by side, each once and in the order in which it lies. `p` is scratch: the partials of the wafer column at work.
+    """
+    m = rows.shape[0]
+    for i in range(m):
+        for j in range(total.shape[1]):
+            total[i, j] = np.float32(-0.0)
+    for c in range(k_starts.shape[0] - 1):
+        k0, k1 = k_starts[c], k_starts[c + 1]
+        if k0 == k1:
+            continue
+        for i in range(m):
+            for j in range(n):
+                p[i, j] = np.float32(0.0)
+        for first in range(k0, k1, _THIN_BLOCK):
+            n_k = min(_THIN_BLOCK, k1 - first)
+            for j0 in range(0, n, WEIGHT_TILE_COLS):
+                width = min(WEIGHT_TILE_COLS, n - j0)
+                tile = w0 + j0 * n_in + first * width
+                for i in range(m):
+                    x0, p0 = n_x_rows * k0 + rows[i] * (k1 - k0) + first - k0, i * p.shape[1] + j0
+                    for j in range(0, width - THIN_COLS + 1, THIN_COLS):
+                        acc = load_thin(p, p0 + j)
+                        for k in range(n_k):
+                            acc = fma_step(acc, x, x0 + k, w, tile + k * width + j)
+                        store_tile(acc, p, p0 + j)
+                    if width % THIN_COLS:
+                        _thin_rest(x, x0, n_k, w, tile, width, p[i], j0)
+        for i in range(m):
+            for j in range(n):
+                total[i, j] = total[i, j] + p[i, j]
+
+
+@helper
+def _thin_rest(x: F32, x0: int, n_k: int, w: F32, w0: int, width: int, p: F32, p0: int) -> None:
+    """Columns of a weight tile that fill no thin tile."""
+    for k in range(n_k):
+        a = x[x0 + k]
+        for j in range(width // THIN_COLS * THIN_COLS, width):
+            p[p0 + j] = fma(a, w[w0 + k * width + j], p[p0 + j])
 
 
 @helper
 def _thin_matmul(
     part: int, n_parts: int, x: F32, n_x_rows: int, k_starts: I64, rows: I64,
     w: F32, w_offset: int, n_in: int, n_out: int,
-    out: F32, n_out_rows: int, out_starts: I64, out_rows: I64, scale: F32, mode: int, t: F32, h: F32,
+    out: F32, n_out_rows: int, out_starts: I64, out_rows: I64, scale: F32, mode: int, p: F32, t: F32, h: F32,
 ) -> None:  # fmt: skip
-    """One part of `mesh_matmul` for a few rows: its weight tiles, each read once for every row; `t` and `h` are scratch."""
-    m = rows.shape[0]
+    """One part of `mesh_matmul` for a few rows: its weight tiles, each read once for every row; `p`, `t` and `h` are scratch."""
     n_tiles = (n_out + WEIGHT_TILE_COLS - 1) // WEIGHT_TILE_COLS
-    for tile in range(part * n_tiles // n_parts, (part + 1) * n_tiles // n_parts):
-        j0, j1 = tile * WEIGHT_TILE_COLS, min((tile + 1) * WEIGHT_TILE_COLS, n_out)
-        for i in range(m):
-            _thin_strip(x, n_x_rows, k_starts, rows[i], w, w_offset + j0 * n_in, j1 - j0, t[i])
+    first, last = part * n_tiles // n_parts, (part + 1) * n_tiles // n_parts
+    n_groups = (last - first + _STREAMS - 1) // _STREAMS
+    for group in range(n_groups):
+        j0 = (first + (last - first) * group // n_groups) * WEIGHT_TILE_COLS
+        j1 = min((first + (last - first) * (group + 1) // n_groups) * WEIGHT_TILE_COLS, n_out)
+        _thin_tiles(x, n_x_rows, k_starts, rows, w, w_offset + j0 * n_in, n_in, j1 - j0, p, t)
         block = t
         if mode in (SWIGLU, GEGLU):
             if mode == SWIGLU:
@@ -230,7 +255,7 @@ def _thin_matmul(
             else:
                 geglu_into(t, 0, h)
             block, j0, j1 = h, j0 // 2, j1 // 2
-        _write_strip(block, 0, m, j0, j1, out, n_out_rows, out_starts, out_rows, scale, mode == COMBINE)
+        _write_strip(block, 0, rows.shape[0], j0, j1, out, n_out_rows, out_starts, out_rows, scale, mode == COMBINE)
 
 
 @kernel(driver=True)
@@ -242,9 +267,10 @@ def _mesh_matmul(
     """One part of `mesh_matmul`: its row blocks of all strips, or its piece of the sequence of (strip, row block)."""
     m = rows.shape[0]
     if m <= THIN_ROWS:
+        width = _STREAMS * WEIGHT_TILE_COLS
         _thin_matmul(
             part, n_parts, x, n_x_rows, k_starts, rows, w, w_offset, n_in, n_out, out, n_out_rows, out_starts, out_rows, scale, mode,
-            np.empty((m, WEIGHT_TILE_COLS), np.float32), np.empty((m, WEIGHT_TILE_COLS // 2), np.float32),
+            np.empty((m, width), np.float32), np.empty((m, width), np.float32), np.empty((m, width // 2), np.float32),
         )  # fmt: skip
         return
     n_blocks = (m + ROWS - 1) // ROWS

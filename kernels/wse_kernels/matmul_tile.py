@@ -83,11 +83,6 @@ def zero_tile() -> F32:
     return np.zeros((ROWS, COLS), np.float32)
 
 
-def zero_thin() -> F32:
-    """Thin tile of +0.0."""
-    return np.zeros((1, THIN_COLS), np.float32)
-
-
 def add_tiles(total: F32, p: F32) -> F32:
     """``total + p``, each output rounded to float32."""
     return total + p
@@ -131,10 +126,6 @@ def _type_store_tile(context: Any) -> Callable[..., Any]:
 
 def _type_zero_tile(context: Any) -> Callable[..., Any]:
     return lambda: _TILE
-
-
-def _type_zero_thin(context: Any) -> Callable[..., Any]:
-    return lambda: _THIN
 
 
 def _type_add_tiles(context: Any) -> Callable[..., Any]:
@@ -212,7 +203,6 @@ _ARRAY = types.Array
 _INT = types.int64
 type_callable(load_tile)(_type_load_tile)
 type_callable(load_thin)(_type_load_thin)
-type_callable(zero_thin)(_type_zero_thin)
 type_callable(store_tile)(_type_store_tile)
 type_callable(zero_tile)(_type_zero_tile)
 type_callable(add_tiles)(_type_add_tiles)
@@ -220,7 +210,6 @@ type_callable(fma_step)(_type_fma_step)
 type_callable(read_only)(_type_read_only)
 _lower_builtin(load_tile, _ARRAY, _INT)(_lower_load_tile)
 _lower_builtin(load_thin, _ARRAY, _INT)(_lower_load_tile)
-_lower_builtin(zero_thin)(_lower_zero_tile)
 _lower_builtin(store_tile, _TileType, _ARRAY, _INT)(_lower_store_tile)
 _lower_builtin(zero_tile)(_lower_zero_tile)
 _lower_builtin(add_tiles, _TileType, _TileType)(_lower_add_tiles)
