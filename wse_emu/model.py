@@ -57,8 +57,8 @@ class ModelOutput:
 def from_pretrained(
     path: str | os.PathLike[str], *, wafer: Wafer | None = None, max_tokens: int | None = None, stream_experts: StreamExperts = "activated",
     moe_implementation: MoeImplementation = "experimental", prefill_chunk: int | None = None, chunk: int | None = None,
-    prefetch_depth: int = 1, resident_bytes: int = RESIDENT_BYTES, attention: Attention | None = None,
-    dense_attention_layers: Sequence[int] = (), cache_dir: str | os.PathLike[str] | None = None,
+    prefetch_depth: int = 1, resident_bytes: int = RESIDENT_BYTES, bta_max_tile: int | None = None,
+    attention: Attention | None = None, dense_attention_layers: Sequence[int] = (), cache_dir: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> WaferModel:  # fmt: skip
     """Open a Hugging Face directory; its weights stay in MemoryX.
@@ -87,6 +87,9 @@ def from_pretrained(
     resident_bytes : int
         Mapped weight pages that may stay in the process behind the layer (1 GiB); 0 drops every layer's pages as soon as it is done. They
         belong to the system's file cache.
+    bta_max_tile : int, optional
+        Batch tiling on attention: sequences that go through attention together, all by default. Less SRAM there, and its weights stream
+        once for each tile; experts still see the whole batch at once. Must divide every batch. Never changes a value.
     attention : AttentionPattern or a sequence of them, optional
         Which keys the queries of all layers, or of each, admit; by default what the checkpoint says.
     dense_attention_layers : sequence of int
@@ -107,7 +110,7 @@ def from_pretrained(
     SramOverflowError
         If `max_tokens` fit no grid.
     """
-    options = _options(wafer, max_tokens, prefill_chunk, stream_experts, moe_implementation, chunk, prefetch_depth)
+    options = _options(wafer, max_tokens, prefill_chunk, stream_experts, moe_implementation, chunk, prefetch_depth, bta_max_tile)
     check_callable("progress", progress)
     checkpoint = open_checkpoint(path)
     dry = wafer is not None and wafer.is_dry
@@ -126,7 +129,8 @@ def from_pretrained(
 def from_config(
     config: Mapping[str, Any] | ModelSpec, *, seed: int = 0, wafer: Wafer | None = None, max_tokens: int | None = None,
     stream_experts: StreamExperts = "activated", moe_implementation: MoeImplementation = "experimental", prefill_chunk: int | None = None,
-    chunk: int | None = None, prefetch_depth: int = 1, attention: Attention | None = None, dense_attention_layers: Sequence[int] = (),
+    chunk: int | None = None, prefetch_depth: int = 1, bta_max_tile: int | None = None, attention: Attention | None = None,
+    dense_attention_layers: Sequence[int] = (),
 ) -> WaferModel:  # fmt: skip
     """Make a model with random weights, each made when it is first needed and then held in memory.
 
@@ -136,14 +140,16 @@ def from_config(
         What config.json would hold, or the specification itself.
     seed : int
         The same seed gives the same weights.
-    wafer, max_tokens, stream_experts, moe_implementation, prefill_chunk, chunk, prefetch_depth, attention, dense_attention_layers
+    wafer, max_tokens, stream_experts, moe_implementation, prefill_chunk, chunk, prefetch_depth, bta_max_tile, attention
+        As for `from_pretrained`.
+    dense_attention_layers
         As for `from_pretrained`.
 
     Returns
     -------
     WaferModel
     """
-    options = _options(wafer, max_tokens, prefill_chunk, stream_experts, moe_implementation, chunk, prefetch_depth)
+    options = _options(wafer, max_tokens, prefill_chunk, stream_experts, moe_implementation, chunk, prefetch_depth, bta_max_tile)
     checkpoint = random_checkpoint(config, seed)
     dry = wafer is not None and wafer.is_dry
     store: WeightStore = ShapeStore(checkpoint.spec) if dry else ArrayStore(checkpoint)
@@ -161,7 +167,7 @@ def _with_attention(spec: ModelSpec, attention: Attention | None, dense_layers: 
 
 def _options(
     wafer: Wafer | None, max_tokens: int | None, prefill_chunk: int | None, stream_experts: StreamExperts,
-    moe_implementation: MoeImplementation, chunk: int | None, prefetch_depth: int,
+    moe_implementation: MoeImplementation, chunk: int | None, prefetch_depth: int, bta_max_tile: int | None,
 ) -> EngineOptions:  # fmt: skip
     """Options of the engine; all that a model is made with is checked before any file is touched."""
     if wafer is not None and not isinstance(wafer, Wafer):
@@ -170,7 +176,8 @@ def _options(
         if value is not None and (type(value) is not int or value < 1):
             raise SpecError(f"`{name}` must be an integer >= 1 or None, got {show(value)}")
     return EngineOptions(
-        stream_experts=stream_experts, moe_implementation=moe_implementation, chunk=chunk, prefetch_depth=prefetch_depth
+        stream_experts=stream_experts, moe_implementation=moe_implementation, chunk=chunk, prefetch_depth=prefetch_depth,
+        bta_max_tile=bta_max_tile,
     )
 
 
@@ -528,6 +535,7 @@ def _session(
         if not isinstance(routing, Sequence) or not all(isinstance(trace, RoutingTrace) for trace in routing):
             raise TraceError(f"`routing` must be a RoutingTrace or a sequence of them, got {show(routing)}")
     traces = [routing] if isinstance(routing, RoutingTrace) else routing
+    model.options.check_batch(len(lengths))
     with model.turn.program(name):
         engine = model._engine_for(Workload.of(lengths, new_tokens, model.prefill_chunk, probe=probe))
         with engine.wafer.turn.program(name), engine.wafer.all_or_nothing():
@@ -623,10 +631,12 @@ def _merged(results: list[ForwardResult], order: Ints) -> ForwardResult:
     if records:
         first = records[0]
         rows = [r.row_of_token for r in records if r.row_of_token is not None]
+        in_attention = [r.row_in_attention for r in records if r.row_in_attention is not None]
         seq, pos, tokens = (np.concatenate([getattr(r, name) for r in records])[order] for name in ("seq", "pos", "token_ids"))
         passes = np.repeat(np.arange(len(records)), [len(r.seq) for r in records])[order]
         stages = {key: np.concatenate([r.stages[key] for r in records])[order] for key in first.stages}
         merged.taps = TapRecord(
-            seq, pos, tokens, stages, row_of_token=np.concatenate(rows)[order], pass_of_token=passes, col_starts=first.col_starts
+            seq, pos, tokens, stages, row_of_token=np.concatenate(rows)[order], row_in_attention=np.concatenate(in_attention)[order],
+            pass_of_token=passes, col_starts=first.col_starts,
         )
     return merged

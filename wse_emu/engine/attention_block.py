@@ -4,20 +4,61 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from wse_emu.engine.forward_pass import ForwardPass
+import numpy as np
+
+from wse_emu.engine.forward_pass import AttentionTile, ForwardPass
+from wse_emu.foundation.taps import TapRecord
 from wse_emu.foundation.weights import layer_prefix
 from wse_emu.layers.attention import attention
 from wse_emu.layers.elementwise import bias, clip
 from wse_emu.layers.head_norm import head_norm
 from wse_emu.layers.linear import all_gather_bands, matmul
 from wse_emu.layers.qk_norm import qk_norm
-from wse_emu.layers.rotary import ROTATE_QK
+from wse_emu.layers.rotary import ROTATE_QK, place_rotary, rotary_tables
+from wse_emu.layers.tiles import move_tokens
 from wse_emu.memoryx.layout import context_to_published
 from wse_emu.wafer.tensor import PlacedTensor
 
 
 def attention_block(run: ForwardPass, x: PlacedTensor) -> None:
-    """``x = x + attention(norm(x)) @ w_o``."""
+    """``x = x + attention(norm(x)) @ w_o``, for the whole batch or tile by tile."""
+    if not run.tiles:
+        _attention_block(run, x)
+        return
+    for tile in run.tiles:
+        part, n = tile.run, tile.run.bands.n_tokens
+        part.layer = run.layer
+        if run.result.taps is not None:
+            part.result.taps = TapRecord(part.sequences.slot, part.sequences.positions, part.token_ids)
+        with run.wafer.empty("tile of the residual stream", part.place) as own, ExitStack() as stack:
+            with run.scope("attention_tile"):
+                move_tokens(run.wafer, x, run.bands, tile.first, own, part.bands, 0, n)
+                _place_tables(run, tile, stack)
+            _attention_block(part, own)
+            with run.scope("attention_tile"):
+                move_tokens(run.wafer, own, part.bands, 0, x, run.bands, tile.first, n)
+    if run.result.taps is not None:
+        records = [tile.run.result.taps.stages for tile in run.tiles if tile.run.result.taps is not None]
+        run.result.taps.stages |= {stage: np.concatenate([stages[stage] for stages in records]) for stage in records[0]}
+
+
+def _place_tables(run: ForwardPass, tile: AttentionTile, stack: ExitStack) -> None:
+    """Rotary tables of a tile, for the layer that runs."""
+    spec, part = run.spec, tile.run
+    if not spec.rotates(run.current_layer):
+        return
+    local = spec.rotates_locally(run.current_layer)
+    if local not in tile.tables and not run.wafer.is_dry:
+        tile.tables[local] = rotary_tables(spec, part.sequences, local=local)
+    part.tables[local] = place_rotary(
+        run.wafer, spec, part.sequences, run.heads, part.bands, local=local, values=tile.tables.get(local)
+    )  # fmt: skip
+    for table in part.tables[local]:
+        stack.enter_context(table)
+
+
+def _attention_block(run: ForwardPass, x: PlacedTensor) -> None:
+    """The same for all tokens of a pass, or of a tile."""
     wafer, spec, layer, weights, heads, bands = run.wafer, run.spec, run.current_layer, run.weights, run.heads, run.bands
     prefix, rows, n, chunk = layer_prefix(layer), run.place.axis0, bands.n_tokens, run.options.piece
     with ExitStack() as stack:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,17 @@ class ForwardResult:
     taps: TapRecord | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionTile:
+    """A part of the batch on its way through attention."""
+
+    run: ForwardPass
+    first: int
+    """First of its tokens among all of the pass."""
+    tables: dict[bool, tuple[NDArray[np.float32], NDArray[np.float32]]] = field(default_factory=dict)
+    """Rotary tables at the host, which come in anew with every tile."""
+
+
 class ForwardPass:
     """State of one forward pass.
 
@@ -54,11 +66,13 @@ class ForwardPass:
         What to read over the probe channel.
     trace : RoutingTrace, optional
         With the ``dry`` executor: chosen experts.
+    whole : bool
+        All sequences go through attention together, whatever the options say.
     """
 
     def __init__(
         self, wafer: Wafer, weights: ModelWeights, token_ids: Ints, sequences: Sequences, cache: KVCache, bands: TokenBands,
-        *, hidden_states: bool, router_logits: bool, trace: RoutingTrace | None,
+        *, hidden_states: bool, router_logits: bool, trace: RoutingTrace | None, whole: bool = False,
     ) -> None:  # fmt: skip
         self.wafer, self.weights, self.spec, self.options = wafer, weights, weights.spec, weights.options
         self.token_ids, self.sequences, self.bands, self.trace = token_ids, sequences, bands, trace
@@ -72,6 +86,25 @@ class ForwardPass:
         """Rotary cosines and sines, of the layers that turn locally and of the others."""
         self.layer: int | None = None
         """Layer that runs; None before the first and after the last."""
+        self.tiles = [] if whole or self.options.bta_max_tile is None else self._cut(self.options.bta_max_tile)
+        """Passes over parts of the batch, for attention."""
+
+    def _cut(self, most: int) -> list[AttentionTile]:
+        """Tiles of sequences whose slots belong together."""
+        of = self.sequences.slot // most
+        edges = [0, *(np.flatnonzero(np.diff(of)) + 1).tolist(), of.size]
+        if len(edges) == 2:
+            return []
+        tiles = []
+        for begin, end in pairwise(edges):
+            sequences, first = self.sequences.part(begin, end), int(self.sequences.first_token[begin])
+            tokens, bands = self.token_ids[first : first + sequences.n_tokens], TokenBands(sequences.n_tokens, self.wafer.rows)
+            tile = ForwardPass(
+                self.wafer, self.weights, tokens, sequences, self.cache, bands, hidden_states=False, router_logits=False, trace=None,
+                whole=True,
+            )  # fmt: skip
+            tiles.append(AttentionTile(tile, first))
+        return tiles
 
     @property
     def current_layer(self) -> int:

@@ -92,7 +92,7 @@ class Engine:
             router_logits=router_logits or taps, trace=trace,
         )  # fmt: skip
         if taps:
-            run.result.taps = self._new_record(token_ids, sequences, bands)
+            run.result.taps = self._new_record(run)
         with ExitStack() as stack:
             stream = self._stream if self._stream is not None else stack.enter_context(LayerStream(self.store, depth=0))
             with self.wafer.ledger.forward_pass(phase, sequences.new_tokens):
@@ -111,16 +111,18 @@ class Engine:
             finally:
                 self._stream = None
 
-    def _new_record(self, token_ids: Ints, sequences: Sequences, bands: TokenBands) -> TapRecord:
+    def _new_record(self, run: ForwardPass) -> TapRecord:
         widths = {
             "hidden": self.spec.hidden_size, "ffn": self.spec.intermediate_size, "expert": self.spec.moe_intermediate_size,
             "vocab": self.spec.vocab_size, "shared": 0 if self.spec.shared_experts is None else self.spec.shared_experts.intermediate_size,
         }  # fmt: skip
         starts = {name: Split.balanced(n, self.wafer.cols).starts for name, n in widths.items() if n}
         starts["heads"] = self.heads.context.starts
+        sequences, rows = run.sequences, run.bands.split.owner
+        in_attention = np.concatenate([tile.run.bands.split.owner for tile in run.tiles]) if run.tiles else rows
         return TapRecord(
-            seq=np.repeat(sequences.slot, sequences.n_new), pos=sequences.positions, token_ids=np.asarray(token_ids, np.int64),
-            row_of_token=bands.split.owner, col_starts=starts,
+            seq=np.repeat(sequences.slot, sequences.n_new), pos=sequences.positions, token_ids=run.token_ids,
+            row_of_token=rows, row_in_attention=in_attention, col_starts=starts,
         )  # fmt: skip
 
 
@@ -130,7 +132,8 @@ def _execute(run: ForwardPass, token_ids: Ints, wanted: Ints, stream: LayerStrea
     x = stack.enter_context(wafer.empty("residual stream", run.place))
     with ledger.scope("embedding"):
         wafer.inject(x, None if wafer.is_dry else weights.store.embed(token_ids))
-        for local in sorted({spec.rotates_locally(i) for i in range(spec.num_layers) if spec.rotates(i)}):
+        kinds = {spec.rotates_locally(i) for i in range(spec.num_layers) if spec.rotates(i)}
+        for local in [] if run.tiles else sorted(kinds):  # tiles have their own
             run.tables[local] = place_rotary(wafer, spec, run.sequences, run.heads, run.bands, local=local)
             for table in run.tables[local]:
                 stack.enter_context(table)

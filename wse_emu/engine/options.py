@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from wse_emu.foundation.arguments import show
-from wse_emu.foundation.errors import SpecError
+from wse_emu.foundation.errors import InputError, SpecError
 from wse_emu.layers.ffn import MoeImplementation
 from wse_emu.layers.linear import DEFAULT_CHUNK
 
@@ -29,6 +29,10 @@ class EngineOptions:
     prefetch_depth: int = 1
     """Layers made resident ahead of use; 0 starts no thread."""
 
+    bta_max_tile: int | None = None
+    """Batch tiling on attention: sequences of the batch that go through attention together; None is all. Experts still see all tokens at
+    once. A smaller tile needs less SRAM in attention, and streams its weights once for each tile. It must divide the batch."""
+
     def __post_init__(self) -> None:
         if not isinstance(self.stream_experts, str) or self.stream_experts not in ("activated", "all"):
             raise SpecError(f"`stream_experts` must be 'activated' or 'all', got {show(self.stream_experts)}")
@@ -37,8 +41,15 @@ class EngineOptions:
             raise SpecError(f"`moe_implementation` must be one of {known}, got {self.moe_implementation!r}")
         if self.chunk is not None and (type(self.chunk) is not int or self.chunk < 2):
             raise SpecError(f"`chunk` must be an integer >= 2 or None, got {show(self.chunk)}")
+        if self.bta_max_tile is not None and (type(self.bta_max_tile) is not int or self.bta_max_tile < 1):
+            raise SpecError(f"`bta_max_tile` must be an integer >= 1 or None, got {show(self.bta_max_tile)}")
         if type(self.prefetch_depth) is not int or self.prefetch_depth < 0:
             raise SpecError(f"`prefetch_depth` must be an integer >= 0, got {show(self.prefetch_depth)}")
+
+    def check_batch(self, n_sequences: int) -> None:
+        """Raise `InputError` if tiles of attention do not divide a batch."""
+        if self.bta_max_tile is not None and n_sequences % self.bta_max_tile:
+            raise InputError(f"`bta_max_tile` must divide the batch, got tiles of {self.bta_max_tile} and {n_sequences} sequences")
 
     @property
     def piece(self) -> int:

@@ -205,6 +205,7 @@ def plan_model(
         )
     check_prompt_tokens(prompt_tokens * batch)
     options = options or EngineOptions()
+    options.check_batch(batch)
     work = Workload.of((prompt_tokens,) * batch, new_tokens, prefill_chunk, probe=verify)
     chosen = rows is None and cols is None
     if chosen:

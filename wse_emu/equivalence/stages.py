@@ -173,7 +173,9 @@ def core_of(record: TapRecord, spec: ModelSpec, name: str, token: int, element: 
     A row follows from the token; a column from the axis of the stage. Scores' maxima and denominators belong to a whole head: their column
     is the first that holds a part of it. Router stages have a row only: their tokens are spread over its cores.
     """
-    row = None if record.row_of_token is None else int(record.row_of_token[token])
+    in_attention = of_heads(name) or name in (*ATTENTION, "attn_norm", "attn_after_norm")
+    rows = record.row_in_attention if in_attention and record.row_in_attention is not None else record.row_of_token
+    row = None if rows is None else int(rows[token])
     found = _axis_index(spec, name, element)
     if found is None or found[0] not in record.col_starts:
         return row, None

@@ -26,6 +26,8 @@ class TapRecord:
     """Stage to array, in the order in which the stages ran."""
     row_of_token: NDArray[np.int64] | None = None
     """(T,) row of cores that holds each token, if a wafer ran it."""
+    row_in_attention: NDArray[np.int64] | None = None
+    """(T,) the same in attention, where the batch goes through it in tiles."""
     pass_of_token: NDArray[np.int64] | None = None
     """(T,) number of the forward pass that took each token in, if there was more than one: where a routing rule lets tokens meet, those of
     one sequence and one pass do."""

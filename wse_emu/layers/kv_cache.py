@@ -63,6 +63,12 @@ class Sequences:
         """(n_tokens,) absolute position of every new token."""
         return np.concatenate([np.arange(s, s + n) for s, n in zip(self.start, self.n_new, strict=True)]).astype(np.int64)
 
+    def part(self, begin: int, end: int) -> Sequences:
+        """Sequences begin to end, their tokens counted from 0."""
+        of = slice(begin, end)
+        first = self.first_token[of] - self.first_token[begin]
+        return Sequences(first, self.n_new[of], self.start[of], self.slot[of], self.length[of])
+
     @property
     def new_tokens(self) -> tuple[NewTokens, ...]:
         """The same for the ledger."""
@@ -99,8 +105,8 @@ class KVCache:
         self._k: list[NDArray[np.float32]] = []
         self._v: list[NDArray[np.float32]] = []
         self._blocks: list[dict[tuple[int, int, int], tuple[Block, Block]]] = []
-        self._plan: _AppendPlan | None = None
-        self._attention: tuple[Sequences | None, dict[AttentionPattern, AttentionPlan]] = (None, {})
+        self._plans: list[_AppendPlan] = []
+        self._attention: list[tuple[Sequences, dict[AttentionPattern, AttentionPlan]]] = []
         try:
             for layer in range(n_layers):
                 self._reserve(layer)
@@ -147,9 +153,10 @@ class KVCache:
 
     def attention_plan(self, sequences: Sequences, pattern: AttentionPattern, make: Callable[[], AttentionPlan]) -> AttentionPlan:
         """What attention over the newest sequences asks for: the same in all layers with one pattern, so made once."""
-        if self._attention[0] is not sequences:
-            self._attention = (sequences, {})
-        known = self._attention[1]
+        known = next((plans for of, plans in self._attention if of is sequences), None)
+        if known is None:
+            known = {}
+            self._attention.append((sequences, known))
         if pattern not in known:
             known[pattern] = make()
         return known[pattern]
@@ -189,7 +196,8 @@ class KVCache:
             )
 
     def advance(self, sequences: Sequences) -> None:
-        """Note that every layer holds the new tokens."""
+        """Note that every layer holds the new tokens; what was planned for them is done with."""
+        self._plans, self._attention = [], []
         self.lengths[sequences.slot] = sequences.start + sequences.n_new
 
     def append(self, layer: int, qkv: PlacedTensor, sequences: Sequences, bands: TokenBands) -> None:
@@ -223,21 +231,23 @@ class KVCache:
         self.wafer.record(plan.stored)
 
     def _plan_append(self, sequences: Sequences, bands: TokenBands) -> _AppendPlan:
-        """The same for all layers, so made once for each forward pass."""
-        if self._plan is None or self._plan.sequences is not sequences or self._plan.bands != bands:
+        """The same for all layers, so made once for each forward pass, or each tile of one."""
+        plan = next((plan for plan in self._plans if plan.sequences is sequences and plan.bands == bands), None)
+        if plan is None:
             shifts, arrivals = [], []
             token_row = bands.split.owner
             for first, n, start in zip(sequences.first_token.tolist(), sequences.n_new.tolist(), sequences.start.tolist(), strict=True):
                 after = self.split(start + n).owner
-                shifts.append(_runs(self.split(start).owner, after[:start]))
-                arrivals.append(_runs(token_row[first : first + n], after[start:]))
+                shifts.append(runs_of(self.split(start).owner, after[:start]))
+                arrivals.append(runs_of(token_row[first : first + n], after[start:]))
             units, rows = self.heads.units, self.wafer.rows
             events = tuple(
                 _along_columns(kind, "keys and values", runs, units, rows) for kind, runs in (("shift", shifts), ("send", arrivals))
             )
             stored = Event(None, "", "launch", STORE_KV.name, count=sum(map(len, arrivals)) * int(units.used.size))
-            self._plan = _AppendPlan(sequences, bands, shifts, arrivals, events, stored)
-        return self._plan
+            plan = _AppendPlan(sequences, bands, shifts, arrivals, events, stored)
+            self._plans.append(plan)
+        return plan
 
     def _append_isolated(self, layer: int, qkv: PlacedTensor, sequences: Sequences, plan: _AppendPlan) -> None:
         assert self.wafer.cores is not None
@@ -253,7 +263,7 @@ class KVCache:
         self.wafer.record(sent.event("send", "keys and values", costs.COLORS["send"]))
 
     def _arrive(
-        self, sent: Traffic, qkv: PlacedTensor, col: int, columns: dict[int, tuple[Block, Block]], runs: list[_Run], first: int, start: int,
+        self, sent: Traffic, qkv: PlacedTensor, col: int, columns: dict[int, tuple[Block, Block]], runs: list[Run], first: int, start: int,
         after: Split,
     ) -> None:  # fmt: skip
         """Take keys and values of new tokens out of their rows' projections and send them to the rows that keep them."""
@@ -275,10 +285,10 @@ class KVCache:
 
 
 def _shift(
-    cores: Cores, shifted: Traffic, columns: dict[int, tuple[Block, Block]], runs: list[_Run], before: Split, after: Split
+    cores: Cores, shifted: Traffic, columns: dict[int, tuple[Block, Block]], runs: list[Run], before: Split, after: Split
 ) -> None:  # fmt: skip
     """Bring the tokens of one column of cores from the rows of one split to those of another."""
-    held: list[tuple[_Run, int, NDArray[Any]]] = []
+    held: list[tuple[Run, int, NDArray[Any]]] = []
     for run in runs:
         for which, block in enumerate(columns[run.source]):
             at = run.first - int(before.starts[run.source])
@@ -299,7 +309,7 @@ def _shift(
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class Run:
     """Adjacent tokens that go from one row to one row."""
 
     first: int
@@ -314,22 +324,23 @@ class _AppendPlan:
 
     sequences: Sequences
     bands: TokenBands
-    shifts: list[list[_Run]]
-    arrivals: list[list[_Run]]
+    shifts: list[list[Run]]
+    arrivals: list[list[Run]]
     events: tuple[Event, ...]
     stored: Event
 
 
-def _runs(source: Ints, target: Ints) -> list[_Run]:
+def runs_of(source: Ints, target: Ints) -> list[Run]:
+    """Runs of adjacent tokens, from the rows that each token leaves and goes to."""
     if not source.size:
         return []
     cuts = np.flatnonzero((np.diff(source) != 0) | (np.diff(target) != 0)) + 1
     firsts = np.concatenate([[0], cuts])
     ends = np.concatenate([cuts, [source.size]])
-    return [_Run(f, e - f, int(source[f]), int(target[f])) for f, e in zip(firsts.tolist(), ends.tolist(), strict=True)]
+    return [Run(f, e - f, int(source[f]), int(target[f])) for f, e in zip(firsts.tolist(), ends.tolist(), strict=True)]
 
 
-def _along_columns(kind: str, name: str, runs: list[list[_Run]], units: Split, n_rows: int) -> Event:
+def _along_columns(kind: str, name: str, runs: list[list[Run]], units: Split, n_rows: int) -> Event:
     """Moves of keys and values (two messages a run, four words a token and pair unit) along every column."""
     moving = [run for group in runs for run in group if run.source != run.target]
     if not moving:

@@ -29,17 +29,18 @@ F64 = NDArray[np.float64]
 
 
 def place_rotary(
-    wafer: Wafer, spec: ModelSpec, sequences: Sequences, heads: HeadLayout, bands: TokenBands, *, local: bool = False
-) -> tuple[PlacedTensor, PlacedTensor]:
+    wafer: Wafer, spec: ModelSpec, sequences: Sequences, heads: HeadLayout, bands: TokenBands, *, local: bool = False,
+    values: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
+) -> tuple[PlacedTensor, PlacedTensor]:  # fmt: skip
     """Bring the rotary tables of the new tokens to the cores that own the pair units; kept for all layers.
 
-    `local` is for the layers with a window of a spec whose rotation differs there.
+    `local` is for the layers with a window of a spec whose rotation differs there; `values` are `rotary_tables` if they are known already.
     """
     place = wafer.placement((bands.n_tokens, heads.units.total), ("row", bands.split), ("col", heads.units))
-    values = (None, None) if wafer.is_dry else rotary_tables(spec, sequences, local=local)
+    tables = (None, None) if wafer.is_dry else values or rotary_tables(spec, sequences, local=local)
     kind = "local rotary" if local else "rotary"
     cos, sin = wafer.empty(f"{kind} cosines", place), wafer.empty(f"{kind} sines", place)
-    for tensor, value in zip((cos, sin), values, strict=True):
+    for tensor, value in zip((cos, sin), tables, strict=True):
         wafer.inject(tensor, value)
     return cos, sin
 
