@@ -79,7 +79,7 @@ def test_there_is_a_golden_file_for_every_variant() -> None:
         if spec.rope_scaling is not None:
             assert spec.rope_scaling.original_max_position_embeddings < 96 or spec.rope_scaling.kind == "linear"
     windows = {(spec.family, len(spec.sliding_layers) == spec.num_layers) for spec in specs if spec.sliding_window is not None}
-    assert windows == {("mistral", True), ("qwen3", False), ("qwen3_moe", True), ("gemma2", False), ("gemma3_text", False)}
+    assert windows == {("mistral", True), ("qwen3_moe", True), *((f, False) for f in ("qwen3", "gemma2", "gemma3_text", "dots1"))}
     moe = {(spec.routing.expert_weighting_normalization, bool(spec.dense_layers)) for spec in specs if spec.family == "qwen3_moe"}
     assert moe == {(True, False), (False, False), (True, True)}
 
@@ -206,9 +206,12 @@ def test_every_mistake_that_applies_is_caught_by_a_file_of_its_family() -> None:
             assert any(is_caught(cell) for cell in measured), f"{family}: {mistake}"
 
 
-def spoilt(spec: ModelSpec) -> Iterator[tuple[str, ModelSpec]]:
-    """Rows of the table that another spec can express, with that spec."""
-    yield "rotary: base 10000 whatever `rope_theta` says", dataclasses.replace(spec, rope_theta=1e4)
+def spoilt(spec: ModelSpec, theta: float) -> Iterator[tuple[str, ModelSpec]]:
+    """Rows of the table that another spec can express, with that spec; `theta` is the base that config.json gives."""
+    stretch = spec.rope_theta / theta
+    yield "rotary: base 10000 whatever `rope_theta` says", dataclasses.replace(spec, rope_theta=1e4 * stretch)
+    if stretch != 1:
+        yield "rotary: scaling ignored", dataclasses.replace(spec, rope_theta=theta)
     if spec.rope_scaling is not None:
         yield "rotary: scaling ignored", dataclasses.replace(spec, rope_scaling=None)
         if spec.rope_scaling.kind in ("yarn", "longrope"):
@@ -233,10 +236,27 @@ def spoilt(spec: ModelSpec) -> Iterator[tuple[str, ModelSpec]]:
         plain = dataclasses.replace(spec.scales, attention=None)
         yield "scales: scores by the head's size, not by `query_pre_attn_scalar`", dataclasses.replace(spec, scales=plain)
     if spec.is_moe and spec.routing.expert_weighting_normalization:
-        rule = RoutingRule(expert_weighting_normalization=False)
+        rule = dataclasses.replace(spec.routing, expert_weighting_normalization=False, norm_epsilon=0.0, norm_min=0.0)
         yield "experts: weights not divided by their sum", dataclasses.replace(spec, routing=rule)
     elif spec.is_moe:
         yield "experts: weights divided by their sum (softmax after the choice)", dataclasses.replace(spec, routing=RoutingRule())
+    if spec.is_moe:
+        rules = {
+            "experts: `routed_scaling_factor` ignored": {"routed_scaling_factor": 1.0},
+            "experts: correction bias ignored": {"e_score_correction_bias": False},
+            "experts: groups ignored": {"n_group": 1, "topk_group": 1},
+            "experts: groups scored by their best expert, not by two": {"group_score": "max"} if spec.routing.n_group > 1 else {},
+            "experts: `moe_norm_min` ignored": {"norm_min": 0.0},
+        }
+        for row, changes in rules.items():
+            rule = dataclasses.replace(spec.routing, **changes)
+            if rule != spec.routing:
+                yield row, dataclasses.replace(spec, routing=rule)
+    if spec.shared_experts is not None:
+        yield "shared experts: left out", dataclasses.replace(spec, shared_experts=None)
+    if spec.rotary.dim is not None:
+        whole = dataclasses.replace(spec.rotary, dim=None)
+        yield "rotary: the whole head turned", dataclasses.replace(spec, rotary=whole)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -244,7 +264,7 @@ def test_the_reference_errs_as_far_as_the_table_says(name: str) -> None:
     """The table was measured in transformers; the same mistakes made in the dense reference land at the same distance from the file."""
     golden, checkpoint = golden_of(name), open_checkpoint(GOLDEN / name)
     rows = table()[checkpoint.spec.family]
-    for mistake, spec in spoilt(checkpoint.spec):
+    for mistake, spec in spoilt(checkpoint.spec, checkpoint.config["rope_theta"]):
         reference, error = DenseReference(spec, checkpoint.tensors.read), 0.0
         for case in CASES:
             expected = golden[f"{case}.logits"][golden[f"{case}.attention_mask"].astype(bool)]

@@ -1,18 +1,10 @@
-"""Which checkpoints the golden files are made of: their config.json, random weights under released names, and the prompts."""
+"""Which checkpoints the golden files are made of: their config.json, and what follows from one."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-
 Config = dict[str, Any]
-
-NEW_TOKENS = 12
-STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 COMMON: Config = {
     "hidden_act": "silu", "max_position_embeddings": 256, "initializer_range": 0.02, "use_cache": True,
@@ -73,6 +65,38 @@ GEMMA3 = GEMMA | {
     "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "sliding_window_pattern": 2, "rope_local_base_freq": 50.0,
     "final_logit_softcapping": None,
 }  # fmt: skip
+DOTS1 = COMMON | {
+    "architectures": ["Dots1ForCausalLM"], "model_type": "dots1", "vocab_size": 57, "hidden_size": 32, "intermediate_size": 26,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "rope_theta": 500.0,
+    "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 9, "n_group": 4, "topk_group": 2,
+    "first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.7, "attention_bias": False, "sliding_window": 11,
+    "max_window_layers": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+GLM4_MOE = COMMON | {
+    "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "vocab_size": 59, "hidden_size": 36, "intermediate_size": 26,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "rope_theta": 500.0,
+    "partial_rotary_factor": 0.5, "use_qk_norm": True, "attention_bias": True, "n_routed_experts": 6, "n_shared_experts": 1,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 11, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+    "norm_topk_prob": True, "routed_scaling_factor": 1.4, "tie_word_embeddings": False,
+}  # fmt: skip
+HUNYUAN = COMMON | {
+    "architectures": ["HunYuanMoEV1ForCausalLM"], "model_type": "hunyuan_v1_moe", "vocab_size": 61, "hidden_size": 28,
+    "intermediate_size": 13, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10,
+    "rope_theta": 500.0, "rope_scaling": {"type": "dynamic", "alpha": 30.0, "factor": 1.0}, "num_experts": 5, "moe_topk": [2, 2],
+    "attention_bias": False, "tie_word_embeddings": True,
+}  # fmt: skip
+ERNIE = COMMON | {
+    "architectures": ["Ernie4_5_MoeForCausalLM"], "model_type": "ernie4_5_moe", "vocab_size": 53, "hidden_size": 32,
+    "intermediate_size": 26, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "rope_theta": 500.0, "moe_num_experts": 6, "moe_k": 2, "moe_num_shared_experts": 2, "moe_intermediate_size": 9,
+    "moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1, "moe_norm_min": 0.6, "use_bias": False,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+MINIMAX = COMMON | {
+    "architectures": ["MiniMaxM2ForCausalLM"], "model_type": "minimax_m2", "vocab_size": 59, "hidden_size": 32, "intermediate_size": 13,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "rotary_dim": 4, "rope_theta": 500.0,
+    "num_local_experts": 6, "num_experts_per_tok": 2, "tie_word_embeddings": False,
+}  # fmt: skip
 ROPE = LLAMA | {
     "torch_dtype": "float32", "hidden_size": 28, "intermediate_size": 34, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "max_position_embeddings": 120, "tie_word_embeddings": False,
@@ -127,117 +151,82 @@ CHECKPOINTS: dict[str, Config] = {
     "granitemoe-float32": _in("float32", GRANITEMOE),
     "gemma2-float32": _in("float32", GEMMA2),
     "gemma3_text-float32": _in("float32", GEMMA3),
+    "dots1-float32": _in("float32", DOTS1),
+    "glm4_moe-float32": _in("float32", GLM4_MOE),
+    "hunyuan_v1_moe-float32": _in("float32", HUNYUAN),
+    "ernie4_5_moe-float32": _in("float32", ERNIE),
+    "minimax_m2-float32": _in("float32", MINIMAX),
 }  # fmt: skip
 """Directory under tests/golden to config.json."""
 
 
 def follows_length(config: Config) -> bool:
     """Whether rotary frequencies depend on how long the sequence is."""
-    return (config.get("rope_scaling") or {}).get("rope_type") in ("dynamic", "longrope")
+    scaling = config.get("rope_scaling") or {}
+    return scaling.get("rope_type") in ("dynamic", "longrope") and "alpha" not in scaling
+
+
+def n_experts(config: Config) -> int:
+    """Experts of a mixture; 0 in a dense family."""
+    return next((config[n] for n in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts") if n in config), 0)
+
+
+def expert_width(config: Config) -> int:
+    """Width of one expert."""
+    return int(config.get("moe_intermediate_size", config["intermediate_size"]))
+
+
+def shared_width(config: Config) -> int:
+    """Width of the shared experts together; 0 without any."""
+    if config["model_type"] == "hunyuan_v1_moe":
+        return int(config["intermediate_size"])
+    counted = config.get("n_shared_experts", config.get("moe_num_shared_experts", 0))
+    return int(config.get("shared_expert_intermediate_size", counted * expert_width(config)))
 
 
 def is_sparse(config: Config, layer: int) -> bool:
     """Whether a layer is a mixture of experts."""
-    if config["model_type"] in ("mixtral", "olmoe", "granitemoe"):
-        return True
-    if config["model_type"] not in ("qwen3_moe", "qwen2_moe"):
+    if not n_experts(config):
         return False
-    return layer not in config["mlp_only_layers"] and (layer + 1) % config["decoder_sparse_step"] == 0
+    if "first_k_dense_replace" in config:
+        return bool(layer >= config["first_k_dense_replace"])
+    if "moe_layer_start_index" in config:
+        last = config["moe_layer_end_index"] % config["num_hidden_layers"]
+        return (layer + 1) % config["moe_layer_interval"] == 0 and config["moe_layer_start_index"] <= layer <= last
+    return layer not in config.get("mlp_only_layers", ()) and (layer + 1) % config.get("decoder_sparse_step", 1) == 0
+
+
+def has_dense(config: Config) -> bool:
+    """Whether there are dense layers."""
+    return not all(is_sparse(config, i) for i in range(config["num_hidden_layers"]))
+
+
+def has_sparse(config: Config) -> bool:
+    """Whether there are mixtures of experts."""
+    return any(is_sparse(config, i) for i in range(config["num_hidden_layers"]))
 
 
 def has_normed_heads(config: Config) -> bool:
     """Whether queries and keys are normalised."""
-    return config["model_type"] in ("qwen3", "qwen3_moe", "olmoe", "gemma3_text")
+    normed = ("qwen3", "qwen3_moe", "olmoe", "gemma3_text", "dots1", "hunyuan_v1_moe", "minimax_m2")
+    return config["model_type"] in normed or config.get("use_qk_norm", False)
 
 
-def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
-    """Tensors under the names of released checkpoints, in the dtype that `config` states.
-
-    Drawn by NumPy, rounded to the stored dtype, and scaled so that neither attention nor routing is near uniform and every constant counts.
-    """
-    rng = np.random.default_rng(seed)
-    h, d = config["hidden_size"], config["head_dim"]
-    n_q, n_kv = config["num_attention_heads"] * d, config["num_key_value_heads"] * d
-    family = config["model_type"]
-    normed, gemma = has_normed_heads(config), family.startswith("gemma")
-    over_row = family == "olmoe"
-    tensors: dict[str, NDArray[np.float64]] = {}
-
-    def matrix(name: str, n_out: int, n_in: int, gain: float = 1.0) -> None:
-        tensors[name] = rng.standard_normal((n_out, n_in)) * gain / np.sqrt(n_in)
-
-    def norm(name: str, size: int, middle: float = 1.0) -> None:
-        tensors[name] = middle * (1 + 0.3 * rng.standard_normal(size)) - (1 if gemma else 0)
-
-    def bias(name: str, size: int) -> None:
-        tensors[name] = 0.5 * rng.standard_normal(size)
-
-    def granite_experts(prefix: str, n: int, width: int) -> None:
-        tensors[prefix + "input_linear.weight"] = rng.standard_normal((n, 2 * width, h)) * 1.5 / np.sqrt(h)
-        tensors[prefix + "output_linear.weight"] = rng.standard_normal((n, h, width)) / np.sqrt(width)
-
-    def ffn(prefix: str, gate: str, up: str, down: str, width: int) -> None:
-        matrix(f"{prefix}{gate}.weight", width, h, 1.5)
-        matrix(f"{prefix}{up}.weight", width, h, 1.5)
-        matrix(f"{prefix}{down}.weight", h, width)
-
-    tensors["model.embed_tokens.weight"] = rng.standard_normal((config["vocab_size"], h)) * 0.3
-    for i in range(config["num_hidden_layers"]):
-        p = f"model.layers.{i}."
-        norm(p + "input_layernorm.weight", h)
-        matrix(p + "self_attn.q_proj.weight", n_q, h, 0.3 if normed else 1.5)
-        matrix(p + "self_attn.k_proj.weight", n_kv, h, 0.3 if normed else 1.5)
-        matrix(p + "self_attn.v_proj.weight", n_kv, h)
-        if normed:  # what is small before the norm shows its epsilon
-            norm(p + "self_attn.q_norm.weight", n_q if over_row else d, 1.5)
-            norm(p + "self_attn.k_norm.weight", n_kv if over_row else d, 1.5)
-        if family == "qwen2_moe":
-            for x, size in (("q", n_q), ("k", n_kv), ("v", n_kv)):
-                bias(f"{p}self_attn.{x}_proj.bias", size)
-        matrix(p + "self_attn.o_proj.weight", h, n_q)
-        norm(p + "post_attention_layernorm.weight", h)
-        if gemma:
-            norm(p + "pre_feedforward_layernorm.weight", h)
-            norm(p + "post_feedforward_layernorm.weight", h)
-        if not is_sparse(config, i):
-            ffn(p + "mlp.", "gate_proj", "up_proj", "down_proj", config["intermediate_size"])
-        elif config["model_type"] == "mixtral":
-            matrix(p + "block_sparse_moe.gate.weight", config["num_local_experts"], h, 2.0)
-            for e in range(config["num_local_experts"]):
-                ffn(f"{p}block_sparse_moe.experts.{e}.", "w1", "w3", "w2", config["intermediate_size"])
-        elif family == "granitemoe":
-            matrix(p + "block_sparse_moe.router.layer.weight", config["num_local_experts"], h, 2.0)
-            granite_experts(p + "block_sparse_moe.", config["num_local_experts"], config["intermediate_size"])
-        else:
-            matrix(p + "mlp.gate.weight", config["num_experts"], h, 2.0)
-            for e in range(config["num_experts"]):
-                width = config.get("moe_intermediate_size", config["intermediate_size"])
-                ffn(f"{p}mlp.experts.{e}.", "gate_proj", "up_proj", "down_proj", width)
-            if family == "qwen2_moe":
-                ffn(p + "mlp.shared_expert.", "gate_proj", "up_proj", "down_proj", config["shared_expert_intermediate_size"])
-                matrix(p + "mlp.shared_expert_gate.weight", 1, h)
-    norm("model.norm.weight", h)
-    if not config["tie_word_embeddings"]:
-        matrix("lm_head.weight", config["vocab_size"], h)
-    dtype = STORED[config["torch_dtype"]]
-    return {name: torch.from_numpy(a).to(torch.float32).to(dtype).contiguous() for name, a in tensors.items()}
+def normed_over_row(config: Config) -> bool:
+    """Whether that is done over all heads of a token together."""
+    return config["model_type"] in ("olmoe", "minimax_m2")
 
 
-def prompts(config: Config, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Case to (input_ids, attention_mask): ``t1``, ``t17``, ``t96``, one sequence of that many tokens, and ``padded``, two of 21 and 8.
+def is_biased(config: Config) -> bool:
+    """Whether queries, keys and values have biases."""
+    return config["model_type"] == "qwen2_moe" or config.get("attention_bias", False)
 
-    Where frequencies follow the length, both of ``padded`` fill the original context to the last token instead, with padding beyond it: in
-    transformers the longest sequence of a batch decides for all.
-    """
-    rng = np.random.default_rng(1000 + seed)
-    cases = {}
-    for t in (1, 17, 96):
-        ids = torch.from_numpy(rng.integers(0, config["vocab_size"], (1, t)))
-        cases[f"t{t}"] = (ids, torch.ones_like(ids))
-    lengths = (ORIGINAL, ORIGINAL) if follows_length(config) else (21, 8)
-    ids = torch.from_numpy(rng.integers(0, config["vocab_size"], (2, 27 if follows_length(config) else 21)))
-    mask = torch.zeros_like(ids)
-    for row, n in zip(mask, lengths, strict=True):
-        row[len(row) - n :] = 1
-    cases["padded"] = (ids * mask, mask)
-    return cases
+
+def has_correction(config: Config) -> bool:
+    """Whether routers have a correction bias."""
+    return config["model_type"] in ("dots1", "glm4_moe", "ernie4_5_moe", "minimax_m2")
+
+
+def by_sigmoid(config: Config) -> bool:
+    """Whether routers take the sigmoid of their logits."""
+    return config["model_type"] in ("dots1", "glm4_moe", "minimax_m2")

@@ -15,9 +15,15 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 ROUTER_MARGIN = 5e-4
-"""Least distance of neighbouring router logits, down to the first expert that is not chosen."""
+"""Least distance of neighbouring router logits, down to the first expert that is not chosen, where experts are chosen by logits."""
+SCORE_MARGIN = 1e-4
+"""The same where they are chosen by a score between 0 and 1 and a correction bias; also of groups' scores, down to the first closed one."""
 TOKEN_MARGIN = 2e-3
 """Least lead of a greedy token, in standard deviations of the logits."""
+
+
+EXPERTS = ("mixtral", "dots1", "minimax_m2")
+"""Families with experts whose names do not say so."""
 
 
 class TooCloseError(Exception):
@@ -36,16 +42,17 @@ class Oracle:
     """(layers with a mixture, b, t, experts); None without mixtures, as are the next two."""
     topk_ids: Tensor | None
     topk_weights: Tensor | None
-    """(layers with a mixture, b, t, k), as the router hands them to the experts."""
+    """(layers with a mixture, b, t, k), as the router hands them to the experts, the highest score first."""
     generated: Tensor
     """(b, t + n), greedy, prompt included."""
     router_margin: float
     token_margin: float
-    """What `ROUTER_MARGIN` and `TOKEN_MARGIN` bound, over prompt and new tokens; the first is infinite without mixtures."""
+    """Over prompt and new tokens: least distance of scores in units of `ROUTER_MARGIN` or `SCORE_MARGIN`, infinite without mixtures; what
+    `TOKEN_MARGIN` bounds."""
 
     def check_margins(self) -> None:
         """Raise TooCloseError if an expert or a token is chosen by less than the margin."""
-        if self.router_margin < ROUTER_MARGIN or self.token_margin < TOKEN_MARGIN:
+        if self.router_margin < 1 or self.token_margin < TOKEN_MARGIN:
             raise TooCloseError(f"router margin {self.router_margin:.1e}, token margin {self.token_margin:.1e}")
 
 
@@ -57,7 +64,7 @@ def load(directory: Path, changes: Mapping[str, Any] | None = None) -> Any:
     """
     written = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     config = CONFIG_MAPPING[written["model_type"]].from_dict(written | dict(changes or {}))
-    options = {"experts_implementation": "eager"} if "moe" in config.model_type or config.model_type == "mixtral" else {}
+    options = {"experts_implementation": "eager"} if "moe" in config.model_type or config.model_type in EXPERTS else {}
     model, info = AutoModelForCausalLM.from_pretrained(
         directory, config=config, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **options
     )
@@ -84,13 +91,15 @@ def consult(model: Any, ids: Tensor, mask: Tensor, *, new_tokens: int) -> Oracle
             output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
     layers, n_moe = len(model.model.layers), len(prompt.routers)
-    shaped = [[r.view(b, t, -1) for r in router] for router in prompt.routers]
+    decided = [_sorted(model, i, *router) for i, router in enumerate(prompt.routers)]
+    shaped = [[r.view(b, t, -1) for r in router] for router in decided]
     router_logits, weights, chosen = (torch.stack(r) for r in zip(*shaped, strict=True)) if n_moe else (None, None, None)
     margin = float("inf")
     if n_moe:
-        k = chosen.shape[-1]
-        new = [router[0] for router in steps.routers[n_moe:]]  # the first pass is the prompt again, with its padding
-        margin = min(_least_gap(r, k) for r in [*(layer[real] for layer in router_logits), *new])
+        # The first pass of `steps` is the prompt again, with its padding.
+        known = [(i, layer[real]) for i, layer in enumerate(router_logits)]
+        known += [(i % n_moe, router[0]) for i, router in enumerate(steps.routers) if i >= n_moe]
+        margin = min(_margin(model, i, logits, chosen.shape[-1]) for i, logits in known)
     two = torch.stack(out.logits).topk(2, -1).values
     return Oracle(
         logits=logits,
@@ -105,9 +114,45 @@ def consult(model: Any, ids: Tensor, mask: Tensor, *, new_tokens: int) -> Oracle
 
 
 def _least_gap(router: Tensor, k: int) -> float:
-    """Smallest distance of neighbouring logits of (n, experts), from the first to the one after the k-th."""
+    """Smallest distance of neighbouring scores of (n, experts), from the first to the one after the k-th; minus infinity is none."""
     best = router.sort(-1, descending=True).values[:, : k + 1]
     return float((best[:, :-1] - best[:, 1:]).min()) if best.shape[1] > 1 else float("inf")
+
+
+def compared(block: Any, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a mixture compares, of logits (n, experts): scores of experts, those of closed groups minus infinity, and scores of groups."""
+    router = router_of_block(block)
+    holder = next((h for h in (router, block, getattr(router, "moe_statics", None)) if hasattr(h, "e_score_correction_bias")), None)
+    if holder is None:
+        return logits, None
+    by_softmax = hasattr(router, "moe_statics")
+    scores = (logits.softmax(-1) if by_softmax else logits.sigmoid()) + holder.e_score_correction_bias.view(-1)
+    n_group = getattr(router, "num_group", 1)
+    if n_group == 1:
+        return scores, None
+    groups = scores.unflatten(-1, (n_group, -1)).topk(2, -1).values.sum(-1)
+    is_open = torch.zeros_like(groups).scatter(-1, groups.topk(router.topk_group, -1).indices, 1.0).bool()
+    return scores.unflatten(-1, (n_group, -1)).masked_fill(~is_open[..., None], float("-inf")).flatten(-2), groups
+
+
+def _sorted(model: Any, index: int, logits: Tensor, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A router's answer with each token's experts by descending score."""
+    scores, _ = compared(_blocks(model)[index], logits)
+    order = scores.gather(-1, ids).argsort(dim=-1, descending=True, stable=True)
+    return logits, weights.gather(-1, order), ids.gather(-1, order)
+
+
+def _margin(model: Any, index: int, logits: Tensor, k: int) -> float:
+    """Least distance of neighbouring scores of (n, experts) logits, in units of what is asked for."""
+    block = _blocks(model)[index]
+    scores, groups = compared(block, logits)
+    margin = _least_gap(scores, k) / (ROUTER_MARGIN if scores is logits else SCORE_MARGIN)
+    return margin if groups is None else min(margin, _least_gap(groups, router_of_block(block).topk_group) / SCORE_MARGIN)
+
+
+def _blocks(model: Any) -> list[Any]:
+    """Mixtures of a model."""
+    return [network(layer) for layer in model.model.layers if router_of(layer) is not None]
 
 
 @dataclass(frozen=True)
@@ -120,9 +165,18 @@ class _Watched:
     """Logits, weights and choices, (tokens, ...) each."""
 
 
+def network(layer: Any) -> Any:
+    """A layer's feed-forward network, dense or a mixture."""
+    return layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
+
+
 def router_of(layer: Any) -> Any:
     """Module that gives a layer's router logits, weights and choices; None in a dense layer."""
-    block = layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
+    return router_of_block(network(layer))
+
+
+def router_of_block(block: Any) -> Any:
+    """The same of its feed-forward network."""
     for name in ("gate", "router"):
         if hasattr(block, name):
             return getattr(block, name)

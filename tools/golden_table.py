@@ -112,7 +112,7 @@ def head() -> str:
     """What stands above the tables."""
     return f"""# What the golden files catch
 
-Made by `python tools/make_golden.py` (`tools/golden_mistakes.py`), with transformers {transformers.__version__}: each row is
+Made by `python tools/make_golden.py` (`tools/golden_mistakes/`), with transformers {transformers.__version__}: each row is
 transformers with one mistake, run on what the files hold. A cell gives the largest difference of a logit in standard deviations of its
 case's logits / how many greedy tokens differ / for how many tokens and layers other experts are chosen. Two numbers: the model has no
 experts. A file catches a mistake if either count is not zero or the difference is above {CAUGHT:.0e}, twice the tolerance of

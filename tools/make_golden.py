@@ -2,11 +2,11 @@
 
     python tools/make_golden.py [--out DIR] [--only files|mistakes] [NAME ...]      # needs torch and transformers (the `oracle` extra)
 
-Every directory holds ``config.json``, ``model.safetensors`` and ``golden.npz``; `golden_models` says what the checkpoints are, and
-``MISTAKES.md`` is the table of `golden_table`. The seed of each checkpoint is the first one, from a number that its name gives, for
-which no answer hangs by a thread: neighbouring router logits, down to the first expert that is not chosen, lie at least `ROUTER_MARGIN`
-apart, and every greedy token leads by `TOKEN_MARGIN` of the logits' standard deviation. Tests may therefore ask for identical experts and
-tokens.
+Every directory holds ``config.json``, ``model.safetensors`` and ``golden.npz``; `golden_models` says what the checkpoints are,
+`golden_tensors` what is in them, and ``MISTAKES.md`` is the table of `golden_table`. The seed of each checkpoint is the first one, from a
+number that its name gives, for which no answer hangs by a thread: neighbouring scores of a router, down to the first expert that is not
+chosen, lie at least `ROUTER_MARGIN` or `SCORE_MARGIN` apart, and every greedy token leads by `TOKEN_MARGIN` of the logits' standard
+deviation. Tests may therefore ask for identical experts and tokens.
 
 Keys of ``golden.npz``; CASE is ``t1``, ``t17``, ``t96`` (one sequence of that many tokens) or ``padded`` (two, padded on the left):
 
@@ -33,9 +33,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from golden_models import CHECKPOINTS, NEW_TOKENS, Config, prompts, random_tensors
+from golden_models import CHECKPOINTS, Config
 from golden_oracle import Oracle, TooCloseError, consult, load
 from golden_table import write_table
+from golden_tensors import NEW_TOKENS, prompts, random_tensors
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor

@@ -261,7 +261,7 @@ def test_qwen3_moe_mixes_dense_layers_and_mixtures() -> None:
     assert parse_config({**QWEN_MOE, "use_sliding_window": True, "sliding_window": 7}).sliding_layers == (0, 1, 2)
     with pytest.raises(ConfigError, match="`intermediate_size` is missing"):
         parse_config({**QWEN_MOE, "mlp_only_layers": [0]})
-    with pytest.raises(ConfigError, match="`num_local_experts` and `num_experts` disagree"):
+    with pytest.raises(ConfigError, match="`num_experts` and `num_local_experts` disagree"):
         parse_config({**QWEN_MOE, "num_local_experts": 5})
     with pytest.raises(ConfigError, match=r"`mlp_only_layers` must be a list of layers in 0\.\.2"):
         parse_config({**QWEN_MOE, "mlp_only_layers": [3]})

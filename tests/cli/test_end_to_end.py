@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from wse_emu.cli.app import invoke
@@ -41,6 +42,23 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "config.json").write_text(json.dumps(CONFIG))
     save_file({name: made.tensors.read(name) for name in made.tensors.names()}, path / "model.safetensors")
     return path
+
+
+def test_tensors_that_are_left_out_are_named_once(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    names = [f"model.layers.{n}.self_attn.rotary_emb.inv_freq" for n in range(5)]
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    tensors = load_file(checkpoint / "model.safetensors")
+    save_file({**tensors, **{name: np.zeros(3, np.float32) for name in names}}, tmp_path / "model.safetensors")
+    (tmp_path / "ids.txt").write_text("1 2 3")
+    words = ["verify", str(tmp_path), "--ids", str(tmp_path / "ids.txt"), "--rows", "4", "--cols", "4"]
+    assert invoke(words) == 0
+    err = capsys.readouterr().err
+    assert err.count("inv_freq") == 4
+    assert f"left out, as transformers does: {', '.join(names[:4])} and 1 more\n" in err
+    code, _, err = run(capsys, *words)
+    assert (code, err) == (0, "")
 
 
 @pytest.fixture(autouse=True)

@@ -90,7 +90,7 @@ def test_cached_decode_goes_by_token_ids_and_positions_too() -> None:
 
 def test_a_rule_that_config_json_cannot_say_is_not_lost_in_silence(tmp_path) -> None:
     model = model_of(replace(SPEC, routing=ROUTING_PRESETS["gpt_oss"]))
-    with pytest.raises(wse.SaveError, match="cannot say this model's routing rule"):
+    with pytest.raises(wse.SaveError, match="cannot say this model's `routing`"):
         model.save(tmp_path / "model")
     assert not (tmp_path / "model").exists()
 

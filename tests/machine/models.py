@@ -39,6 +39,11 @@ RULES = {
         **SHAPE, "model_type": "granitemoe", "intermediate_size": 9, "num_local_experts": 4, "num_experts_per_tok": 2,
         "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3, "logits_scaling": 3.0,
     },
+    "glm4_moe": {
+        **SHAPE, "model_type": "glm4_moe", "intermediate_size": 14, "moe_intermediate_size": 9, "n_routed_experts": 6,
+        "num_experts_per_tok": 3, "n_group": 3, "topk_group": 2, "n_shared_experts": 1, "routed_scaling_factor": 1.5, "use_qk_norm": True,
+        "head_dim": 8, "attention_bias": True,
+    },
     "gemma2": {
         **SHAPE, "model_type": "gemma2", "intermediate_size": 14, "sliding_window": 4, "query_pre_attn_scalar": 9,
         "final_logit_softcapping": 3.0, "attn_logit_softcapping": None,
@@ -58,7 +63,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "half rotated": ("llama", {"rotary": wse.RotarySpec(dim=2), "qk_norm": wse.QkNorm(over="row")}),
-    "shared without a gate": ("qwen2_moe", {"shared_experts": wse.SharedExperts(intermediate_size=7)}),
 }  # fmt: skip
 """What no family of `RULES` has: one of them, and other fields of its spec."""
 

@@ -156,6 +156,52 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3, "sliding_window": 9, "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
         "query_pre_attn_scalar": 8, "final_logit_softcapping": 40.0,
     },
+    "dots1": {
+        "hidden_size": 34, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 29,
+        "num_hidden_layers": 3, "n_routed_experts": 9, "num_experts_per_tok": 4, "moe_intermediate_size": 11, "n_shared_experts": 1,
+        "n_group": 3, "topk_group": 2, "first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+        "sliding_window": None,
+    },
+    "dots1 raw, window, biases": {
+        "hidden_size": 30, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 10, "intermediate_size": 29,
+        "n_routed_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "n_shared_experts": 2, "sliding_window": 6,
+        "max_window_layers": 1, "attention_bias": True,
+    },
+    "glm4_moe": {
+        "hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12, "intermediate_size": 23,
+        "num_hidden_layers": 3, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 10, "n_group": 4,
+        "topk_group": 2, "routed_scaling_factor": 1.5, "use_qk_norm": True, "attention_bias": True,
+    },
+    "glm4_moe no norms, a quarter rotated": {
+        "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "intermediate_size": 23,
+        "n_routed_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 13, "n_shared_experts": 2, "first_k_dense_replace": 0,
+        "norm_topk_prob": False, "partial_rotary_factor": 0.25, "rope": {"rope_type": "yarn", **STRETCHED},
+    },
+    "hunyuan_v1_moe": {
+        "hidden_size": 30, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10, "intermediate_size": 19,
+        "num_experts": 6, "moe_topk": 3, "tie_word_embeddings": True, "rope": {"rope_type": "dynamic", "alpha": 90.0, "factor": 1.0},
+    },
+    "hunyuan_v1_moe biases": {
+        "hidden_size": 26, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "intermediate_size": 21,
+        "num_experts": 4, "moe_topk": [2, 2], "attention_bias": True,
+    },
+    "ernie4_5_moe": {
+        "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 21, "moe_num_experts": 7, "moe_k": 3,
+        "moe_intermediate_size": 11, "num_hidden_layers": 4, "moe_layer_start_index": 1, "moe_layer_interval": 2,
+        "moe_num_shared_experts": 1, "moe_norm_min": 0.7,
+    },
+    "ernie4_5_moe nothing shared": {
+        "hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 21, "moe_num_experts": 4, "moe_k": 1,
+        "moe_intermediate_size": 17, "moe_layer_start_index": 0, "moe_num_shared_experts": 0, "tie_word_embeddings": False,
+    },
+    "minimax_m2": {
+        "hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12, "intermediate_size": 14,
+        "num_local_experts": 8, "num_experts_per_tok": 3, "partial_rotary_factor": 0.5,
+    },
+    "minimax_m2 whole heads": {
+        "hidden_size": 28, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 6, "intermediate_size": 22,
+        "num_local_experts": 3, "num_experts_per_tok": 1, "tie_word_embeddings": True,
+    },
     "llama linear": ROPE_SHAPE | {"rope": {"rope_type": "linear", "factor": 2.5}},
     "llama dynamic": ROPE_SHAPE | {"rope": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 16},
     "llama yarn": ROPE_SHAPE | {
@@ -194,17 +240,19 @@ def written_by_transformers(directory: Path, name: str, seed: int, dtype: str, *
     config = transformers.CONFIG_MAPPING[name.split()[0]](**BASE | shape | ({"rope_parameters": rope} if rope else {}))
     model = transformers.AutoModelForCausalLM.from_config(config)
     rng = np.random.default_rng(seed)
+    corrections = [(name, b) for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")]
     with torch.no_grad():
-        for parameter, p in sorted(model.named_parameters()):
+        for parameter, p in sorted([*model.named_parameters(), *corrections]):
             noise = torch.from_numpy(rng.standard_normal(tuple(p.shape))).float()
             if parameter.endswith("bias"):
-                p.copy_(0.5 * noise)
+                p.copy_((0.2 if "correction" in parameter else 0.5) * noise)
             elif p.ndim == 1:
                 p.copy_(1 + 0.3 * noise)
             elif "embed" in parameter:
                 p.copy_(0.5 * noise)
             else:
-                gain = 2.0 if parameter.endswith("gate.weight") else 1.5
+                by_sigmoid = name.split()[0] in ("dots1", "glm4_moe", "minimax_m2")
+                gain = 2.0 if parameter.endswith(("gate.weight", "wg.weight")) and not by_sigmoid else 1.5
                 p.copy_(gain * noise / p.shape[-1] ** 0.5)
     model.to(getattr(torch, dtype)).save_pretrained(directory, **options)
 

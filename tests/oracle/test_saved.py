@@ -56,6 +56,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **BASE, "model_type": "gemma3_text", "sliding_window": 5, "sliding_window_pattern": 2, "rope_local_base_freq": 20.0,
         "tie_word_embeddings": False,
     },
+    "dots1": {
+        **BASE, "model_type": "dots1", "moe_intermediate_size": 12, "n_routed_experts": 6, "num_experts_per_tok": 3, "n_shared_experts": 2,
+        "n_group": 3, "topk_group": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+        "sliding_window": 5, "max_window_layers": 2,
+    },
+    "glm4_moe": {
+        **BASE, "model_type": "glm4_moe", "moe_intermediate_size": 12, "n_routed_experts": 6, "num_experts_per_tok": 3,
+        "n_shared_experts": 2, "first_k_dense_replace": 2, "use_qk_norm": True, "attention_bias": True, "partial_rotary_factor": 0.75,
+    },
+    "hunyuan_v1_moe": {
+        **BASE, "model_type": "hunyuan_v1_moe", "num_experts": 4, "moe_topk": 2, "rope_scaling": {"type": "dynamic", "alpha": 9.0},
+    },
+    "ernie4_5_moe": {
+        **BASE, "model_type": "ernie4_5_moe", "hidden_size": 32, "moe_intermediate_size": 12, "moe_num_experts": 6, "moe_k": 3,
+        "moe_layer_end_index": 1, "tie_word_embeddings": False,
+    },
+    "minimax_m2": {**BASE, "model_type": "minimax_m2", "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 4},
 }  # fmt: skip
 
 
@@ -69,7 +86,8 @@ def expected_parameters(spec: ModelSpec, tensors: TensorSource, dtype: str) -> d
     for role, tensor in published_names(spec).items():
         if ".experts." not in role:
             own = tensor.name if spec.family == "granitemoe" else tensor.name.replace("block_sparse_moe", "mlp")
-            out[own.replace(".router.layer.", ".router.")] = read(tensor.name)
+            own = own.replace(".router.layer.", ".router.").replace("mlp.moe_statics.", "mlp.gate.moe_statics.")
+            out[own] = read(tensor.name)
     if spec.family == "granitemoe":  # published as it is kept
         for layer in spec.moe_layers:
             block = f"model.layers.{layer}.block_sparse_moe."
@@ -95,7 +113,8 @@ def test_transformers_reads_equal_values(family: str, dtype: Any, max_shard_byte
     peer, info = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     expected = expected_parameters(model.spec, model.checkpoint.tensors, dtype)
-    found = {name: p.detach().numpy() for name, p in peer.named_parameters()}
+    corrections = [(name, b) for name, b in peer.named_buffers() if name.endswith("e_score_correction_bias")]
+    found = {name: p.detach().numpy() for name, p in [*peer.named_parameters(), *corrections]}
     assert sorted(found) == sorted(expected)
     for name, values in expected.items():
         np.testing.assert_array_equal(found[name], values, err_msg=name)

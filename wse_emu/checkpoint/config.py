@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,9 +17,9 @@ from wse_emu.checkpoint.jsonfile import parse_object
 from wse_emu.checkpoint.rope import read_rope, rope_config
 from wse_emu.foundation.activations import Activation
 from wse_emu.foundation.arguments import show
-from wse_emu.foundation.biases import Biases
 from wse_emu.foundation.errors import ConfigError, SpecError
 from wse_emu.foundation.model_spec import ModelSpec
+from wse_emu.foundation.rotary_spec import RotarySpec
 
 MAX_CONFIG_BYTES = 4 << 20
 MAX_PARAMETERS = 1 << 50
@@ -64,7 +65,7 @@ _PUBLISHED_ACTIVATION: Mapping[str, str] = MappingProxyType({"silu": "silu", "ge
 
 
 def _refuse_unsupported(fields: Fields, family: Family) -> None:
-    for name in ("mlp_bias",) if family.attention_bias else ("attention_bias", "mlp_bias"):
+    for name in ("attention_bias", "mlp_bias") if family.attention_bias is None else ("mlp_bias",):
         if fields.given(name) and fields.boolean(name, False):
             raise fields.fail(name, "must be false; this family's biases are not supported")
     if fields.given("quantization_config"):
@@ -91,24 +92,25 @@ def _head_dim(fields: Fields, family: Family, hidden: int, heads: int) -> int:
     return hidden // heads
 
 
+def _either(fields: Fields, names: tuple[str, ...], default: int | None, layers: int) -> int:
+    """Number of experts that any of these fields gives, or every layer alike in a list."""
+    given = [n for n in dict.fromkeys(names) if fields.given(n)] or [names[0]]
+    values = {fields.same_for_all(n, ABSENT if default is None else default, layers, high=_MAX_EXPERTS) for n in given}
+    if len(values) > 1:
+        raise ConfigError(f"{fields.where}: {' and '.join(f'`{n}`' for n in given)} disagree")
+    return values.pop()
+
+
 def _moe_fields(fields: Fields, rules: MoeRules | None, layers: int) -> dict[str, Any]:
     """What a `ModelSpec` says of experts; nothing for a dense family, or where every layer is dense."""
     if rules is None:
         return {}
-    names = [n for n in ("num_local_experts", "num_experts") if fields.given(n)] or ["num_local_experts"]
-    experts = {fields.integer(n, rules.default_num_experts, high=_MAX_EXPERTS) for n in names}
-    if len(experts) > 1:
-        raise ConfigError(f"{fields.where}: `num_local_experts` and `num_experts` disagree")
-    dense: tuple[int, ...] = ()
-    if rules.mixed:
-        step = fields.integer("decoder_sparse_step", 1)
-        only = set(fields.layers("mlp_only_layers", layers))
-        dense = tuple(i for i in range(layers) if i in only or (i + 1) % step)
+    dense = rules.dense(fields, layers)
     if len(dense) == layers:
         return {}
     return {
-        "num_experts": experts.pop(),
-        "top_k": fields.integer("num_experts_per_tok", rules.default_top_k, high=_MAX_EXPERTS),
+        "num_experts": _either(fields, (rules.count, "num_local_experts", "num_experts"), rules.default_num_experts, layers),
+        "top_k": _either(fields, (rules.top_k, "num_experts_per_tok"), rules.default_top_k, layers),
         "moe_intermediate_size": fields.integer(rules.width),
         "dense_layers": dense,
         "routing": rules.routing(fields),
@@ -136,7 +138,7 @@ def parse_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | N
     ------
     ConfigError
         If a field is missing, has the wrong type or an absurd value, or asks for what is not supported: another architecture, biases
-        that the family has not, partly rotated heads, quantised weights. A ``pad_token_id`` of -1 means none.
+        that the family has not, partly rotated heads where it has none, quantised weights. A ``pad_token_id`` of -1 means none.
     """
     if not isinstance(config, Mapping):
         raise ConfigError(f"{where}: must be an object, got {type(config).__name__}")
@@ -155,12 +157,17 @@ def parse_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | N
     moe = _moe_fields(fields, family.moe, layers)
     if layers * (11 + 3 * moe.get("num_experts", 0)) > MAX_TENSORS:
         raise ConfigError(f"{where}: {layers} layers of {moe.get('num_experts', 0)} experts make more than {MAX_TENSORS} tensors")
-    theta, scaling = read_rope(fields, family.rope_theta, max_positions, head_dim, by_type=family.rope_by_type)
+    rope = read_rope(
+        fields, family.rope_theta, max_positions, head_dim, by_type=family.rope_by_type, partial=family.partial_rotary,
+        alpha=family.rope_alpha,
+    )  # fmt: skip
     window, window_layers = family.windows(fields, layers)
     rules = family.read(fields, layers)
-    reach = max(max_positions, 0 if scaling is None else scaling.context_length)
-    if family.attention_bias and fields.boolean("attention_bias", False):
-        rules = {"biases": Biases(qkv=True, out=True), **rules}
+    reach = max(max_positions, 0 if rope.scaling is None else rope.scaling.context_length)
+    if family.attention_bias is not None and fields.boolean("attention_bias", False):
+        rules = {"biases": family.attention_bias, **rules}
+    if rope.dim is not None:
+        rules["rotary"] = replace(rules.get("rotary", RotarySpec()), dim=rope.dim)
     if not moe:
         rules.pop("shared_experts", None)
     local = "rotary" in rules and rules["rotary"].local_theta is not None
@@ -178,8 +185,8 @@ def parse_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | N
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             rms_norm_eps=fields.number("rms_norm_eps", family.rms_norm_eps),
-            rope_theta=theta,
-            rope_scaling=scaling,
+            rope_theta=rope.theta,
+            rope_scaling=rope.scaling,
             max_position_embeddings=max_positions,
             tie_word_embeddings=fields.boolean("tie_word_embeddings", family.tie_word_embeddings),
             activation=_activation(fields, family),
@@ -187,7 +194,7 @@ def parse_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | N
             sliding_layers=window_layers,
             bos_token_id=_token_id(tokens, "bos_token_id", vocab, _default_id(family.bos_token_id, vocab)),
             eos_token_ids=_eos_ids(tokens, vocab, _default_id(family.eos_token_id, vocab)),
-            pad_token_id=_token_id(tokens, "pad_token_id", vocab, None),
+            pad_token_id=_token_id(tokens, "pad_token_id", vocab, _default_id(family.pad_token_id, vocab)),
             **moe,
             **rules,
         )
@@ -280,19 +287,16 @@ def to_config(spec: ModelSpec) -> dict[str, Any]:
         "torch_dtype": "float32",
         **family.window_config(spec),
     }
-    if family.attention_bias:
-        config["attention_bias"] = spec.biases.out
+    if family.attention_bias is not None:
+        config["attention_bias"] = spec.biases == family.attention_bias
     if family.moe is not None:
         config |= _moe_config(spec, family.moe)
     return config | family.write(spec)
 
 
 def _moe_config(spec: ModelSpec, rules: MoeRules) -> dict[str, Any]:
+    out = rules.dense_config(spec)
     if not spec.is_moe:  # every layer is dense
-        return {"mlp_only_layers": list(range(spec.num_layers))}
-    out: dict[str, Any] = {rules.count: spec.num_experts, "num_experts_per_tok": spec.top_k}
-    out[rules.width] = spec.moe_intermediate_size
-    out |= rules.routing_config(spec.routing)
-    if rules.mixed:
-        out |= {"mlp_only_layers": list(spec.dense_layers), "decoder_sparse_step": 1}
-    return out
+        return out
+    out |= {rules.count: spec.num_experts, rules.top_k: spec.top_k, rules.width: spec.moe_intermediate_size}
+    return out | rules.routing_config(spec.routing)

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from wse_emu.checkpoint.dense_layers import never
 from wse_emu.checkpoint.fields import Fields
 from wse_emu.checkpoint.naming import LLAMA, Names
 from wse_emu.checkpoint.windows import Windows
+from wse_emu.foundation.biases import Biases
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.routing_rule import RoutingRule
 
@@ -29,16 +31,22 @@ class MoeRules:
 
     count: str
     """Field that released configurations use for the number of experts; ``num_local_experts`` and ``num_experts`` are read alike."""
-    default_num_experts: int
-    default_top_k: int
+    default_num_experts: int | None = None
+    """None: the field must be there."""
+    top_k: str = "num_experts_per_tok"
+    """Field that released configurations use for the experts of a token; ``num_experts_per_tok`` is read alike."""
+    default_top_k: int | None = None
+    """None: the field must be there."""
     width: str
     """Field that holds the width of one expert."""
     routing: Callable[[Fields], RoutingRule]
     """Reads the routing rule."""
     routing_config: Callable[[RoutingRule], dict[str, Any]]
     """Writes what of it is not the family's own."""
-    mixed: bool = False
-    """Whether ``mlp_only_layers`` and ``decoder_sparse_step`` may make layers dense."""
+    dense: Callable[[Fields, int], tuple[int, ...]] = never
+    """Reads which layers are dense; takes the fields and the number of layers."""
+    dense_config: Callable[[ModelSpec], dict[str, Any]] = nothing_written
+    """Writes them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,14 +64,19 @@ class Family:
     rope_theta: float = 1e4
     bos_token_id: int | None = None
     eos_token_id: int | None = None
+    pad_token_id: int | None = None
     windows: Callable[[Fields, int], Windows]
     """Reads the sliding window and its layers; takes the fields and the number of layers."""
     window_config: Callable[[ModelSpec], dict[str, Any]]
     """Writes them."""
     rope_by_type: bool = False
     """Whether ``rope_parameters`` may hold those of each kind of layer."""
-    attention_bias: bool = False
-    """Whether ``attention_bias`` may give all four projections of attention a bias."""
+    partial_rotary: float | None = None
+    """Default share of a head that is rotated; None: all of it, whatever the fields say."""
+    rope_alpha: bool = False
+    """Whether ``alpha`` of a "dynamic" scaling stretches the base once for all lengths (Hunyuan)."""
+    attention_bias: Biases | None = None
+    """Biases that ``attention_bias`` gives; None: it must be false."""
     tie_word_embeddings: bool = False
     """Default."""
     activation: tuple[str, str] = ("hidden_act", "silu")

@@ -43,6 +43,15 @@ class Fields:
             raise self.fail(name, f"must be an integer in {low}..{high}")
         return int(value)
 
+    def same_for_all(self, name: str, default: Any, length: int, *, high: int = MAX_DIM) -> int:
+        """Integer in ``1..high``, or a list of `length` that are alike."""
+        value = self.get(name, default)
+        if not isinstance(value, list):
+            return self.integer(name, default, high=high)
+        if len(value) != length or not all(type(v) is int and 1 <= v <= high and v == value[0] for v in value):
+            raise self.fail(name, f"must be an integer in 1..{high}, or a list of {length} that are alike")
+        return int(value[0])
+
     def number(self, name: str, default: Any = ABSENT) -> float:
         """Finite number."""
         value = self.get(name, default)

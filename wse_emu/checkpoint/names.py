@@ -155,10 +155,9 @@ def _in_layer(
         stored[axis] *= spec.num_experts
     if entry.transposed:
         stored.reverse()
-    of_experts = [spec.num_experts] if entry.experts == "axis" else []
-    return PublishedTensor(
-        prefix + entry.name, shape, (*of_experts, *stored), expert if of_experts else None, first, step, first_in, entry.transposed
-    )
+    outer = [spec.num_experts] if entry.experts == "axis" else [1] if entry.one_row else []
+    index = (expert or 0) if outer else None
+    return PublishedTensor(prefix + entry.name, shape, (*outer, *stored), index, first, step, first_in, entry.transposed)
 
 
 def published_names(spec: ModelSpec) -> dict[str, PublishedTensor]:
@@ -169,5 +168,3 @@ def published_names(spec: ModelSpec) -> dict[str, PublishedTensor]:
 def stored_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Every tensor of the checkpoint, once, in the order of use: name to the shape it is stored in."""
     return {t.name: t.whole for _, t in published_tensors(spec)}
-
-

@@ -20,6 +20,8 @@ class Part:
     """Whether their outputs alternate instead."""
     experts: Literal["", "axis", "rows"] = ""
     """Whether it holds all experts: on a first axis of its own, or their rows one below the other."""
+    one_row: bool = False
+    """Whether a vector lies in it as a matrix of one row."""
     transposed: bool = False
     """Whether it is stored (in, out); published matrices are (out, in) otherwise."""
 

@@ -73,7 +73,9 @@ class RandomTensors:
     def read_part(self, name: str, key: tuple[int | slice, ...]) -> NDArray[np.float32]:
         """Elements that `key` selects, float32, read-only."""
         first, *rest = key
-        if isinstance(first, int) and isinstance(rest[0], slice):  # one expert's rows, out of all experts'
+        if isinstance(first, int) and len(rest) == 1:  # one row of a matrix
+            part: NDArray[np.float32] = self.read_rows(name, first, first + 1)[0][rest[0]]
+        elif isinstance(first, int) and isinstance(rest[0], slice):  # one expert's rows, out of all experts'
             rows = range(self.shape(name)[1])[rest[0]]
             base = first * self.shape(name)[1]
             part = self._rows(name, base + rows.start, base + rows.stop)[:: rows.step, *rest[1:]]
@@ -94,7 +96,7 @@ class RandomTensors:
         for block in range(start // rows, -(-stop // rows)):
             first, last = block * rows, min((block + 1) * rows, n_rows)
             values = np.random.default_rng([self._seed, *words, block]).standard_normal((last - first, *ends), dtype=np.float32)
-            if len(shape) == 1:
+            if name in self._middle:
                 values *= np.float32(0.1)
                 values += self._middle[name]
             else:

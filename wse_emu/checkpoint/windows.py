@@ -64,6 +64,22 @@ def switched(*, first: str | None) -> Callable[[Fields, int], Windows]:
     return read
 
 
+def from_layer(first: str, default: int) -> Callable[[Fields, int], Windows]:
+    """A window, unless it is null, from layer `first` (a field) on; or as ``layer_types`` says."""
+
+    def read(fields: Fields, num_layers: int) -> Windows:
+        layers = layer_types(fields, num_layers)
+        if fields.get("sliding_window", 4096) is None:
+            if layers:
+                raise fields.fail("layer_types", "names sliding layers, but `sliding_window` is null")
+            return None, ()
+        if layers is None:
+            layers = tuple(range(min(num_layers, fields.integer(first, default, low=0)), num_layers))
+        return (fields.integer("sliding_window", 4096), layers) if layers else (None, ())
+
+    return read
+
+
 def every_other_below(limit: str, default: int) -> Callable[[Fields, int], Windows]:
     """Even layers below the field `limit` have a window if ``use_sliding_window`` says so; or as ``layer_types`` says."""
 
@@ -107,6 +123,11 @@ def no_window(spec: ModelSpec) -> dict[str, Any]:
 def plain_window(spec: ModelSpec) -> dict[str, Any]:
     """Write the window of all layers."""
     return {"sliding_window": spec.sliding_window}
+
+
+def from_layer_window(spec: ModelSpec) -> dict[str, Any]:
+    """Write the window, null without one, and its layers."""
+    return {"sliding_window": spec.sliding_window, "layer_types": pattern_config(spec)["layer_types"]}
 
 
 def switched_window(spec: ModelSpec) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -180,9 +180,11 @@ def _config(checkpoint: Checkpoint, stored: Sequence[_Tensor]) -> dict[str, Any]
         sizes[tensor.format.dtype.name] += math.prod(tensor.shape)
     kept = {name: checkpoint.config[name] for name in _TRAINING if name in checkpoint.config}
     config = {**to_config(checkpoint.spec), **kept, "torch_dtype": max(sizes, key=sizes.__getitem__)}
-    if checkpoint.spec.is_moe and parse_config(config).routing != checkpoint.spec.routing:
-        family, rule = checkpoint.spec.family, checkpoint.spec.routing
-        raise SaveError(f"config.json of a {family} model cannot say this model's routing rule ({rule}); nothing is written")
+    said, spec = parse_config(config), checkpoint.spec
+    unsaid = [f.name for f in fields(spec) if getattr(said, f.name) != getattr(spec, f.name) and (spec.is_moe or f.name != "routing")]
+    if unsaid:
+        what = ", ".join(f"`{name}` ({getattr(spec, name)})" for name in unsaid)
+        raise SaveError(f"config.json of a {spec.family} model cannot say this model's {what}; nothing is written")
     return config
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -16,6 +16,10 @@ from wse_emu.foundation.errors import CheckpointError, InputError, SramOverflowE
 if TYPE_CHECKING:
     from wse_emu.foundation.model_spec import ModelSpec
     from wse_emu.model import WaferModel
+
+
+_SHOWN = 4
+"""Names of tensors in one line."""
 
 
 class Progress(Protocol):
@@ -97,7 +101,7 @@ def load(request: Request, placing: Placing, *, new_tokens: int, verify: bool, q
     if not plan.fits:
         raise SramOverflowError(plan.message)
     with progress_bar("weights to wafer layout", quiet=quiet) as progress:
-        return wse.from_pretrained(
+        model = wse.from_pretrained(
             request.path,
             wafer=wse.Wafer(placing.wafer.spec, rows=plan.rows, cols=plan.cols, executor=placing.executor.value),
             max_tokens=n_prompt + new_tokens,
@@ -105,6 +109,15 @@ def load(request: Request, placing: Placing, *, new_tokens: int, verify: bool, q
             prefill_chunk=placing.prefill_chunk,
             progress=progress,
         )
+    if model.checkpoint.ignored and not quiet:
+        print(left_out(model.checkpoint.ignored), file=sys.stderr)
+    return model
+
+
+def left_out(names: Sequence[str]) -> str:
+    """What to say of tensors that transformers leaves out too."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"left out, as transformers does: {', '.join(names[:_SHOWN])}{more}"
 
 
 def tell_of_a_cold_start(*, quiet: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,10 @@ from wse_emu.foundation.routing_rule import MIXTRAL_ROUTING, RoutingRule
 from wse_emu.foundation.scales import Scales
 from wse_emu.foundation.shared_experts import SharedExperts
 
-FAMILIES = ("llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "qwen2_moe", "olmoe", "granitemoe", "gemma2", "gemma3_text")
+FAMILIES = (
+    "llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "qwen2_moe", "olmoe", "granitemoe", "gemma2", "gemma3_text", "dots1", "glm4_moe",
+    "hunyuan_v1_moe", "ernie4_5_moe", "minimax_m2",
+)  # fmt: skip
 """Model families (Hugging Face ``model_type``) that this version runs."""
 
 
@@ -79,6 +81,8 @@ class ModelSpec:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
+        if self.scales.attention == self.head_dim**-0.5:  # one way to say it
+            object.__setattr__(self, "scales", replace(self.scales, attention=None))
         if self.family not in FAMILIES:
             raise SpecError(f"`family` must be one of {', '.join(FAMILIES)}, got {self.family!r}")
         positive = (
@@ -237,7 +241,7 @@ class ModelSpec:
     @property
     def attention_scale(self) -> float:
         """Factor of the scores."""
-        return 1 / math.sqrt(self.head_dim) if self.scales.attention is None else self.scales.attention
+        return float(self.head_dim**-0.5) if self.scales.attention is None else self.scales.attention
 
     @property
     def n_params(self) -> int:

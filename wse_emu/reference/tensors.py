@@ -54,9 +54,24 @@ _OTHER_NAMES: dict[str, dict[str, str]] = {
     "qwen2_moe": {"shared_gate": "mlp.shared_expert_gate.weight"},
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
+    "hunyuan_v1_moe": {
+        "q_norm": "self_attn.query_layernorm.weight",
+        "k_norm": "self_attn.key_layernorm.weight",
+        "router": "mlp.gate.wg.weight",
+    },
+    "minimax_m2": {
+        "router": "block_sparse_moe.gate.weight",
+        "e_score_correction_bias": "block_sparse_moe.e_score_correction_bias",
+    },
 }
 """Family to the names of roles that differ from a Llama's."""
-_SHARED = {"qwen2_moe": "mlp.shared_expert."}
+_SHARED = {
+    "qwen2_moe": "mlp.shared_expert.",
+    "dots1": "mlp.shared_experts.",
+    "glm4_moe": "mlp.shared_experts.",
+    "ernie4_5_moe": "mlp.shared_experts.",
+    "hunyuan_v1_moe": "mlp.shared_mlp.",
+}
 
 
 def layer_tensor(spec: ModelSpec, layer: int, role: str, expert: Expert = None) -> Published:
@@ -96,6 +111,8 @@ def layer_tensor(spec: ModelSpec, layer: int, role: str, expert: Expert = None) 
         "shared_gate": ("", (1, h)),
     }
     name, shape = shapes[role]
+    if spec.family == "ernie4_5_moe" and role == "e_score_correction_bias":  # room for several groups of experts, of which there is one
+        return Published(prefix + "mlp.moe_statics.e_score_correction_bias", shape, (1, *shape), lambda whole: whole[0])
     return Published(prefix + _OTHER_NAMES.get(spec.family, {}).get(role, name), shape)
 
 
@@ -109,7 +126,7 @@ def _ffn_tensor(spec: ModelSpec, layer: int, role: str, expert: Expert) -> Publi
         return Published(f"{prefix}{_SHARED[spec.family]}{role[2:]}_proj.weight", shape)
     if expert is None:
         return Published(f"{prefix}mlp.{role[2:]}_proj.weight", shape)
-    if spec.family == "mixtral":
+    if spec.family in ("mixtral", "minimax_m2"):
         matrix = {"w_gate": "w1", "w_up": "w3", "w_down": "w2"}[role]
         return Published(f"{prefix}block_sparse_moe.experts.{expert}.{matrix}.weight", shape)
     if spec.family == "granitemoe":

@@ -1,0 +1,131 @@
+"""What sets families apart, as their config.json says it: read, written and read again; and what none of them can say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import wse_emu as wse
+from wse_emu.checkpoint import parse_config, random_checkpoint, save_checkpoint, to_config
+from wse_emu.foundation.errors import ConfigError, SaveError
+from wse_emu.foundation.model_spec import ModelSpec
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 60, "hidden_size": 24, "intermediate_size": 14, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 64,
+}  # fmt: skip
+DOTS: dict[str, Any] = {
+    **SHAPE, "model_type": "dots1", "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 9, "n_shared_experts": 2,
+    "n_group": 4, "topk_group": 2, "first_k_dense_replace": 2, "routed_scaling_factor": 2.5, "norm_topk_prob": True, "sliding_window": None,
+}  # fmt: skip
+GLM = {**DOTS, "model_type": "glm4_moe", "attention_bias": True}
+HUNYUAN: dict[str, Any] = {**SHAPE, "model_type": "hunyuan_v1_moe", "num_experts": 4, "moe_topk": 2}
+ERNIE: dict[str, Any] = {**SHAPE, "model_type": "ernie4_5_moe", "moe_num_experts": 6, "moe_k": 3, "moe_intermediate_size": 9}
+MINIMAX: dict[str, Any] = {**SHAPE, "model_type": "minimax_m2", "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 6}
+GRANITE: dict[str, Any] = {**SHAPE, "model_type": "granitemoe", "num_local_experts": 4, "num_experts_per_tok": 2}
+GEMMA: dict[str, Any] = {**SHAPE, "model_type": "gemma2", "attn_logit_softcapping": None}
+EVERY = [DOTS, GLM, HUNYUAN, ERNIE, MINIMAX, GRANITE, GEMMA]
+
+
+def back(spec: ModelSpec) -> ModelSpec:
+    return parse_config(json.loads(json.dumps(to_config(spec))))
+
+
+@pytest.mark.parametrize("config", EVERY, ids=lambda c: c["model_type"])
+def test_a_spec_survives_the_way_to_a_file_and_back(config: dict[str, Any]) -> None:
+    spec = parse_config(config)
+    assert back(spec) == spec
+    plain = replace(spec, scales=replace(spec.scales, attention=None))
+    assert back(plain) == plain
+    said = replace(spec, scales=replace(spec.scales, attention=12**-0.5))
+    assert said == plain
+
+
+def test_dots_has_groups_shared_experts_and_windows_from_a_layer_on() -> None:
+    spec = parse_config(DOTS)
+    assert (spec.num_experts, spec.top_k, spec.dense_layers) == (8, 3, (0, 1))
+    assert spec.shared_experts == wse.SharedExperts(intermediate_size=18)
+    assert (spec.routing.n_group, spec.routing.topk_group, spec.routing.group_score) == (4, 2, "top2_sum")
+    assert spec.routing.e_score_correction_bias
+    assert parse_config({**DOTS, "sliding_window": 5, "max_window_layers": 3}).sliding_layers == (3,)
+    assert parse_config({**DOTS, "sliding_window": 5}).sliding_layers == ()
+    every = parse_config({**DOTS, "first_k_dense_replace": 9})
+    assert not every.is_moe
+    assert every.shared_experts is None
+    assert back(every) == every
+    assert parse_config({**DOTS, "n_shared_experts": 0}).shared_experts is None
+    for name in ("n_routed_experts", "num_experts_per_tok", "n_shared_experts"):
+        with pytest.raises(ConfigError, match=f"`{name}` is missing"):
+            parse_config({k: v for k, v in DOTS.items() if k != name})
+    with pytest.raises(ConfigError, match="`layer_types` names sliding layers, but `sliding_window` is null"):
+        parse_config({**DOTS, "layer_types": ["sliding_attention"] * 4})
+    with pytest.raises(ConfigError, match=r"`n_group` must divide the experts, got 3 groups of 8"):
+        parse_config({**DOTS, "n_group": 3})
+
+
+def test_glm_rotates_half_of_a_head_unless_it_says_otherwise() -> None:
+    spec = parse_config(GLM)
+    assert (spec.rotary.dim, spec.qk_norm, spec.biases.qkv, spec.biases.out) == (6, None, True, False)
+    assert parse_config({**GLM, "partial_rotary_factor": 1.0}).rotary.dim is None
+    assert parse_config({**GLM, "rope_parameters": {"partial_rotary_factor": 0.34, "rope_theta": 1e4}}).rotary.dim == 4
+    for dim in range(2, 50, 2):
+        odd = replace(spec, head_dim=50, rotary=wse.RotarySpec(dim=dim))
+        assert back(odd) == odd
+    with pytest.raises(ConfigError, match=r"rotated part of a head must be even and in 2\.\.12 elements, got 3"):
+        parse_config({**GLM, "partial_rotary_factor": 0.25})
+    with pytest.raises(ConfigError, match="`partial_rotary_factor` and `rotary_dim` disagree"):
+        parse_config({**MINIMAX, "partial_rotary_factor": 1.0})
+
+
+def test_alpha_stretches_the_base_once() -> None:
+    spec = parse_config({**HUNYUAN, "rope_theta": 100.0, "rope_scaling": {"type": "dynamic", "alpha": 7.0, "factor": 1.0}})
+    assert spec.rope_scaling is None
+    assert spec.rope_theta == pytest.approx(100 * 7 ** (12 / 10))
+    assert parse_config({**HUNYUAN, "rope_scaling": {"type": "dynamic", "factor": 2.0}}).rope_scaling is not None
+    for rope, message in (
+        ({"type": "dynamic", "alpha": 0.0}, "`alpha` must be positive"),
+        ({"type": "dynamic", "alpha": 1e308}, "`alpha` must be positive and not absurdly large"),
+        ({"type": "linear", "alpha": 2.0, "factor": 2.0}, "`alpha` belongs to rope_type 'dynamic'"),
+        ({"type": "dynamic", "alpha": 2.0, "short_factor": []}, "'short_factor' is not known beside `alpha`"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_config({**HUNYUAN, "rope_scaling": rope})
+    with pytest.raises(ConfigError, match="'alpha' is not known for rope_type 'dynamic'"):
+        parse_config({**GLM, "rope_scaling": {"type": "dynamic", "alpha": 2.0, "factor": 2.0}})
+    dynamic = {"rope_type": "dynamic", "factor": 1.0}
+    with pytest.raises(ConfigError, match="`rope_scaling` and `rope_parameters` disagree"):
+        parse_config({**HUNYUAN, "rope_scaling": {**dynamic, "alpha": 2.0}, "rope_parameters": dynamic})
+
+
+def test_a_list_for_every_layer_must_be_of_one_number() -> None:
+    assert parse_config({**HUNYUAN, "moe_topk": [2] * 4}) == parse_config(HUNYUAN)
+    for wrong in ([2, 2, 1, 2], [2] * 3, [0] * 4, []):
+        with pytest.raises(ConfigError, match=r"`moe_topk` must be an integer in 1\.\.32768, or a list of 4 that are alike"):
+            parse_config({**HUNYUAN, "moe_topk": wrong})
+
+
+def test_ernie_has_mixtures_at_intervals() -> None:
+    assert parse_config(ERNIE).moe_layers == (1, 2, 3)
+    spec = parse_config({**ERNIE, "moe_layer_start_index": 0, "moe_layer_end_index": 2, "moe_layer_interval": 2})
+    assert spec.moe_layers == (1,)
+    assert back(spec) == spec
+    assert parse_config({**ERNIE, "moe_norm_min": 0.25}).routing.norm_min == 0.25
+    assert parse_config(ERNIE).rotary.interleaved
+    with pytest.raises(ConfigError, match="`use_bias` must be false"):
+        parse_config({**ERNIE, "use_bias": True})
+
+
+def test_what_a_family_cannot_say_is_not_saved(tmp_path: Path) -> None:
+    spec = parse_config(ERNIE)
+    for change, name in (
+        ({"dense_layers": (2,)}, "dense_layers"),
+        ({"clip_qkv": 2.0}, "clip_qkv"),
+        ({"shared_experts": wse.SharedExperts(intermediate_size=5)}, "shared_experts"),
+    ):
+        with pytest.raises(SaveError, match=f"config.json of a ernie4_5_moe model cannot say this model's `{name}`"):
+            save_checkpoint(random_checkpoint(replace(spec, **change)), tmp_path / "m")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,230 @@
+"""Mistakes in routing, in experts and in shared experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from golden_models import Config, by_sigmoid, has_correction, has_dense, has_sparse, shared_width
+from golden_oracle import compared, router_of
+from torch import Tensor
+
+from golden_mistakes.subject import Subject, mistake
+
+# ---- shared experts
+
+
+def shares(config: Config) -> bool:
+    """Whether there are shared experts."""
+    return shared_width(config) > 0
+
+
+def gated(config: Config) -> bool:
+    """Whether they have a gate of their own."""
+    return "shared_expert_intermediate_size" in config
+
+
+@mistake("shared experts: left out", shares)
+def _(subject: Subject) -> None:
+    for mlp in subject.shared:
+        mlp.down_proj.weight.zero_()
+
+
+@mistake("shared experts: gate and up exchanged", shares)
+def _(subject: Subject) -> None:
+    for mlp in subject.shared:
+        mlp.gate_proj, mlp.up_proj = mlp.up_proj, mlp.gate_proj
+
+
+@mistake("shared experts: multiplied by `routed_scaling_factor` too", lambda config: shares(config) and routed_scale(config) != 1)
+def _(subject: Subject) -> None:
+    for mlp in subject.shared:
+        mlp.down_proj.weight.mul_(routed_scale(subject.config))
+
+
+@mistake("shared experts: not gated", gated)
+def _(subject: Subject) -> None:
+    for mlp in subject.sparse:
+        mlp.shared_expert_gate.register_forward_hook(lambda _m, _a, out: torch.full_like(out, float("inf")))
+
+
+@mistake("shared experts: gate without sigmoid", gated)
+def _(subject: Subject) -> None:
+    for mlp in subject.sparse:
+        mlp.shared_expert_gate.register_forward_hook(lambda _m, _a, out: torch.logit(out.clamp(1e-6, 1 - 1e-6)))
+
+
+# ---- experts
+
+
+@mistake("experts: gate and up exchanged", has_sparse)
+def _(subject: Subject) -> None:
+    for mlp in subject.sparse:
+        mlp.experts.gate_up_proj.copy_(mlp.experts.gate_up_proj.roll(mlp.experts.gate_up_proj.shape[1] // 2, 1))
+
+
+@mistake("experts: order shifted by one", has_sparse)
+def _(subject: Subject) -> None:
+    for mlp in subject.sparse:
+        for weight in (mlp.experts.gate_up_proj, mlp.experts.down_proj):
+            weight.copy_(weight.roll(1, 0))
+
+
+@mistake("experts: weights in the opposite order", has_sparse)
+def _(subject: Subject) -> None:
+    for mlp in subject.sparse:
+        mlp.experts.register_forward_pre_hook(lambda _m, args: (*args[:2], args[2].flip(-1)))
+
+
+@mistake("experts: weight on the input, not on the output", has_sparse)
+def _(subject: Subject) -> None:
+    for mlp in subject.sparse:
+
+        def forward(x: Tensor, ids: Tensor, weights: Tensor, right: Callable[..., Tensor] = mlp.experts.forward) -> Tensor:
+            slots = [(ids[:, [i]], weights[:, [i]]) for i in range(ids.shape[1])]
+            return sum((right(x * w, i, torch.ones_like(w)) for i, w in slots), torch.zeros_like(x))
+
+        mlp.experts.forward = forward
+
+
+@mistake("experts: chosen before the norm", has_sparse)
+def _(subject: Subject) -> None:
+    for layer in subject.model.model.layers:
+        router = router_of(layer)
+        if router is not None:
+            kept: list[Tensor] = []
+            layer.post_attention_layernorm.register_forward_pre_hook(lambda _m, args, kept=kept: kept.__setitem__(slice(None), args))
+            router.register_forward_pre_hook(lambda _m, args, kept=kept: (kept[0].view(-1, kept[0].shape[-1]), *args[1:]))
+
+
+@mistake("dense and sparse networks exchanged between layers", lambda c: has_sparse(c) and has_dense(c))
+def _(subject: Subject) -> None:
+    layers = subject.model.model.layers
+    sparse = next(layer for layer in layers if router_of(layer) is not None)
+    dense = next(layer for layer in layers if router_of(layer) is None)
+    sparse.mlp, dense.mlp = dense.mlp, sparse.mlp
+
+
+# ---- weights of the chosen ones
+
+
+def normalized(config: Config) -> bool:
+    """Whether there are mixtures whose weights are divided by their sum."""
+    return has_sparse(config) and config.get("norm_topk_prob", True)
+
+
+def raw(config: Config) -> bool:
+    """Whether there are mixtures whose weights are not divided by their sum."""
+    return has_sparse(config) and not config.get("norm_topk_prob", True)
+
+
+def routed_scale(config: Config) -> float:
+    """Factor of all weights."""
+    return float(config.get("routed_scaling_factor", 1.0))
+
+
+def scores(config: Config, logits: Tensor) -> Tensor:
+    """What weights are taken from."""
+    return logits.sigmoid() if by_sigmoid(config) else logits.softmax(-1)
+
+
+def weigh(subject: Subject, weights: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Let routers weigh the chosen experts by `weights` of their logits, (tokens, experts), and choices, (tokens, k)."""
+    for router in subject.routers:
+        router.register_forward_hook(lambda _m, _a, out: (out[0], weights(out[0], out[2]), out[2]))
+
+
+@mistake("experts: weights not divided by their sum", normalized)
+def _(subject: Subject) -> None:
+    config = subject.config
+    weigh(subject, lambda logits, ids: scores(config, logits).gather(-1, ids) * routed_scale(config))
+
+
+@mistake("experts: weights divided by their sum (softmax after the choice)", raw)
+def _(subject: Subject) -> None:
+    weigh(subject, lambda logits, ids: logits.gather(-1, ids).softmax(-1))
+
+
+def score_exchanged(subject: Subject, score: Callable[[Tensor], Tensor]) -> None:
+    """Take weights from another score."""
+
+    def weights(logits: Tensor, ids: Tensor) -> Tensor:
+        chosen = score(logits).gather(-1, ids)
+        chosen = chosen / chosen.sum(-1, keepdim=True) if normalized(subject.config) else chosen
+        return chosen * routed_scale(subject.config)
+
+    weigh(subject, weights)
+
+
+@mistake("experts: sigmoid in place of softmax", lambda config: has_sparse(config) and not by_sigmoid(config))
+def _(subject: Subject) -> None:
+    score_exchanged(subject, torch.sigmoid)
+
+
+@mistake("experts: softmax in place of sigmoid", by_sigmoid)
+def _(subject: Subject) -> None:
+    score_exchanged(subject, lambda logits: logits.softmax(-1))
+
+
+@mistake("experts: `routed_scaling_factor` ignored", lambda config: routed_scale(config) != 1)
+def _(subject: Subject) -> None:
+    for router in subject.routers:
+        router.routed_scaling_factor = 1.0
+
+
+@mistake("experts: `moe_norm_min` ignored", lambda config: "moe_norm_min" in config)
+def _(subject: Subject) -> None:
+    for router in subject.routers:
+        router.norm_min = 0.0
+
+
+# ---- correction bias and groups
+
+
+@mistake("experts: correction bias ignored", has_correction)
+def _(subject: Subject) -> None:
+    for block in subject.sparse:
+        for module in (block, block.gate, getattr(block.gate, "moe_statics", None)):
+            if hasattr(module, "e_score_correction_bias"):
+                module.e_score_correction_bias.zero_()
+
+
+@mistake("experts: correction bias in the weights too", has_correction)
+def _(subject: Subject) -> None:
+    config = subject.config
+    for block in subject.sparse:
+
+        def wrong(_m: Any, _a: Any, out: tuple[Tensor, ...], block: Any = block) -> tuple[Tensor, ...]:
+            chosen = compared(block, out[0])[0].gather(-1, out[2])
+            divisor = chosen.sum(-1, keepdim=True).clamp_min(config.get("moe_norm_min", 0.0)) if normalized(config) else 1.0
+            return out[0], chosen / divisor * routed_scale(config), out[2]
+
+        block.gate.register_forward_hook(wrong)
+
+
+def grouped(config: Config) -> bool:
+    """Whether only experts of some groups are open to a token."""
+    return bool(config.get("n_group", 1) > 1)
+
+
+@mistake("experts: groups ignored", grouped)
+def _(subject: Subject) -> None:
+    for router in subject.routers:
+        router.num_group = router.topk_group = 1
+
+
+@mistake("experts: groups scored by their best expert, not by two", grouped)
+def _(subject: Subject) -> None:
+    config, k = subject.config, subject.config["num_experts_per_tok"]
+    for router in subject.routers:
+
+        def wrong(module: Any, _a: Any, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            chance = (out[0].sigmoid() + module.e_score_correction_bias).unflatten(-1, (module.num_group, -1))
+            groups = chance.amax(-1)
+            is_open = torch.zeros_like(groups).scatter(-1, groups.topk(module.topk_group, -1).indices, 1.0).bool()
+            ids = chance.masked_fill(~is_open[..., None], float("-inf")).flatten(-2).topk(k, -1).indices
+            chosen = out[0].sigmoid().gather(-1, ids)
+            return out[0], chosen / (chosen.sum(-1, keepdim=True) if normalized(config) else 1.0) * routed_scale(config), ids
+
+        router.register_forward_hook(wrong)

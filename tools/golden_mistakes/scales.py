@@ -1,0 +1,53 @@
+"""Mistakes in biases, limits and constant factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from golden_models import Config, is_biased
+
+from golden_mistakes.subject import Subject, is_gemma, misread, mistake
+
+for _which in ("q", "k", "v"):
+
+    @mistake(f"bias of {_which}: ignored", is_biased)
+    def _(subject: Subject, which: str = _which) -> None:
+        for attention in subject.attentions:
+            getattr(attention, which + "_proj").bias.zero_()
+
+
+def clipped(config: Config) -> bool:
+    """Whether queries, keys and values are held within a limit."""
+    return bool(config.get("clip_qkv"))
+
+
+misread("clip: ignored", clipped, lambda config: {"clip_qkv": None})
+
+
+@mistake("clip: before the norms of queries and keys", clipped)
+def _(subject: Subject) -> None:
+    limit = subject.config["clip_qkv"]
+    for attention in subject.attentions:
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            projection.register_forward_hook(lambda _m, _a, out: out.clamp(-limit, limit))
+        attention.config.clip_qkv = None
+
+
+def scaled_by(field: str) -> Callable[[Config], bool]:
+    """Whether a factor is there."""
+    return lambda config: bool(config.get(field))
+
+
+for _field in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"):
+    misread(f"scales: `{_field}` ignored", scaled_by(_field), lambda config, field=_field: {field: 1.0})
+
+
+misread("scales: scores by the head's size, not by `query_pre_attn_scalar`", is_gemma, lambda c: {"query_pre_attn_scalar": c["head_dim"]})
+misread("head: soft cap ignored", scaled_by("final_logit_softcapping"), lambda config: {"final_logit_softcapping": None})
+
+
+@mistake("scales: embedding not multiplied", is_gemma)
+def _(subject: Subject) -> None:
+    root = subject.config["hidden_size"] ** 0.5
+    first = subject.model.model.layers[0]
+    first.register_forward_pre_hook(lambda _m, args: (args[0] / root, *args[1:]))

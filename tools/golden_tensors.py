@@ -1,0 +1,140 @@
+"""What the golden files are made from: random weights under released names, and prompts."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from golden_models import (
+    ORIGINAL,
+    Config,
+    by_sigmoid,
+    expert_width,
+    follows_length,
+    has_normed_heads,
+    is_biased,
+    is_sparse,
+    n_experts,
+    normed_over_row,
+    shared_width,
+)
+from numpy.typing import NDArray
+from torch import Tensor
+
+NEW_TOKENS = 12
+STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROJECTIONS, W123 = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
+HEAD_NORMS = {"hunyuan_v1_moe": ("query_layernorm", "key_layernorm")}
+ROUTERS = {
+    "mixtral": "block_sparse_moe.gate.weight",
+    "minimax_m2": "block_sparse_moe.gate.weight",
+    "granitemoe": "block_sparse_moe.router.layer.weight",
+    "hunyuan_v1_moe": "mlp.gate.wg.weight",
+}
+CORRECTIONS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "dots1": ("mlp.gate.e_score_correction_bias", ()),
+    "glm4_moe": ("mlp.gate.e_score_correction_bias", ()),
+    "ernie4_5_moe": ("mlp.moe_statics.e_score_correction_bias", (1,)),
+    "minimax_m2": ("block_sparse_moe.e_score_correction_bias", ()),
+}
+"""Name, and axes in front of the experts'."""
+SHARED = {
+    "qwen2_moe": "mlp.shared_expert.",
+    "dots1": "mlp.shared_experts.",
+    "glm4_moe": "mlp.shared_experts.",
+    "ernie4_5_moe": "mlp.shared_experts.",
+    "hunyuan_v1_moe": "mlp.shared_mlp.",
+}
+
+
+def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
+    """Tensors under the names of released checkpoints, in the dtype that `config` states.
+
+    Drawn by NumPy, rounded to the stored dtype, and scaled so that neither attention nor routing is near uniform and every constant counts.
+    """
+    rng = np.random.default_rng(seed)
+    h, d = config["hidden_size"], config["head_dim"]
+    n_q, n_kv = config["num_attention_heads"] * d, config["num_key_value_heads"] * d
+    family = config["model_type"]
+    normed, gemma = has_normed_heads(config), family.startswith("gemma")
+    over_row = normed_over_row(config)
+    tensors: dict[str, NDArray[np.float64]] = {}
+
+    def matrix(name: str, n_out: int, n_in: int, gain: float = 1.0) -> None:
+        tensors[name] = rng.standard_normal((n_out, n_in)) * gain / np.sqrt(n_in)
+
+    def norm(name: str, size: int, middle: float = 1.0) -> None:
+        tensors[name] = middle * (1 + 0.3 * rng.standard_normal(size)) - (1 if gemma else 0)
+
+    def bias(name: str, size: int, gain: float) -> None:
+        tensors[name] = gain * rng.standard_normal(size)
+
+    def granite_experts(prefix: str, n: int, width: int) -> None:
+        tensors[prefix + "input_linear.weight"] = rng.standard_normal((n, 2 * width, h)) * 1.5 / np.sqrt(h)
+        tensors[prefix + "output_linear.weight"] = rng.standard_normal((n, h, width)) / np.sqrt(width)
+
+    def ffn(prefix: str, gate: str, up: str, down: str, width: int) -> None:
+        matrix(f"{prefix}{gate}.weight", width, h, 1.5)
+        matrix(f"{prefix}{up}.weight", width, h, 1.5)
+        matrix(f"{prefix}{down}.weight", h, width)
+
+    tensors["model.embed_tokens.weight"] = rng.standard_normal((config["vocab_size"], h)) * 0.3
+    for i in range(config["num_hidden_layers"]):
+        p = f"model.layers.{i}."
+        norm(p + "input_layernorm.weight", h)
+        matrix(p + "self_attn.q_proj.weight", n_q, h, 0.3 if normed else 1.5)
+        matrix(p + "self_attn.k_proj.weight", n_kv, h, 0.3 if normed else 1.5)
+        matrix(p + "self_attn.v_proj.weight", n_kv, h)
+        if normed:  # what is small before the norm shows its epsilon
+            q_norm, k_norm = HEAD_NORMS.get(family, ("q_norm", "k_norm"))
+            norm(f"{p}self_attn.{q_norm}.weight", n_q if over_row else d, 1.5)
+            norm(f"{p}self_attn.{k_norm}.weight", n_kv if over_row else d, 1.5)
+        if is_biased(config):
+            for x, size in (("q", n_q), ("k", n_kv), ("v", n_kv)):
+                bias(f"{p}self_attn.{x}_proj.bias", size, 0.15 if normed else 0.5)
+        matrix(p + "self_attn.o_proj.weight", h, n_q)
+        norm(p + "post_attention_layernorm.weight", h)
+        if gemma:
+            norm(p + "pre_feedforward_layernorm.weight", h)
+            norm(p + "post_feedforward_layernorm.weight", h)
+        if not is_sparse(config, i):
+            ffn(p + "mlp.", *PROJECTIONS, config["intermediate_size"])
+            continue
+        matrix(p + ROUTERS.get(family, "mlp.gate.weight"), n_experts(config), h, 1.0 if by_sigmoid(config) else 2.0)
+        if family in CORRECTIONS:
+            name, axes = CORRECTIONS[family]
+            tensors[p + name] = 0.2 * rng.standard_normal((*axes, n_experts(config)))
+        if family == "granitemoe":
+            granite_experts(p + "block_sparse_moe.", n_experts(config), expert_width(config))
+        else:
+            experts, matrices = ("block_sparse_moe", W123) if family in ("mixtral", "minimax_m2") else ("mlp", PROJECTIONS)
+            for e in range(n_experts(config)):
+                ffn(f"{p}{experts}.experts.{e}.", *matrices, expert_width(config))
+        if family in SHARED:
+            ffn(p + SHARED[family], *PROJECTIONS, shared_width(config))
+        if family == "qwen2_moe":
+            matrix(p + "mlp.shared_expert_gate.weight", 1, h)
+    norm("model.norm.weight", h)
+    if not config["tie_word_embeddings"]:
+        matrix("lm_head.weight", config["vocab_size"], h)
+    dtype = STORED[config["torch_dtype"]]
+    return {name: torch.from_numpy(a).to(torch.float32).to(dtype).contiguous() for name, a in tensors.items()}
+
+
+def prompts(config: Config, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Case to (input_ids, attention_mask): ``t1``, ``t17``, ``t96``, one sequence of that many tokens, and ``padded``, two of 21 and 8.
+
+    Where frequencies follow the length, both of ``padded`` fill the original context to the last token instead, with padding beyond it: in
+    transformers the longest sequence of a batch decides for all.
+    """
+    rng = np.random.default_rng(1000 + seed)
+    cases = {}
+    for t in (1, 17, 96):
+        ids = torch.from_numpy(rng.integers(0, config["vocab_size"], (1, t)))
+        cases[f"t{t}"] = (ids, torch.ones_like(ids))
+    lengths = (ORIGINAL, ORIGINAL) if follows_length(config) else (21, 8)
+    ids = torch.from_numpy(rng.integers(0, config["vocab_size"], (2, 27 if follows_length(config) else 21)))
+    mask = torch.zeros_like(ids)
+    for row, n in zip(mask, lengths, strict=True):
+        row[len(row) - n :] = 1
+    cases["padded"] = (ids * mask, mask)
+    return cases

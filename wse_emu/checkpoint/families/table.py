@@ -1,0 +1,63 @@
+"""Every family by its ``model_type``, and which one a config.json names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from wse_emu.checkpoint.families.dots import DOTS1
+from wse_emu.checkpoint.families.ernie import ERNIE4_5_MOE
+from wse_emu.checkpoint.families.gemma import GEMMA2, GEMMA3_TEXT
+from wse_emu.checkpoint.families.glm import GLM4_MOE
+from wse_emu.checkpoint.families.granite import GRANITEMOE
+from wse_emu.checkpoint.families.hunyuan import HUNYUAN_V1_MOE
+from wse_emu.checkpoint.families.llama import LLAMA, MISTRAL, MIXTRAL
+from wse_emu.checkpoint.families.minimax import MINIMAX_M2
+from wse_emu.checkpoint.families.olmoe import OLMOE
+from wse_emu.checkpoint.families.qwen import QWEN2_MOE, QWEN3, QWEN3_MOE
+from wse_emu.checkpoint.family import Family
+from wse_emu.checkpoint.fields import Fields
+from wse_emu.foundation.arguments import show
+from wse_emu.foundation.errors import ConfigError
+
+_ALL = (
+    LLAMA, MISTRAL, MIXTRAL, QWEN3, QWEN3_MOE, QWEN2_MOE, OLMOE, GRANITEMOE, GEMMA2, GEMMA3_TEXT, DOTS1, GLM4_MOE, HUNYUAN_V1_MOE,
+    ERNIE4_5_MOE, MINIMAX_M2,
+)  # fmt: skip
+
+FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in _ALL})
+"""``model_type`` to family."""
+
+ARCHITECTURES: Mapping[str, str] = MappingProxyType({family.architecture: family.model_type for family in FAMILIES.values()})
+"""Architecture (``architectures`` of config.json) to family (``model_type``)."""
+
+
+def family_of(fields: Fields) -> Family:
+    """Family that a config.json names, by ``architectures`` or else by ``model_type``.
+
+    Raises
+    ------
+    ConfigError
+        If it names none that is known, or two; the message lists the known ones.
+    """
+    known = ", ".join(f"{a} ({f})" for a, f in ARCHITECTURES.items())
+    model_type = fields.get("model_type", None)
+    architectures = fields.get("architectures", None)
+    if architectures is not None:
+        if not isinstance(architectures, list) or not architectures or not all(isinstance(a, str) for a in architectures):
+            raise fields.fail("architectures", "must be a list of names")
+        unknown = [a for a in architectures if a not in ARCHITECTURES]
+        if unknown:
+            raise ConfigError(f"{fields.where}: unknown architecture {show(unknown[0])}; known are {known}")
+        families = {ARCHITECTURES[a] for a in architectures}
+        if len(families) > 1:
+            raise fields.fail("architectures", "must name one family")
+        family = families.pop()
+        if model_type is not None and model_type != family:
+            raise fields.fail("model_type", f"must be {family!r} for architecture {architectures[0]}")
+        return FAMILIES[family]
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        if model_type is None:
+            raise ConfigError(f"{fields.where}: neither `architectures` nor `model_type` is there; known architectures are {known}")
+        raise ConfigError(f"{fields.where}: unknown `model_type` {show(model_type)}; known architectures are {known}")
+    return FAMILIES[model_type]
