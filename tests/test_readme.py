@@ -65,7 +65,8 @@ def test_program_of_the_ledger_page_runs(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_declarations_on_the_page_about_families_are_those_that_run() -> None:
-    source = " ".join((ROOT / "wse_emu" / "checkpoint" / "families.py").read_text(encoding="utf-8").split())
+    files = sorted((ROOT / "wse_emu" / "checkpoint" / "families").glob("*.py"))
+    source = " ".join(" ".join(file.read_text(encoding="utf-8") for file in files).split())
     pieces = [piece for language, text in blocks(DOCS / "adding-a-family.md") if language == "python" for piece in text.split("\n\n\n")]
     assert len(pieces) == 4
     for piece in pieces:

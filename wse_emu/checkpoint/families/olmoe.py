@@ -13,11 +13,11 @@ from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.norm_spec import QkNorm
 
 
-def _read_olmoe(fields: Fields, num_layers: int) -> dict[str, Any]:
+def _read(fields: Fields, num_layers: int) -> dict[str, Any]:
     return {"qk_norm": QkNorm(over="row"), "clip_qkv": fields.optional_number("clip_qkv")}
 
 
-def _write_olmoe(spec: ModelSpec) -> dict[str, Any]:
+def _write(spec: ModelSpec) -> dict[str, Any]:
     return {"clip_qkv": spec.clip_qkv}
 
 
@@ -28,5 +28,5 @@ OLMOE = Family(
         count="num_experts", default_num_experts=64, default_top_k=8, width="intermediate_size", routing=softmax_routing,
         routing_config=softmax_routing_config,
     ),
-    read=_read_olmoe, write=_write_olmoe,
+    read=_read, write=_write,
 )  # fmt: skip
