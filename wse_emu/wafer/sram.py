@@ -6,7 +6,7 @@ columns that never differed in any block: a handful of numbers, also for the ful
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, groupby
@@ -79,6 +79,11 @@ def _counts_on(entry: tuple[int, tuple[str, int]]) -> tuple[str, int, int]:
     return (stem, size, int(number) - index) if number else (name, size, -index - 1)
 
 
+_Kind = tuple[bytes, bytes, int]
+"""What decides how many bytes of a tensor lie where: row factors, column factors, bytes of an element."""
+_MOST_LEVELS = 4096
+
+
 class _Classes:
     """Labels of positions along one grid axis: two positions share a label while no factor told them apart."""
 
@@ -106,6 +111,23 @@ class _Classes:
         return value, parents
 
 
+class _Level:
+    """Bytes of tensors per class of cores at one moment, and what came after it: a run that repeats itself goes the same way again."""
+
+    __slots__ = ("after", "before", "passed", "peak", "used")
+
+    def __init__(self, used: Ints) -> None:
+        self.used = used
+        self.peak = int(used.max())
+        """Most bytes of tensors on a core."""
+        self.after: dict[_Kind, _Level] = {}
+        """What it became when a tensor of some kind was placed."""
+        self.before: dict[_Kind, _Level] = {}
+        """And when one was freed."""
+        self.passed: set[Hashable] = set()
+        """Programs that began and ended here."""
+
+
 class SramTracker:
     """Account of every core's SRAM.
 
@@ -128,16 +150,15 @@ class SramTracker:
         self._kernel_code = 0
         self._ids = count()
         self._live: dict[int, tuple[str, Ints, Ints, int]] = {}
-        self._used: Ints = np.zeros((1, 1), np.int64)
-        self._peak: int | None = 0
-        """Most bytes of tensors on a core; None until asked for after a `free`."""
-        self._sizes: dict[tuple[bytes, bytes, int], Ints] = {}
+        self._levels: dict[bytes, _Level] = {}
+        self._level = self._level_with(np.zeros((1, 1), np.int64))
+        self._sizes: dict[_Kind, Ints] = {}
         """Bytes per class of cores of every kind of tensor that was placed."""
         self.high_water_bytes = self._base_code
         """Most bytes that any core held at once, code included."""
         self.high_water_map: SramMap | None = None
         """What lay on the worst core at that moment."""
-        self._high_water: tuple[Ints, Ints, Ints] = (self._used, self._rows.labels, self._cols.labels)
+        self._high_water: tuple[Ints, Ints, Ints] = (self._level.used, self._rows.labels, self._cols.labels)
         """Bytes of tensors per class of cores at that moment, and the classes of rows and of columns."""
 
     @property
@@ -160,16 +181,17 @@ class SramTracker:
         SramOverflowError
             If a core has not that much left; nothing is reserved then.
         """
-        size = self._block_bytes(row_factor, col_factor, itemsize)
-        used = self._used + size
-        peak = int(used.max())
-        if peak + self._base_code + self._kernel_code > self.capacity:
-            self._refuse(name, used, size)
-        self._used, self._peak = used, peak
-        entry = (name, row_factor, col_factor, itemsize)
+        kind = row_factor.tobytes(), col_factor.tobytes(), itemsize
+        level = self._level.after.get(kind)
+        if level is None:
+            size = self._block_bytes(row_factor, col_factor, itemsize)  # may tell classes apart: the level is another one then
+            level = self._level.after[kind] = self._level_with(self._level.used + size)
+        if level.peak + self._base_code + self._kernel_code > self.capacity:
+            self._refuse(name, level.used, self._block_bytes(row_factor, col_factor, itemsize))
+        self._level = level
         reservation = Reservation(next(self._ids), name)
-        self._live[reservation.id] = entry
-        self._note(peak)
+        self._live[reservation.id] = (name, row_factor, col_factor, itemsize)
+        self._note(level.peak)
         return reservation
 
     @in_turn
@@ -184,9 +206,13 @@ class SramTracker:
         entry = self._live.pop(reservation.id, None)
         if entry is None:
             raise SramStateError(f"`{reservation.name}` is not on the wafer: it was freed before")
-        size = self._block_bytes(entry[1], entry[2], entry[3])
-        self._used = self._used - size
-        self._peak = None
+        _, row_factor, col_factor, itemsize = entry
+        kind = row_factor.tobytes(), col_factor.tobytes(), itemsize
+        level = self._level.before.get(kind)
+        if level is None:
+            size = self._block_bytes(row_factor, col_factor, itemsize)
+            level = self._level.before[kind] = self._level_with(self._level.used - size)
+        self._level = level
 
     @contextmanager
     def reserved(self, name: str, row_factor: Ints, col_factor: Ints, itemsize: int) -> Iterator[None]:
@@ -204,14 +230,25 @@ class SramTracker:
             before = self._kernel_code
             self._kernel_code = code_bytes
             try:
-                peak = self._peak_now()
+                used, peak = self._level.used, self._level.peak
                 if peak + self._base_code + code_bytes > self.capacity:
                     self._kernel_code = 0  # the map shows what lies there without the code that is asked for
-                    self._refuse(f"code of {name}", self._used + code_bytes, np.full_like(self._used, code_bytes))
+                    self._refuse(f"code of {name}", used + code_bytes, np.full_like(used, code_bytes))
                 self._note(peak)
                 yield
             finally:
                 self._kernel_code = before
+
+    def passed(self, program: Hashable) -> bool:
+        """Whether a program that frees all it reserves began from exactly this account before, and so reached no new high-water mark."""
+        return (self._kernel_code, program) in self._level.passed
+
+    def pass_through(self, program: Hashable) -> None:
+        """Say that a program began at the present account and ended there."""
+        passed = self._level.passed
+        if len(passed) >= _MOST_LEVELS:
+            passed.clear()
+        passed.add((self._kernel_code, program))
 
     def mark(self) -> SramMark:
         """What lies on the wafer now, for `back_to`."""
@@ -223,14 +260,14 @@ class SramTracker:
         self._kernel_code = mark.kernel_code
         self._rows, self._cols = _Classes(self._rows.labels.size), _Classes(self._cols.labels.size)
         self._sizes.clear()
-        self._used, self._peak = np.zeros((1, 1), np.int64), None
+        self._set_used(np.zeros((1, 1), np.int64))
         for _, row_factor, col_factor, itemsize in self._live.values():
-            size = self._block_bytes(row_factor, col_factor, itemsize)  # may tell classes apart, in `_used` too
-            self._used = self._used + size
+            size = self._block_bytes(row_factor, col_factor, itemsize)  # may tell classes apart: the level is another one then
+            self._level = self._level_with(self._level.used + size)
 
     def used_bytes(self) -> int:
         """Bytes on the fullest core now, code included."""
-        return self._peak_now() + self._base_code + self._kernel_code
+        return self._level.peak + self._base_code + self._kernel_code
 
     def core_map(self, row: int, col: int) -> SramMap:
         """What lies on core (row, col) now."""
@@ -245,28 +282,37 @@ class SramTracker:
 
     def worst_core(self) -> tuple[int, int]:
         """(row, col) of a core that holds the most."""
-        return self._worst(self._used)
+        return self._worst(self._level.used)
 
     def _block_bytes(self, row_factor: Ints, col_factor: Ints, itemsize: int) -> Ints:
-        key = (row_factor.tobytes(), col_factor.tobytes(), itemsize)
-        known = self._sizes.get(key)
+        kind = row_factor.tobytes(), col_factor.tobytes(), itemsize
+        known = self._sizes.get(kind)
         if known is not None:
             return known
         rows, parents = self._rows.values(row_factor)
         if parents is not None:
-            self._used = self._used[parents, :]
-            self._sizes.clear()
+            self._set_used(self._level.used[parents, :])
         cols, parents = self._cols.values(col_factor)
         if parents is not None:
-            self._used = self._used[:, parents]
-            self._sizes.clear()
-        size = self._sizes[key] = _round_words(np.multiply.outer(rows, cols) * itemsize)
+            self._set_used(self._level.used[:, parents])
+        size = self._sizes[kind] = _round_words(np.multiply.outer(rows, cols) * itemsize)
         return size
 
-    def _peak_now(self) -> int:
-        if self._peak is None:
-            self._peak = int(self._used.max())
-        return self._peak
+    def _set_used(self, used: Ints) -> None:
+        """Go on with other classes of cores: nothing that was known about the old ones holds."""
+        self._sizes.clear()
+        self._levels.clear()
+        self._level = self._level_with(used)
+
+    def _level_with(self, used: Ints) -> _Level:
+        """The level with these bytes per class."""
+        key = used.tobytes()
+        level = self._levels.get(key)
+        if level is None:
+            if len(self._levels) >= _MOST_LEVELS:
+                self._levels.clear()
+            level = self._levels[key] = _Level(used)
+        return level
 
     def _worst(self, used: Ints) -> tuple[int, int]:
         row, col = np.unravel_index(int(used.argmax()), used.shape)
@@ -289,7 +335,7 @@ class SramTracker:
         if now > self.high_water_bytes or self.high_water_map is None:
             self.high_water_bytes = now
             self.high_water_map = self.core_map(*self.worst_core())
-            self._high_water = (self._used, self._rows.labels, self._cols.labels)
+            self._high_water = (self._level.used, self._rows.labels, self._cols.labels)
 
 
 def _words(n: int) -> int:
