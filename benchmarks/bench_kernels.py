@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks.cases import F32, Cases, normal, relative, torch_call, torch_side
 from benchmarks.racing import Call, Case, Race, Work
-from wse_emu.equivalence.tolerance import U, linear_bound
+from wse_emu.equivalence.tolerance import U, capped_bound, linear_bound
 from wse_emu.foundation.routing_rule import ROUTING_PRESETS
 from wse_emu.layers.router import router_code
 from wse_kernels import attention, elementwise, exp, ffn, formats, head_norm, log, matmul, norm, qk_norm, rope, routing
@@ -878,6 +878,25 @@ def _scored(smoke: bool) -> tuple[F32, np.float32, Any, Any, F32]:
     s_t, scale, tokens = k @ q_t, np.float32(1 / np.sqrt(len(q_t))), np.arange(len(k))
     seen = np.tile(tokens[:, None] <= tokens, (1, q_t.shape[1] // len(k)))
     return s_t, scale, admitted, seen, np.where(seen, s_t * scale, np.float32(-np.inf)).max(axis=0)
+
+
+@CASES.add("cap_scores")
+def _cap_scores(smoke: bool) -> Case:
+    s_t, scale, *_ = _scored(smoke)
+    cap, capped = np.float32(3.0), s_t.copy()
+
+    def ours() -> F32:
+        capped[...] = s_t
+        attention.cap_scores(capped, scale, cap)
+        return capped
+
+    peers = {
+        "numpy": lambda: cap * np.tanh(s_t * scale / cap),
+        **torch_call(lambda t, s: float(cap) * t.tanh(s * float(scale) / float(cap)), s_t),
+    }
+    right = float(scale) * s_t.astype(np.float64)
+    bound = capped_bound(right, U * np.abs(right), float(cap))
+    return Case(ours, peers, (float(cap) * np.tanh(right / float(cap)),), (bound,), Work(bytes=s_t.nbytes), parallel=False)
 
 
 @CASES.add("score_max")

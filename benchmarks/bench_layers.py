@@ -654,8 +654,8 @@ def _mesh_attention(layer: Layer) -> Case:
         k, v, base, cap = cache.buffers(0, new)
         heads = layer.heads
         mesh_attention(
-            placed.flat, heads.units.offsets, heads.queries_per_kv, heads.head_dim, heads.scale, no_sink, admitted.first,
-            admitted.ranges, new.first_token, new.n_new, base, cap, k, v, context.flat, none, none,
+            placed.flat, heads.units.offsets, heads.queries_per_kv, heads.head_dim, heads.scale, heads.cap, no_sink,
+            admitted.first, admitted.ranges, new.first_token, new.n_new, base, cap, k, v, context.flat, none, none,
         )  # fmt: skip
 
     return _attention_case(layer, attend)

@@ -230,6 +230,9 @@ def spoilt(spec: ModelSpec, theta: float) -> Iterator[tuple[str, ModelSpec]]:
     if spec.family == "granitemoe":
         for field, name in (("embedding_multiplier", "embedding"), ("residual_multiplier", "residual"), ("logits_scaling", "logits")):
             yield f"scales: `{field}` ignored", dataclasses.replace(spec, scales=dataclasses.replace(spec.scales, **{name: 1.0}))
+    if spec.scales.scores_cap is not None:
+        free = dataclasses.replace(spec.scales, scores_cap=None)
+        yield "attention: soft cap of the scores ignored", dataclasses.replace(spec, scales=free)
     if spec.scales.logits_cap is not None:
         yield "head: soft cap ignored", dataclasses.replace(spec, scales=dataclasses.replace(spec.scales, logits_cap=None))
     if spec.family.startswith("gemma"):

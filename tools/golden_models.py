@@ -58,12 +58,12 @@ GEMMA = COMMON | {
     "vocab_size": 57, "hidden_size": 28, "intermediate_size": 34, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 10, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
     "attention_bias": False, "sliding_window": 11, "query_pre_attn_scalar": 17, "final_logit_softcapping": 12.0,
-    "attn_logit_softcapping": None, "tie_word_embeddings": True, "rope_theta": 1e5,
+    "attn_logit_softcapping": 4.0, "tie_word_embeddings": True, "rope_theta": 1e5,
 }  # fmt: skip
 GEMMA2 = GEMMA | {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}
 GEMMA3 = GEMMA | {
     "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "sliding_window_pattern": 2, "rope_local_base_freq": 50.0,
-    "final_logit_softcapping": None,
+    "final_logit_softcapping": None, "attn_logit_softcapping": None,
 }  # fmt: skip
 DOTS1 = COMMON | {
     "architectures": ["Dots1ForCausalLM"], "model_type": "dots1", "vocab_size": 57, "hidden_size": 32, "intermediate_size": 26,

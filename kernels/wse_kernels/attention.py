@@ -6,7 +6,7 @@ elements of the values. Keys lie over the rows of the wafer; whether key blocks 
 accumulators visit the keys (decode), the arithmetic of a query is the same:
 
 1. score = chain over the group of the partial sums, each over ascending pair units (element 0, then 1) with fma from +0;
-2. scaled = score * scale, rounded;
+2. scaled = score * scale, rounded; where scores have a cap, cap * tanh32(scaled / cap) (`cap_scores`);
 3. m = exact maximum of the admitted scaled scores, and of the head's sink where it has one (`start_max`, `score_max`);
 4. denominator from +0, or from exp32(sink - m) (`start_denominator`); over admitted keys in ascending order: p = exp32(scaled - m),
    denominator = denominator + p, o[f] = fma(p, v[f], o[f]) with o from +0 (`softmax_accumulate`);
@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wse_kernels._jit import kernel
-from wse_kernels.exp import exp32
+from wse_kernels.exp import exp32, tanh32
 from wse_kernels.fma import fma
 
 _ZERO = np.float32(0.0)
@@ -128,6 +128,26 @@ def start_max(sink: NDArray[np.float32], m: NDArray[np.float32]) -> None:
         m[c] = _MINUS_INF
         if sink.shape[0] > 0:
             m[c] = sink[c // t] + _ZERO
+
+
+@kernel()
+def cap_scores(s_t: NDArray[np.float32], scale: np.float32, cap: np.float32) -> None:
+    """Scale the scores of some keys and hold them softly within a cap; `score_max` then scales by 1.
+
+    Parameters
+    ----------
+    s_t : ndarray, (n_keys, Q), float32
+        Whole scores (the chain is complete); ``cap * tanh32(s_t * scale / cap)`` in place, every operation rounded.
+    scale, cap : float32
+        Must be ``np.float32``; the cap above 0.
+
+    References
+    ----------
+    Gemma Team, "Gemma 2: Improving open language models at a practical size", 2024, section 2.
+    """
+    for j in range(s_t.shape[0]):
+        for c in range(s_t.shape[1]):
+            s_t[j, c] = cap * tanh32(s_t[j, c] * scale / cap)
 
 
 @kernel()

@@ -32,7 +32,7 @@ from wse_kernels.attention_tile import (
     scale_tile,
     store_tile,
 )
-from wse_kernels.exp import exp32
+from wse_kernels.exp import exp32, tanh32
 from wse_kernels.threads import Driver
 
 F32 = NDArray[np.float32]
@@ -215,6 +215,15 @@ def _accumulate(
 
 
 @helper
+def _cap(s_t: F32, at: int, rows: int, stride: int, cap: np.float32) -> None:
+    """Hold the scores of a register tile, `rows` rows from element `at` on, softly within the cap."""
+    for r in range(rows):
+        row = s_t[at + r * stride :]
+        for n in range(WIDTH):
+            row[n] = cap * tanh32(row[n] / cap)
+
+
+@helper
 def _find_pieces(unit_starts: I64, half: int, pieces: I64, first_piece: I64) -> None:
     """Cut the units of every head into pieces, one for each column that holds any, west to east; head g's are first_piece[g] to [g + 1].
 
@@ -242,7 +251,7 @@ def _find_pieces(unit_starts: I64, half: int, pieces: I64, first_piece: I64) -> 
 
 @kernel()
 def _attend(
-    qkv: F32, n_tokens: int, pieces: I64, q_slots: int, height: int, head: int, scale: np.float32, sink: F32,
+    qkv: F32, n_tokens: int, pieces: I64, q_slots: int, height: int, head: int, scale: np.float32, cap_score: np.float32, sink: F32,
     first_range: I64, ranges: I64, t0: int, kv_base: int, cap: int, k_cache: F32, v_cache: F32,
     lane0: int, n_lanes: int, work: F32, masks: I32, context: F32, m_out: F32, denom_out: F32,
 ) -> None:  # fmt: skip
@@ -300,6 +309,8 @@ def _attend(
                         of += lanes
                     total = add_tiles(total, p)
                 store_tile(scale_tile(total, scale), s_t, j * lanes + lane, apart * lanes)
+                if cap_score > _ZERO:
+                    _cap(s_t, j * lanes + lane, step, lanes, cap_score)
             j += step
         _raise_max(m, s_t, masks, lanes, span, begin, end)
     for n in range(lanes):
@@ -343,7 +354,7 @@ def _attend(
 
 @kernel(driver=True)
 def _mesh_attention(
-    part: int, n_parts: int, qkv: F32, unit_starts: I64, q_slots: int, head_dim: int, scale: np.float32, sink: F32,
+    part: int, n_parts: int, qkv: F32, unit_starts: I64, q_slots: int, head_dim: int, scale: np.float32, cap_score: np.float32, sink: F32,
     first_range: I64, ranges: I64, t0: I64, nt: I64, kv_base: I64, cap: I64, k_cache: F32, v_cache: F32,
     context: F32, m_out: F32, denom_out: F32,
 ) -> None:  # fmt: skip
@@ -371,7 +382,7 @@ def _mesh_attention(
             for head in range(n_heads):
                 if task % n_parts == part:
                     _attend(
-                        qkv, n_tokens, pieces[first_piece[head] : first_piece[head + 1]], q_slots, height, head, scale, sink,
+                        qkv, n_tokens, pieces[first_piece[head] : first_piece[head + 1]], q_slots, height, head, scale, cap_score, sink,
                         first_range, ranges, t0[s], kv_base[s], cap[s],
                         k_cache, v_cache, lane0, n_lanes, work, masks, context, m_out, denom_out,
                     )  # fmt: skip
@@ -382,8 +393,8 @@ _driver = Driver(_mesh_attention)
 
 
 def mesh_attention(
-    qkv: F32, unit_starts: I64, q_slots: int, head_dim: int, scale: np.float32, sink: F32, first_range: I64, ranges: I64,
-    t0: I64, nt: I64, kv_base: I64, cap: I64, k_cache: F32, v_cache: F32,
+    qkv: F32, unit_starts: I64, q_slots: int, head_dim: int, scale: np.float32, cap_score: np.float32, sink: F32,
+    first_range: I64, ranges: I64, t0: I64, nt: I64, kv_base: I64, cap: I64, k_cache: F32, v_cache: F32,
     context: F32, m_out: F32, denom_out: F32,
 ) -> None:  # fmt: skip
     """Attention of one layer over all cores and sequences, in parallel over sequences, key/value heads and tiles of queries.
@@ -400,6 +411,8 @@ def mesh_attention(
         Elements of a head, even.
     scale : float32
         Factor of the scores; must be a ``np.float32``.
+    cap_score : float32
+        Scaled scores ``x`` become ``cap * tanh(x / cap)``; 0 leaves them. Must be a ``np.float32``.
     sink : ndarray, (n_kv_heads * q_slots,) or (0,), float32
         A score of each query head that no key has and that every query admits; empty where heads have none.
     first_range : ndarray, (n_tokens + 1,), int64
@@ -420,6 +433,6 @@ def mesh_attention(
     """
     admitted = int((ranges[:, 1] - ranges[:, 0]).sum())
     _driver(
-        admitted * int(unit_starts[-1]) * q_slots, qkv, unit_starts, q_slots, head_dim, scale, sink, first_range, ranges, t0, nt, kv_base,
-        cap, k_cache, v_cache, context, m_out, denom_out,
+        admitted * int(unit_starts[-1]) * q_slots, qkv, unit_starts, q_slots, head_dim, scale, cap_score, sink, first_range, ranges, t0, nt,
+        kv_base, cap, k_cache, v_cache, context, m_out, denom_out,
     )  # fmt: skip

@@ -27,7 +27,7 @@ HUNYUAN: dict[str, Any] = {**SHAPE, "model_type": "hunyuan_v1_moe", "num_experts
 ERNIE: dict[str, Any] = {**SHAPE, "model_type": "ernie4_5_moe", "moe_num_experts": 6, "moe_k": 3, "moe_intermediate_size": 9}
 MINIMAX: dict[str, Any] = {**SHAPE, "model_type": "minimax_m2", "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 6}
 GRANITE: dict[str, Any] = {**SHAPE, "model_type": "granitemoe", "num_local_experts": 4, "num_experts_per_tok": 2}
-GEMMA: dict[str, Any] = {**SHAPE, "model_type": "gemma2", "attn_logit_softcapping": None}
+GEMMA: dict[str, Any] = {**SHAPE, "model_type": "gemma2"}
 EVERY = [DOTS, GLM, HUNYUAN, ERNIE, MINIMAX, GRANITE, GEMMA]
 
 

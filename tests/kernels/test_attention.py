@@ -16,6 +16,7 @@ from numba import config
 from wse_kernels import attention_mesh, attention_tile, threads
 from wse_kernels._jit import plain
 from wse_kernels.attention import (
+    cap_scores,
     finish,
     pack_queries,
     partial_scores,
@@ -26,7 +27,7 @@ from wse_kernels.attention import (
     store_kv,
 )
 from wse_kernels.attention_mesh import mesh_attention, mesh_store_kv
-from wse_kernels.exp import exp32
+from wse_kernels.exp import exp32, tanh32
 from wse_kernels.fma import fma
 
 F = np.float32
@@ -68,6 +69,8 @@ class Mesh:
     """Share of the keys in the window that are admitted, drawn for each pair of positions; a query's own key always is."""
     sink: np.ndarray = field(default_factory=lambda: NO_SINK)
     """Score of each query head's sink, (n_heads * q,) or none."""
+    limit: np.float32 = field(default=F(0))
+    """Soft cap of the scaled scores; 0 is none."""
 
     def admits(self, q: int, k: int) -> bool:
         """Whether a query at position q admits the key at position k."""
@@ -160,7 +163,7 @@ def results(m: Mesh) -> Result:
 
 def driver(m: Mesh) -> Result:
     out = results(m)
-    mesh_attention(m.qkv, m.starts, m.q, 2 * m.half, m.scale, m.sink, *m.ranges(), m.t0, m.nt, m.base, m.cap, m.k, m.v, *out)
+    mesh_attention(m.qkv, m.starts, m.q, 2 * m.half, m.scale, m.limit, m.sink, *m.ranges(), m.t0, m.nt, m.base, m.cap, m.k, m.v, *out)
     return out
 
 
@@ -171,8 +174,8 @@ def cuts(rng: np.random.Generator, n: int) -> list[tuple[int, int]]:
 
 def cores(m: Mesh, seed: int, *, interpreted: bool = False) -> Result:
     """What the cores do: every body on its own blocks, tokens and keys cut at random; blocks that a body writes start as NaN."""
-    bodies = (pack_queries, partial_scores, start_max, score_max, start_denominator, softmax_accumulate, finish)
-    pack, partial, begin_max, raise_max, begin_denominator, accumulate, divide = (plain(f) if interpreted else f for f in bodies)
+    bodies = (pack_queries, partial_scores, start_max, cap_scores, score_max, start_denominator, softmax_accumulate, finish)
+    pack, partial, begin_max, hold, raise_max, begin_denominator, accumulate, divide = (plain(f) if interpreted else f for f in bodies)
     rng = np.random.default_rng(seed)
     context, top, denominators = results(m)
     for s in range(m.nt.size):
@@ -200,7 +203,9 @@ def cores(m: Mesh, seed: int, *, interpreted: bool = False) -> Result:
                     assert chain is not None
                     scores.append(chain)
                 for b in rng.permutation(len(blocks)):
-                    raise_max(scores[b], m.scale, m.q, admitted[b], peak)
+                    if m.limit:
+                        hold(scores[b], m.scale, m.limit)
+                    raise_max(scores[b], F(1) if m.limit else m.scale, m.q, admitted[b], peak)
                 for c, u0, n in m.pieces(g):
                     denom, o_t = np.full(m.q * t, np.nan, F), np.zeros((2 * n, m.q * t), F)
                     begin_denominator(sink, peak, denom)
@@ -230,7 +235,7 @@ def definition(m: Mesh) -> Result:
                                 a = m.panel(m.qkv, c, (m.q + 2) * 2)[row, (u * (m.q + 2) + slot) * 2 + e]
                                 p = fma(a, m.cached(m.k, s, c)[j, 2 * u + e], p)
                         score = p if score is None else score + p
-                    scaled.append(score * m.scale)
+                    scaled.append(m.limit * plain(tanh32)(score * m.scale / m.limit) if m.limit else score * m.scale)
                 own = m.sink[g * m.q + slot : g * m.q + slot + 1]
                 peak = max(scaled + own.tolist())
                 weights = [plain(exp32)(x - peak) for x in scaled]
@@ -277,7 +282,8 @@ def meshes(draw: st.DrawFn, most_tokens: int = 24, most_cached: int = 40) -> Mes
         spread=draw(st.sampled_from([0.01, 1.0, 6.0])),
     )
     density = draw(st.sampled_from([1.0, 1.0, 0.6, 0.1]))
-    return with_sinks(replace(m, window=window, density=density), draw(st.booleans()))
+    limit = draw(st.sampled_from([F(0), F(0), F(1.5)]))
+    return with_sinks(replace(m, window=window, density=density, limit=limit), draw(st.booleans()))
 
 
 @pytest.mark.nojit
@@ -305,7 +311,7 @@ def test_driver_gives_the_bits_of_the_cores_at_the_edges_of_its_tiles(
 ) -> None:
     m = replace(make(n_heads, q, half, n_cols, lengths, 5), window=window)
     assert same(driver(m), cores(m, 6))
-    m = with_sinks(replace(m, density=0.3), True)
+    m = with_sinks(replace(m, density=0.3, limit=F(0.75)), True)
     assert same(driver(m), cores(m, 6))
 
 
@@ -319,7 +325,7 @@ def test_cores_driver_and_plain_python_obey_the_definition(
     n_heads: int, q: int, half: int, n_cols: int, lengths: list[tuple[int, int]], window: int
 ) -> None:
     plainly = replace(make(n_heads, q, half, n_cols, lengths, 7), window=window)
-    for m in (plainly, with_sinks(plainly, True), with_sinks(replace(plainly, density=0.4), True)):
+    for m in (replace(plainly, limit=F(1.25)), with_sinks(plainly, True), with_sinks(replace(plainly, density=0.4), True)):
         expected = definition(m)
         assert same(driver(m), expected)
         assert same(cores(m, 8), expected)
@@ -486,7 +492,7 @@ def test_rows_of_no_sequence_stay_as_they_are_and_statistics_may_be_left_out() -
     none = np.empty((0, 0), F)
     a = slice(1, 2)
     mesh_attention(
-        m.qkv, m.starts, m.q, 4, m.scale, NO_SINK, *m.ranges(), m.t0[a], m.nt[a], m.base[a], m.cap[a], m.k, m.v, part[0], none, none
+        m.qkv, m.starts, m.q, 4, m.scale, F(0), NO_SINK, *m.ranges(), m.t0[a], m.nt[a], m.base[a], m.cap[a], m.k, m.v, part[0], none, none
     )  # fmt: skip
     got, expected = heads_of(m, part[0], 4), heads_of(m, full[0], 4)
     assert np.isnan(got[:2]).all()

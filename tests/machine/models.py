@@ -46,7 +46,7 @@ RULES = {
     },
     "gemma2": {
         **SHAPE, "model_type": "gemma2", "intermediate_size": 14, "sliding_window": 4, "query_pre_attn_scalar": 9,
-        "final_logit_softcapping": 3.0, "attn_logit_softcapping": None,
+        "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0,
     },
     "gemma3_text": {
         **SHAPE, "model_type": "gemma3_text", "intermediate_size": 14, "sliding_window": 4, "sliding_window_pattern": 2,

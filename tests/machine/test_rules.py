@@ -35,7 +35,7 @@ def test_models_use_every_rule() -> None:
     for name in ("embedding", "residual", "logits"):
         assert any(getattr(spec.scales, name) != 1 for spec in specs), name
     assert any(spec.scales.attention is not None for spec in specs)
-    assert any(spec.scales.logits_cap is not None for spec in specs)
+    assert any(spec.scales.logits_cap is not None and spec.scales.scores_cap is not None for spec in specs)
 
 
 @pytest.mark.parametrize("family", ONE_BY_ONE)

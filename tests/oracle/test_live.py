@@ -135,7 +135,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma2": {
         "hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10, "intermediate_size": 29,
         "num_hidden_layers": 3, "sliding_window": 7, "query_pre_attn_scalar": 13, "final_logit_softcapping": 40.0,
-        "attn_logit_softcapping": None,
+        "attn_logit_softcapping": 3.0,
     },
     "gemma2 no caps": {
         "hidden_size": 28, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 6, "intermediate_size": 33,

@@ -50,7 +50,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "gemma2": {
         **BASE, "model_type": "gemma2", "sliding_window": 5, "query_pre_attn_scalar": 9, "final_logit_softcapping": 9.0,
-        "attn_logit_softcapping": None,
+        "attn_logit_softcapping": 3.0,
     },
     "gemma3_text": {
         **BASE, "model_type": "gemma3_text", "sliding_window": 5, "sliding_window_pattern": 2, "rope_local_base_freq": 20.0,

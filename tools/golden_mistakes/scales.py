@@ -43,6 +43,15 @@ for _field in ("embedding_multiplier", "residual_multiplier", "attention_multipl
 
 
 misread("scales: scores by the head's size, not by `query_pre_attn_scalar`", is_gemma, lambda c: {"query_pre_attn_scalar": c["head_dim"]})
+misread("attention: soft cap of the scores ignored", scaled_by("attn_logit_softcapping"), lambda config: {"attn_logit_softcapping": None})
+
+
+@mistake("attention: soft cap before the scores are scaled", scaled_by("attn_logit_softcapping"))
+def _(subject: Subject) -> None:
+    for attention in subject.attentions:
+        attention.attn_logit_softcapping = subject.config["attn_logit_softcapping"] * attention.scaling
+
+
 misread("head: soft cap ignored", scaled_by("final_logit_softcapping"), lambda config: {"final_logit_softcapping": None})
 
 

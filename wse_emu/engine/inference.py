@@ -55,7 +55,10 @@ class Engine:
                 "`moe_implementation` 'functional' computes every expert for every token, which has no weight to multiply its input by: "
                 "with `probability_before_ffn` use 'experimental' or 'optimized'"
             )
-        self.heads = HeadLayout(self.spec.num_kv_heads, self.spec.queries_per_kv, self.spec.head_dim, wafer.cols, self.spec.attention_scale)
+        self.heads = HeadLayout(
+            self.spec.num_kv_heads, self.spec.queries_per_kv, self.spec.head_dim, wafer.cols, self.spec.attention_scale,
+            self.spec.scales.scores_cap,
+        )  # fmt: skip
         self.weights = ModelWeights(store, self.spec, self.options, shapes_only=wafer.is_dry)
         self._stream: LayerStream | None = None
 

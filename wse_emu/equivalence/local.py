@@ -179,8 +179,11 @@ class StageLocal:
             n = mask.sum(axis=1)
             for head in range(spec.num_heads):
                 qh, kh = q[t, head], k[t, head // group]
-                scores = np.where(mask, scale * (qh @ kh.T), -np.inf)
-                e_scores = np.where(mask, tolerance.score_bound(qh, kh, scale), 0.0)
+                scores, e_scores = scale * (qh @ kh.T), tolerance.score_bound(qh, kh, scale)
+                if spec.scales.scores_cap is not None:
+                    cap = float(np.float32(spec.scales.scores_cap))
+                    scores, e_scores = cap * np.tanh(scores / cap), tolerance.capped_bound(scores, e_scores, cap)
+                scores, e_scores = np.where(mask, scores, -np.inf), np.where(mask, e_scores, 0.0)
                 out["attn_max"][0][t, head] = scores.max(axis=1)
                 out["attn_max"][1][t, head] = tolerance.maximum_bound(scores, e_scores)
                 if own_max is None:

@@ -18,13 +18,15 @@ class Scales:
     """Times the output of attention and of the feed-forward network, before it joins the residual stream."""
     attention: float | None = None
     """Times the scores; None is ``1 / sqrt(head_dim)``."""
+    scores_cap: float | None = None
+    """The scaled scores ``x`` become ``cap * tanh(x / cap)``; None leaves them."""
     logits: float = 1.0
     """Divides the logits."""
     logits_cap: float | None = None
     """The logits ``x`` become ``cap * tanh(x / cap)``; None leaves them."""
 
     def __post_init__(self) -> None:
-        for name in ("embedding", "residual", "attention", "logits", "logits_cap"):
+        for name in ("embedding", "residual", "attention", "scores_cap", "logits", "logits_cap"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, float) and math.isfinite(value) and value > 0):
                 raise SpecError(f"`{name}` of `scales` must be a positive finite number, got {value!r}")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from wse_emu.foundation.attention_pattern import FULL, AttentionPattern
 from wse_emu.layers.attention_cores import attend_on_cores
-from wse_emu.layers.attention_kernels import CODE_BYTES, NO_SINK
+from wse_emu.layers.attention_kernels import CAP_SCORES, CODE_BYTES, NO_SINK
 from wse_emu.layers.attention_plan import plan_attention
 from wse_emu.layers.heads import HeadLayout
 from wse_emu.layers.kv_cache import KVCache, Sequences
@@ -64,7 +64,7 @@ def attention(
     m, denominator = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     with (
         wafer.sram.reserved("attention work", np.ones(wafer.rows, np.int64), work_words, 4),
-        wafer.sram.code("attention", CODE_BYTES),
+        wafer.sram.code("attention", CODE_BYTES + (0 if heads.score_cap is None else CAP_SCORES.code_bytes)),
     ):
         plan = cache.attention_plan(sequences, pattern, lambda: plan_attention(cache, sequences, bands, pattern, tile_tokens))
         events = plan.events
@@ -73,8 +73,9 @@ def attention(
         elif not wafer.is_dry:
             k, v, base, capacity = cache.buffers(layer, sequences)
             mesh_attention(
-                qkv.flat, heads.units.offsets, heads.queries_per_kv, heads.head_dim, heads.scale, NO_SINK, plan.admitted.first,
-                plan.admitted.ranges, sequences.first_token, sequences.n_new, base, capacity, k, v, context.flat, m, denominator,
+                qkv.flat, heads.units.offsets, heads.queries_per_kv, heads.head_dim, heads.scale, heads.cap, NO_SINK,
+                plan.admitted.first, plan.admitted.ranges, sequences.first_token, sequences.n_new, base, capacity, k, v, context.flat,
+                m, denominator,
             )  # fmt: skip
     for event in events:
         wafer.record(event)

@@ -10,6 +10,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from wse_emu.layers.attention_kernels import (
     ACCUMULATE,
+    CAP_SCORES,
     FINISH,
     NO_SINK,
     PACK_QUERIES,
@@ -159,7 +160,11 @@ class _TileRun:
                     self.run(START_MAX, core, {"sink": NO_SINK, "m": m})
                 else:
                     self.cores.send(self.traffic["maxima"], before, [m])
-                args = {"s_t": self.scores[core], "scale": self.cache.heads.scale, "q_slots": self.q_slots, "m": m}
+                heads, scale = self.cache.heads, self.cache.heads.scale
+                if heads.score_cap is not None:
+                    self.run(CAP_SCORES, core, {"s_t": self.scores[core], "scale": scale, "cap": heads.cap})
+                    scale = np.float32(1.0)
+                args = {"s_t": self.scores[core], "scale": scale, "q_slots": self.q_slots, "m": m}
                 self.run(SCORE_MAX, core, {**args, "admitted": self.lists[core][1]})
                 before = m
             assert before is not None
@@ -262,7 +267,8 @@ def attend_on_cores(
 
     return (
         launch(PACK_QUERIES), moves["queries"], launch(PARTIAL_SCORES), moves["score chain"], launch(CHAIN_ADD), moves["score return"],
-        launch(START_MAX), launch(SCORE_MAX), moves["maxima"], moves["maxima return"], launch(START_DENOMINATOR), launch(ACCUMULATE),
+        launch(START_MAX), *([] if heads.score_cap is None else [launch(CAP_SCORES)]), launch(SCORE_MAX),
+        moves["maxima"], moves["maxima return"], launch(START_DENOMINATOR), launch(ACCUMULATE),
         moves["accumulators"], launch(FINISH), moves["context"],
     )  # fmt: skip
 

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from wse_emu.foundation.attention_pattern import AttentionPattern, KeyRanges
-from wse_emu.layers.attention_kernels import ACCUMULATE, FINISH, PACK_QUERIES, PARTIAL_SCORES, SCORE_MAX, START_DENOMINATOR, START_MAX
+from wse_emu.layers.attention_kernels import (
+    ACCUMULATE,
+    CAP_SCORES,
+    FINISH,
+    PACK_QUERIES,
+    PARTIAL_SCORES,
+    SCORE_MAX,
+    START_DENOMINATOR,
+    START_MAX,
+)
 from wse_emu.layers.heads import HeadLayout
 from wse_emu.layers.kv_cache import KVCache, Sequences
 from wse_emu.wafer import costs
@@ -202,6 +211,7 @@ def _events(heads: HeadLayout, n_rows: int, bands: TokenBands, admitted: KeyRang
         Event(None, "", "launch", CHAIN_ADD.name, count=chained),
         back,
         Event(None, "", "launch", START_MAX.name, count=n_tiles * parts),
+        *([] if heads.score_cap is None else [Event(None, "", "launch", CAP_SCORES.name, count=n_visits)]),
         Event(None, "", "launch", SCORE_MAX.name, count=n_visits),
         maxima,
         maxima_back,

@@ -30,6 +30,8 @@ class HeadLayout:
     n_cols: int
     sm_scale: float | None = None
     """Factor of the scores; None is ``1 / sqrt(head_dim)``."""
+    score_cap: float | None = None
+    """Soft cap of the scaled scores; None is none."""
 
     @cached_property
     def units(self) -> Split:
@@ -116,3 +118,8 @@ class HeadLayout:
     def scale(self) -> np.float32:
         """Factor of the scores, in float32."""
         return np.float32(1.0 / np.sqrt(float(self.head_dim)) if self.sm_scale is None else self.sm_scale)
+
+    @property
+    def cap(self) -> np.float32:
+        """Soft cap of the scaled scores in float32, 0 for none."""
+        return np.float32(0.0 if self.score_cap is None else self.score_cap)

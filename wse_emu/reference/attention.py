@@ -33,7 +33,7 @@ def attention_block(weights: PublishedWeights, layer: int, x: Floats, seq: Ints,
     for s in np.unique(seq):  # tokens of different sequences never meet, so each has a matrix of its own
         t = np.flatnonzero(seq == s)
         mask = formulas.visible(seq[t], pos[t], spec.pattern(layer))
-        maximum[t], denominator[t], context[t] = formulas.attention(q[t], k[t], v[t], mask, spec.attention_scale)
+        maximum[t], denominator[t], context[t] = formulas.attention(q[t], k[t], v[t], mask, spec.attention_scale, spec.scales.scores_cap)
     yield "attn_max", maximum
     yield "attn_denominator", denominator
     flat = context.reshape(len(x), -1)

@@ -77,7 +77,9 @@ def visible(seq: Ints, pos: Ints, pattern: AttentionPattern = FULL) -> NDArray[n
     return causal & seen
 
 
-def attention(q: Floats, k: Floats, v: Floats, mask: NDArray[np.bool_], scale: float) -> tuple[Floats, Floats, Floats]:
+def attention(
+    q: Floats, k: Floats, v: Floats, mask: NDArray[np.bool_], scale: float, cap: float | None = None
+) -> tuple[Floats, Floats, Floats]:
     """Softmax attention of every query over every key, with a full matrix of scores.
 
     Parameters
@@ -89,11 +91,13 @@ def attention(q: Floats, k: Floats, v: Floats, mask: NDArray[np.bool_], scale: f
         True where query i sees key j.
     scale : float
         Factor of the scores.
+    cap : float, optional
+        Scaled scores ``x`` become ``cap * tanh(x / cap)``.
 
     Returns
     -------
     maximum, denominator : ndarray, (T, heads)
-        ``max_j s`` and ``sum_j exp(s - max)`` of ``s = scale * q.k``.
+        ``max_j s`` and ``sum_j exp(s - max)`` of ``s = scale * q.k``, capped.
     context : ndarray, (T, heads, d)
     """
     heads = q.shape[1]
@@ -102,7 +106,7 @@ def attention(q: Floats, k: Floats, v: Floats, mask: NDArray[np.bool_], scale: f
     denominator = np.empty(q.shape[:2], q.dtype)
     context = np.empty_like(q)
     for head in range(heads):  # one (T, T) matrix at a time
-        scores = q[:, head] @ k[:, head // group].T * q.dtype.type(scale)
+        scores = capped(q[:, head] @ k[:, head // group].T * q.dtype.type(scale), cap)
         scores = np.where(mask, scores, q.dtype.type(-np.inf))
         maximum[:, head] = scores.max(axis=1)
         p = np.exp(scores - maximum[:, head, None])

@@ -18,14 +18,12 @@ from wse_emu.foundation.scales import Scales
 def _read_gemma(fields: Fields, num_layers: int, logits_cap: float | None, scores_cap: float | None) -> dict[str, Any]:
     if fields.get("use_bidirectional_attention", None):
         raise fields.fail("use_bidirectional_attention", "must be false: attention is causal")
-    if fields.get("attn_logit_softcapping", scores_cap) is not None:
-        raise fields.fail("attn_logit_softcapping", "must be null; a cap of the scores is not supported")
-    if fields.get("final_logit_softcapping", logits_cap) is not None:
-        logits_cap = fields.number("final_logit_softcapping", logits_cap)
-    else:
-        logits_cap = None
+    if scores_cap is None and fields.given("attn_logit_softcapping"):
+        raise fields.fail("attn_logit_softcapping", "must be null: scores of this family have no cap")
+    of_scores, of_logits = ("attn_logit_softcapping", scores_cap), ("final_logit_softcapping", logits_cap)
+    scores_cap, logits_cap = (None if fields.get(*of) is None else fields.number(*of) for of in (of_scores, of_logits))
     embedding, attention = float(fields.integer("hidden_size")) ** 0.5, fields.number("query_pre_attn_scalar", 256) ** -0.5
-    scales = Scales(embedding=embedding, attention=attention, logits_cap=logits_cap)
+    scales = Scales(embedding=embedding, attention=attention, scores_cap=scores_cap, logits_cap=logits_cap)
     return {"norm": NormSpec(unit_offset=True, after=True), "scales": scales}
 
 
@@ -45,7 +43,7 @@ def _read_gemma3(fields: Fields, num_layers: int) -> dict[str, Any]:
 
 def _write_gemma(spec: ModelSpec) -> dict[str, Any]:
     scalar = round(spec.attention_scale**-2, 9)
-    caps = {"attn_logit_softcapping": None, "final_logit_softcapping": spec.scales.logits_cap}
+    caps = {"attn_logit_softcapping": spec.scales.scores_cap, "final_logit_softcapping": spec.scales.logits_cap}
     return {"query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar, **caps}
 
 
