@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from wse_kernels._jit import kernel
 from wse_kernels.fma import fma
+from wse_kernels.threads import Driver
 
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
@@ -76,6 +77,55 @@ def rms_scale(
         r = _ONE / np.sqrt(total[i, 0] / size + eps)
         for k in range(x.shape[1]):
             out[i, k] = (x[i, k] * r) * weight[0, k]
+
+
+@kernel(driver=True)
+def _mesh_rms_norm(
+    part: int, n_parts: int, x: NDArray[np.float32], n_rows: int, starts: NDArray[np.int64], weight: NDArray[np.float32],
+    size: np.float32, eps: np.float32, out: NDArray[np.float32],
+) -> None:  # fmt: skip
+    """One part of `mesh_rms_norm`: some of the rows."""
+    i0, i1 = part * n_rows // n_parts, (part + 1) * n_rows // n_parts
+    total, p = np.empty((i1 - i0, 1), np.float32), np.empty((i1 - i0, 1), np.float32)
+    total[...] = np.float32(-0.0)  # -0.0 + p is p, bit for bit: the chain's first partial needs no case of its own
+    for c in range(starts.shape[0] - 1):
+        j0, j1 = starts[c], starts[c + 1]
+        if j0 < j1:
+            sum_squares(x[n_rows * j0 : n_rows * j1].reshape((n_rows, j1 - j0))[i0:i1], p)
+            for i in range(i1 - i0):
+                total[i, 0] = total[i, 0] + p[i, 0]
+    for c in range(starts.shape[0] - 1):
+        j0, j1 = starts[c], starts[c + 1]
+        if j0 < j1:
+            panel = slice(n_rows * j0, n_rows * j1)
+            block, to = x[panel].reshape((n_rows, j1 - j0))[i0:i1], out[panel].reshape((n_rows, j1 - j0))[i0:i1]
+            rms_scale(block, total, weight[j0:j1].reshape((1, j1 - j0)), size, eps, to)
+
+
+_driver = Driver(_mesh_rms_norm)
+
+
+def mesh_rms_norm(
+    x: NDArray[np.float32], n_rows: int, starts: NDArray[np.int64], weight: NDArray[np.float32],
+    size: np.float32, eps: np.float32, out: NDArray[np.float32],
+) -> None:  # fmt: skip
+    """RMSNorm of a whole mesh: `sum_squares` on every column, its partials chained west to east, then `rms_scale`.
+
+    Parameters
+    ----------
+    x : ndarray, (n_rows * n,), float32
+        Placed input, column-panel-major.
+    n_rows : int
+        Tokens.
+    starts : ndarray, (n_cols + 1,), int64
+        Split of the n features over columns of cores; empty ones allowed.
+    weight : ndarray, (n,), float32
+    size, eps : float32
+        As for `rms_scale`.
+    out : ndarray, as `x`
+        Written.
+    """
+    _driver(x.shape[0], x, n_rows, starts, weight, size, eps, out)
 
 
 @kernel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -283,6 +284,7 @@ class _Grouped:
         return Selection.of_tokens(self._rows[where], bands.split, self._scale[where])
 
 
+@lru_cache(maxsize=256)
 def _counters(bands: TokenBands) -> Split:
     """One counter for each band of tokens; the rows of a band hold replicas."""
     split = bands.split

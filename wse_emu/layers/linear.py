@@ -128,11 +128,27 @@ def matmul(
     chunk : int
         Most columns of one streamed piece.
     """
+    selection = take or put or compact
+    counts = (selection.counts if selection is not None else bands.split.sizes).tobytes()
+    program = matmul, bands, counts, x.placement, out.placement, weight.name, weight.n_in, mode, chunk
+    events = wafer.known_events(program)
+    if events is None:
+        with wafer.first_run(program):
+            _whole(wafer, x, weight, out, bands, mode, take, put, compact, chunk, counts)
+        return
+    if not wafer.is_dry:
+        _batched(x, weight, out, bands, mode, take, put, compact)
+    wafer.ledger.extend(events)
+
+
+def _whole(
+    wafer: Wafer, x: PlacedTensor, weight: StreamedMatrix, out: PlacedTensor, bands: TokenBands, mode: int,
+    take: Selection | None, put: Selection | None, compact: Selection | None, chunk: int, counts: bytes,
+) -> None:  # fmt: skip
+    """Hold the work blocks and the code, multiply, and write down what moved."""
     unit = 2 if mode in _GATING else 1
     k_split, out_split = x.placement.axis1[1], out.placement.axis1[1]
-    selection = take or put or compact
-    counts = selection.counts if selection is not None else bands.split.sizes
-    events = _events(wafer.rows, bands, counts.tobytes(), k_split, out_split, unit, mode, chunk, weight.name)
+    events = _events(wafer.rows, bands, counts, k_split, out_split, unit, mode, chunk, weight.name)
     size = _piece_columns(bands, out_split, unit, chunk)
     rows = x.placement.axis0
     slab_place = wafer.placement((weight.n_in, 2 * size), ("col", k_split), (None, None))

@@ -14,7 +14,7 @@ from wse_emu.wafer.placement import Placement, Split, TokenBands
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.wafer import Wafer
 from wse_kernels.elementwise import add_scaled
-from wse_kernels.norm import add_to, rms_scale, sum_squares
+from wse_kernels.norm import add_to, mesh_rms_norm, rms_scale, sum_squares
 
 SUM_SQUARES = Kernel(body=sum_squares, params=("x", "ss"), out=("ss",), code_bytes=160, macs=lambda s: s["x"][0] * s["x"][1])
 RMS_SCALE = Kernel(body=rms_scale, params=("x", "total", "weight", "size", "eps", "out"), out=("out",), code_bytes=256)
@@ -41,15 +41,32 @@ def rms_norm(
         Written.
     bands : TokenBands
     """
-    (_, features), n = x.placement.axis1, x.placement.shape[1]
+    (_, features), (n_tokens, n) = x.placement.axis1, x.placement.shape
+    size, guard = np.float32(n), np.float32(eps)
+    program = rms_norm, x.placement, out.placement, bands, name
+    events = wafer.known_events(program)
+    if events is None:
+        with wafer.first_run(program):
+            _whole(wafer, x, name, weight, size, guard, out, bands)
+        return
+    if weight is not None:
+        mesh_rms_norm(x.flat, n_tokens, features.offsets, weight, size, guard, out.flat)
+    wafer.ledger.extend(events)
+
+
+def _whole(
+    wafer: Wafer, x: PlacedTensor, name: str, weight: NDArray[np.float32] | None, size: np.float32, eps: np.float32, out: PlacedTensor,
+    bands: TokenBands,
+) -> None:  # fmt: skip
+    """The norm as its launches and moves."""
     partial_place, end_place, total_place = _sum_places(x.placement)
     with wafer.empty("sum of squares", total_place) as total:
         with wafer.empty("partial sums of squares", partial_place) as partial, wafer.empty("row sum", end_place) as end:
             wafer.launch(SUM_SQUARES, x=x, ss=partial)
             chain_row(wafer, partial, end)
             broadcast_row(wafer, end, total)
-        with stream_vector(wafer, name, weight, features, bands) as w:
-            wafer.launch(RMS_SCALE, x=x, total=total, weight=w, size=np.float32(n), eps=np.float32(eps), out=out)
+        with stream_vector(wafer, name, weight, x.placement.axis1[1], bands) as w:
+            wafer.launch(RMS_SCALE, x=x, total=total, weight=w, size=size, eps=eps, out=out)
 
 
 @lru_cache(maxsize=1024)

@@ -161,57 +161,25 @@ def route(
     rows = x.placement.axis0
     groups = groups if rule.tokens_meet else ()
     assert not rule.tokens_meet or sum(groups) == n_tokens
-    slots, decision = rule.slots(n_experts, top_k), _Decision.of(rule)
-    meeting_words = _meeting_words(bands, wafer.cols, groups, rule, n_experts, slots)
+    slots = rule.slots(n_experts, top_k)
     place = wafer.placement((n_tokens, slots), rows, (None, None))
-    slab_place = wafer.placement((gate.n_in, 2 * min(chunk, n_experts)), ("col", x.placement.axis1[1]), (None, None))
-    part_place = wafer.placement(
-        (n_tokens, wafer.cols * min(chunk, n_experts)), rows, ("col", Split.uniform(min(chunk, n_experts), wafer.cols))
-    )
-    logits = np.zeros((n_tokens, n_experts), np.float32)
-    topk_ids, topk_weights = np.zeros((n_tokens, slots), np.int64), np.zeros((n_tokens, slots), np.float32)
-    scores = np.zeros((n_tokens, n_experts) if rule.tokens_meet else (0, 0), np.float32)
-    code = together.code_bytes(rule, n_experts, top_k) if rule.tokens_meet else decision.kernel.code_bytes
+    found = _Found(
+        np.zeros((n_tokens, n_experts), np.float32), np.zeros((n_tokens, slots), np.int64), np.zeros((n_tokens, slots), np.float32),
+        np.zeros((n_tokens, n_experts) if rule.tokens_meet else (0, 0), np.float32),
+    )  # fmt: skip
+    program = route, x.placement, bands, gate.name, n_experts, top_k, rule, groups, chunk
     with ExitStack() as kept:  # what outlives this call, unless it fails
         ids = kept.enter_context(wafer.empty("chosen experts", place, np.int64))
         weights = kept.enter_context(wafer.empty("expert weights", place))
-        with (
-            wafer.sram.reserved("router scores", np.ones(wafer.rows, np.int64), meeting_words, 4),
-            _biases(wafer, router, bands, groups) as biases,
-            wafer.empty("weight slabs", slab_place) as slab,
-            wafer.empty("partial sums", part_place) as part,
-            wafer.empty("incoming sums", part_place) as inbox,
-            wafer.sram.code("router", PARTIAL_MATMUL.code_bytes + CHAIN_ADD.code_bytes + code),
-        ):
-            if wafer.cores is not None:
-                events = _isolated(
-                    wafer, x, gate, bands, decision, biases, chunk, slab, part, inbox, ids, weights, logits, scores, top_k, groups
-                )
-                for row in bands.split.representatives.tolist():
-                    where = slice(int(bands.split.starts[row]), int(bands.split.stops[row]))
-                    topk_ids[where], topk_weights[where] = ids.block(row, 0), weights.block(row, 0)
-            else:
-                events = _events(wafer.rows, wafer.cols, x.placement.axis1[1], bands, n_experts, top_k, chunk, gate.name, rule, groups)
-                if wafer.is_dry:
-                    topk_ids = checked_replay(replay, n_tokens, n_experts, slots, may_lack=rule.has_capacity)
-                else:
-                    all_tokens = np.arange(n_tokens, dtype=np.int64)
-                    whole = np.array([0, n_experts], np.int64)
-                    mesh_matmul(
-                        x.flat, n_tokens, x.placement.axis1[1].offsets, all_tokens, gate.values, 0, gate.n_in, n_experts,
-                        logits.reshape(-1), n_tokens, whole, all_tokens, np.zeros(1, np.float32), STORE,
-                    )  # fmt: skip
-                    if rule.tokens_meet:
-                        given = {"logits": logits, **dict(zip(("bias", "correction"), _whole(biases, n_experts), strict=True))}
-                        together.decide(rule, router_code(rule), groups, given, topk_ids, topk_weights, scores, top_k)
-                    else:
-                        decision.decide(logits, biases, topk_ids, topk_weights)
-                    ids.flat[...], weights.flat[...] = topk_ids.reshape(-1), topk_weights.reshape(-1)
-            if not wafer.is_dry:
-                _refuse_ties(topk_ids, logits)
+        events = wafer.known_events(program)
+        if events is None:
+            with wafer.first_run(program):
+                _whole_router(wafer, x, router, bands, top_k, rule, groups, chunk, replay, found, ids, weights)
+        else:
+            _decide_at_once(wafer, x, router, bands, top_k, rule, groups, replay, found, ids, weights)
+            wafer.ledger.extend(events)
         kept.pop_all()
-    for event in events:
-        wafer.record(event)
+    logits, topk_ids, topk_weights, scores = found.logits, found.topk_ids, found.topk_weights, found.scores
     if not probe:
         return Routing(ids, weights, topk_ids, topk_weights, None)
     wafer.record(costs.moved("probe", "router logits", count=1, words=logits.size, hops=0, max_link=0, max_hops=0))
@@ -219,6 +187,77 @@ def route(
         return Routing(ids, weights, topk_ids, topk_weights, logits)
     wafer.record(costs.moved("probe", "router scores", count=1, words=scores.size, hops=0, max_link=0, max_hops=0))
     return Routing(ids, weights, topk_ids, topk_weights, logits, scores)
+
+
+@dataclass(slots=True)
+class _Found:
+    """What a router computes, on the host."""
+
+    logits: NDArray[np.float32]
+    topk_ids: NDArray[np.int64]
+    topk_weights: NDArray[np.float32]
+    scores: NDArray[np.float32]
+
+
+def _whole_router(
+    wafer: Wafer, x: PlacedTensor, router: RouterWeights, bands: TokenBands, top_k: int, rule: RoutingRule, groups: tuple[int, ...],
+    chunk: int, replay: Ints | None, found: _Found, ids: PlacedTensor, weights: PlacedTensor,
+) -> None:  # fmt: skip
+    """Hold the work blocks and the code, stream the biases, decide, and write down what moved."""
+    gate, rows = router.gate, x.placement.axis0
+    n_tokens, n_experts = bands.n_tokens, router.gate.n_out
+    decision = _Decision.of(rule)
+    meeting_words = _meeting_words(bands, wafer.cols, groups, rule, n_experts, rule.slots(n_experts, top_k))
+    slab_place = wafer.placement((gate.n_in, 2 * min(chunk, n_experts)), ("col", x.placement.axis1[1]), (None, None))
+    part_place = wafer.placement(
+        (n_tokens, wafer.cols * min(chunk, n_experts)), rows, ("col", Split.uniform(min(chunk, n_experts), wafer.cols))
+    )
+    code = together.code_bytes(rule, n_experts, top_k) if rule.tokens_meet else decision.kernel.code_bytes
+    with (
+        wafer.sram.reserved("router scores", np.ones(wafer.rows, np.int64), meeting_words, 4),
+        _biases(wafer, router, bands, groups) as biases,
+        wafer.empty("weight slabs", slab_place) as slab,
+        wafer.empty("partial sums", part_place) as part,
+        wafer.empty("incoming sums", part_place) as inbox,
+        wafer.sram.code("router", PARTIAL_MATMUL.code_bytes + CHAIN_ADD.code_bytes + code),
+    ):
+        if wafer.cores is None:
+            _decide_at_once(wafer, x, router, bands, top_k, rule, groups, replay, found, ids, weights)
+            events = _events(wafer.rows, wafer.cols, x.placement.axis1[1], bands, n_experts, top_k, chunk, gate.name, rule, groups)
+        else:
+            events = _isolated(
+                wafer, x, gate, bands, decision, biases, chunk, slab, part, inbox, ids, weights, found.logits, found.scores, top_k, groups
+            )
+            for row in bands.split.representatives.tolist():
+                where = slice(int(bands.split.starts[row]), int(bands.split.stops[row]))
+                found.topk_ids[where], found.topk_weights[where] = ids.block(row, 0), weights.block(row, 0)
+            _refuse_ties(found.topk_ids, found.logits)
+    for event in events:
+        wafer.record(event)
+
+
+def _decide_at_once(
+    wafer: Wafer, x: PlacedTensor, router: RouterWeights, bands: TokenBands, top_k: int, rule: RoutingRule, groups: tuple[int, ...],
+    replay: Ints | None, found: _Found, ids: PlacedTensor, weights: PlacedTensor,
+) -> None:  # fmt: skip
+    """The decision for all tokens, without cores of their own: computed, or taken from a recorded trace."""
+    gate, n_tokens, n_experts = router.gate, bands.n_tokens, router.gate.n_out
+    if wafer.is_dry:
+        found.topk_ids = checked_replay(replay, n_tokens, n_experts, rule.slots(n_experts, top_k), may_lack=rule.has_capacity)
+        return
+    all_tokens = np.arange(n_tokens, dtype=np.int64)
+    mesh_matmul(
+        x.flat, n_tokens, x.placement.axis1[1].offsets, all_tokens, gate.values, 0, gate.n_in, n_experts,
+        found.logits.reshape(-1), n_tokens, np.array([0, n_experts], np.int64), all_tokens, np.zeros(1, np.float32), STORE,
+    )  # fmt: skip
+    biases = [_NO_BIAS if v is None else np.array(v.values, np.float32).reshape(1, -1) for v in (router.bias, router.correction)]
+    if rule.tokens_meet:
+        given = {"logits": found.logits, "bias": biases[0], "correction": biases[1]}
+        together.decide(rule, router_code(rule), groups, given, found.topk_ids, found.topk_weights, found.scores, top_k)
+    else:
+        _Decision.of(rule).decide(found.logits, biases, found.topk_ids, found.topk_weights)
+    _refuse_ties(found.topk_ids, found.logits)
+    ids.flat[...], weights.flat[...] = found.topk_ids.reshape(-1), found.topk_weights.reshape(-1)
 
 
 def _meeting_words(bands: TokenBands, n_cols: int, groups: tuple[int, ...], rule: RoutingRule, n_experts: int, slots: int) -> Ints:
@@ -268,21 +307,17 @@ class _Decision:
         return {**self.scalars} if self.is_plain else {**self.scalars, "bias": biases[0], "correction": biases[1]}
 
     def decide(
-        self, logits: NDArray[np.float32], biases: Sequence[PlacedTensor | None], ids: NDArray[np.int64], weights: NDArray[np.float32]
+        self, logits: NDArray[np.float32], biases: Sequence[NDArray[np.float32]], ids: NDArray[np.int64], weights: NDArray[np.float32]
     ) -> None:
-        """Decide for all tokens at once."""
+        """Decide for all tokens at once; biases (1, n_experts)."""
         name, shape = self.scratch(*logits.shape)
-        args = self.args(_whole(biases, logits.shape[1]))
+        args = self.args(biases)
         args |= {"logits": logits, name: np.empty(shape, np.float32), "topk_ids": ids, "topk_weights": weights}
         self.kernel.body(*(args[p] for p in self.kernel.params))
 
 
 _NO_BIAS = np.zeros((1, 1), np.float32)
-
-
-def _whole(biases: Sequence[PlacedTensor | None], n_experts: int) -> list[NDArray[np.float32]]:
-    """Biases as (1, n_experts); one number that is not read where there is none."""
-    return [_NO_BIAS if b is None else b.flat[:n_experts].reshape(1, -1) for b in biases]
+"""Stands for a bias that is not read."""
 
 
 @contextmanager
@@ -290,6 +325,9 @@ def _biases(
     wafer: Wafer, router: RouterWeights, bands: TokenBands, groups: tuple[int, ...]
 ) -> Iterator[tuple[PlacedTensor | None, PlacedTensor | None]]:
     """The gate's bias and the correction bias, whole on every column on which tokens meet."""
+    if router.bias is None and router.correction is None:
+        yield None, None
+        return
     n_experts = router.gate.n_out
     meets = np.arange(wafer.cols) < (len(groups) or bands.n_tokens)
     everywhere = Split(n_experts, np.zeros(wafer.cols, np.int64), np.where(meets, n_experts, 0))
@@ -476,6 +514,20 @@ def report_chosen(wafer: Wafer, routing: Routing, bands: TokenBands, n_experts: 
     ndarray of int64
         Chosen experts, ascending.
     """
+    program = report_chosen, bands, n_experts
+    events = wafer.known_events(program)
+    if events is not None:
+        wafer.ledger.extend(events)
+        return _chosen(routing)
+    with wafer.first_run(program):
+        return _report_whole(wafer, routing, bands, n_experts)
+
+
+def _chosen(routing: Routing) -> Ints:
+    return np.unique(routing.topk_ids[routing.topk_ids != codes.NOBODY]).astype(np.int64)
+
+
+def _report_whole(wafer: Wafer, routing: Routing, bands: TokenBands, n_experts: int) -> Ints:
     n_words = -(-n_experts // 32)
     used = bands.used_rows
     ends = np.zeros(wafer.cols, np.int64)
@@ -485,24 +537,22 @@ def report_chosen(wafer: Wafer, routing: Routing, bands: TokenBands, n_experts: 
         wafer.sram.code("chosen set", MARK_CHOSEN.code_bytes + CHAIN_OR.code_bytes),
     ):
         if wafer.cores is None:
-            sizes = np.array([n_words])
             events = [
                 Event(None, "", "launch", MARK_CHOSEN.name, count=used),
-                costs.chain("chosen experts", sizes, np.arange(used), kind="control"),
+                costs.chain("chosen experts", np.array([n_words]), np.arange(used), kind="control"),
                 Event(None, "", "launch", CHAIN_OR.name, count=used - 1),
                 costs.moved(
                     "control", "chosen experts", count=1, words=n_words, hops=n_words * (used - 1), max_link=n_words if used > 1 else 0,
                     max_hops=used - 1,
                 ),
             ]  # fmt: skip
-            chosen = np.unique(routing.topk_ids[routing.topk_ids != codes.NOBODY])
+            chosen = _chosen(routing)
         else:
             events, mask = _merge_isolated(wafer, routing, used, n_words)
-            bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
-            chosen = np.flatnonzero(bits[:n_experts])
+            chosen = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")[:n_experts]).astype(np.int64)
     for event in events:
         wafer.record(event)
-    return chosen.astype(np.int64)
+    return chosen
 
 
 def _merge_isolated(wafer: Wafer, routing: Routing, used: int, n_words: int) -> tuple[list[Event], NDArray[np.int32]]:

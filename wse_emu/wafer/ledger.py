@@ -144,6 +144,16 @@ class Ledger:
             self._stretches.append((len(self._events), self._layer, self._stage))
         self._events.append(event)
 
+    def extend(self, events: Sequence[Event]) -> None:
+        """Append events that happened one after the other, as `record` does."""
+        if events:
+            self.record(events[0])
+            self._events.extend(events[1:])
+
+    def recorded(self, start: int) -> tuple[Event, ...]:
+        """Events from `start` on as they were given to `record`, without a scope."""
+        return tuple(self._events[start:])
+
     def clear(self) -> None:
         """Forget everything recorded so far; not inside a forward pass."""
         self._events.clear()

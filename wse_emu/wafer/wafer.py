@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -26,9 +27,11 @@ from wse_kernels.launch import make_driver
 Executor = Literal["batched", "isolated", "interpreted", "dry"]
 EXECUTORS: Final = ("batched", "isolated", "interpreted", "dry")
 _WORD: Final = 4
+_MOST_PROGRAMS: Final = 16_384
 
 
-class _LaunchPlan(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class _LaunchPlan:
     """What does not change between launches of a kernel on tensors placed alike."""
 
     rows: Ints
@@ -38,6 +41,10 @@ class _LaunchPlan(NamedTuple):
     used_rows: Ints
     used_cols: Ints
     macs: int
+
+    def event(self, kernel: Kernel, macs: int) -> Event:
+        """What the ledger says of a launch."""
+        return Event(None, "", "launch", kernel.name, count=int(self.used_rows.size * self.used_cols.size), macs=macs)
 
 
 class Wafer:
@@ -88,6 +95,7 @@ class Wafer:
         self._colors: dict[str, int] = {}
         """Colors that the routes of each kind of move take, of the moves seen so far."""
         self._plans: dict[tuple[Any, ...], _LaunchPlan] = {}
+        self._programs: dict[Hashable, tuple[Event, ...]] = {}
 
     def __repr__(self) -> str:
         return f"Wafer({self.spec.name}, rows={self.rows}, cols={self.cols}, executor={self.executor!r})"
@@ -136,6 +144,25 @@ class Wafer:
                     f"{self.spec.name} has {self.spec.n_colors}"
                 )
         return taken
+
+    def known_events(self, program: Hashable) -> tuple[Event, ...] | None:
+        """What a program records, if it ran here before in exactly this situation; None if it must run whole, inside `first_run`.
+
+        For programs whose events and reservations follow from their key alone, which free all that they reserve, and whose arithmetic a
+        fused driver does. Cores that run one at a time always run them whole.
+        """
+        return self._programs.get(program) if self.cores is None and self.sram.passed(program) else None
+
+    @contextmanager
+    def first_run(self, program: Hashable) -> Iterator[None]:
+        """Note what the block records and reserves as what `program` does."""
+        start = len(self.ledger)
+        yield
+        if self.cores is None:
+            if len(self._programs) >= _MOST_PROGRAMS:
+                self._programs.clear()
+            self._programs[program] = tuple(self.ledger.recorded(start))
+            self.sram.pass_through(program)
 
     # ---- tensors
 
@@ -423,6 +450,21 @@ class Wafer:
         args, tensors = self._check_args(kernel, args)
         kernel.check_body()
         plan = self._plan(kernel, args, tensors)
+        program = plan, *(args[name] for name in kernel.scratch)
+        events = self.known_events(program)
+        try:
+            if events is None:
+                with self.first_run(program):
+                    self._launch_whole(kernel, args, plan)
+            else:
+                if not self.is_dry:
+                    self._launch_batched(kernel, args, plan)
+                self.ledger.extend(events)
+        except COMPILE_ERRORS as error:
+            raise kernel.does_not_compile(error) from error
+
+    def _launch_whole(self, kernel: Kernel, args: dict[str, Any], plan: _LaunchPlan) -> None:
+        """Hold code and scratch, run the cores, and write down that they ran."""
         with self.sram.code(kernel.name, kernel.code_bytes):
             reserved = self._reserve_scratch(kernel, args)
             try:
@@ -431,21 +473,23 @@ class Wafer:
                     macs = self._launch_isolated(kernel, args, plan)
                 elif not self.is_dry:
                     self._launch_batched(kernel, args, plan)
-            except COMPILE_ERRORS as error:
-                raise kernel.does_not_compile(error) from error
             finally:
                 for reservation in reserved:
                     self.sram.free(reservation)
-        count = int(plan.used_rows.size * plan.used_cols.size)
-        self.record(Event(None, "", "launch", kernel.name, count=count, macs=macs))
+        self.record(plan.event(kernel, macs))
 
     @in_turn
     def account(self, kernel: Kernel, **args: Any) -> None:
         """Write a launch in the ledger whose work a fused driver does elsewhere; arguments as for `launch`."""
         plan = self._plan(kernel, *self._check_args(kernel, args))
-        with self.sram.code(kernel.name, kernel.code_bytes):
-            count = int(plan.used_rows.size * plan.used_cols.size)
-        self.record(Event(None, "", "launch", kernel.name, count=count, macs=plan.macs))
+        events = self.known_events(plan)
+        if events is not None:
+            self.ledger.extend(events)
+            return
+        with self.first_run(plan):
+            with self.sram.code(kernel.name, kernel.code_bytes):
+                pass
+            self.record(plan.event(kernel, plan.macs))
 
     def _check_args(self, kernel: Kernel, args: dict[str, Any]) -> tuple[dict[str, Any], dict[str, PlacedTensor]]:
         """All arguments, defaults among them, and those that are tensors."""
