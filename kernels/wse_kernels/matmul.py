@@ -32,6 +32,7 @@ from wse_kernels.matmul_tile import (
     zero_tile,
 )
 from wse_kernels.threads import Driver
+from wse_kernels.tickets import new_tickets, take_ticket
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -56,6 +57,9 @@ _STREAMS = 4
 
 _THIN_BLOCK = 2
 """Rows of a weight tile that it reads before it turns to the next tile."""
+
+_GROUPS_PER_THREAD = 4
+"""Groups of weight tiles for every thread, at least: the last one of a thread keeps nobody waiting for long."""
 
 _BLOCKS_PER_THREAD = 16
 """With this many row blocks for every thread the rows are shared out, and each is packed once; otherwise the strips."""
@@ -236,17 +240,19 @@ def _thin_rest(x: F32, x0: int, n_k: int, w: F32, w0: int, width: int, p: F32, p
 
 @helper
 def _thin_matmul(
-    part: int, n_parts: int, x: F32, n_x_rows: int, k_starts: I64, rows: I64,
+    tickets: I64, n_parts: int, x: F32, n_x_rows: int, k_starts: I64, rows: I64,
     w: F32, w_offset: int, n_in: int, n_out: int,
     out: F32, n_out_rows: int, out_starts: I64, out_rows: I64, scale: F32, mode: int, p: F32, t: F32, h: F32,
 ) -> None:  # fmt: skip
-    """One part of `mesh_matmul` for a few rows: its weight tiles, each read once for every row; `p`, `t` and `h` are scratch."""
+    """`mesh_matmul` for a few rows: groups of weight tiles, each read once for every row; `p`, `t` and `h` are scratch."""
     n_tiles = (n_out + WEIGHT_TILE_COLS - 1) // WEIGHT_TILE_COLS
-    first, last = part * n_tiles // n_parts, (part + 1) * n_tiles // n_parts
-    n_groups = (last - first + _STREAMS - 1) // _STREAMS
-    for group in range(n_groups):
-        j0 = (first + (last - first) * group // n_groups) * WEIGHT_TILE_COLS
-        j1 = min((first + (last - first) * (group + 1) // n_groups) * WEIGHT_TILE_COLS, n_out)
+    n_groups = (n_tiles + _STREAMS - 1) // _STREAMS
+    if n_parts > 1:
+        n_groups = max(n_groups, min(n_tiles, _GROUPS_PER_THREAD * n_parts))
+    group = take_ticket(tickets)
+    while group < n_groups:
+        j0 = n_tiles * group // n_groups * WEIGHT_TILE_COLS
+        j1 = min(n_tiles * (group + 1) // n_groups * WEIGHT_TILE_COLS, n_out)
         _thin_tiles(x, n_x_rows, k_starts, rows, w, w_offset + j0 * n_in, n_in, j1 - j0, p, t)
         block = t
         if mode in (SWIGLU, GEGLU):
@@ -256,20 +262,21 @@ def _thin_matmul(
                 geglu_into(t, 0, h)
             block, j0, j1 = h, j0 // 2, j1 // 2
         _write_strip(block, 0, rows.shape[0], j0, j1, out, n_out_rows, out_starts, out_rows, scale, mode == COMBINE)
+        group = take_ticket(tickets)
 
 
 @kernel(driver=True)
 def _mesh_matmul(
-    part: int, n_parts: int, x: F32, n_x_rows: int, k_starts: I64, rows: I64,
+    part: int, n_parts: int, tickets: I64, x: F32, n_x_rows: int, k_starts: I64, rows: I64,
     w: F32, w_offset: int, n_in: int, n_out: int,
     out: F32, n_out_rows: int, out_starts: I64, out_rows: I64, scale: F32, mode: int,
 ) -> None:  # fmt: skip
-    """One part of `mesh_matmul`: its row blocks of all strips, or its piece of the sequence of (strip, row block)."""
+    """One part of `mesh_matmul`: groups of tiles by ticket, its row blocks of all strips, or its piece of the sequence of both."""
     m = rows.shape[0]
     if m <= THIN_ROWS:
         width = _STREAMS * WEIGHT_TILE_COLS
         _thin_matmul(
-            part, n_parts, x, n_x_rows, k_starts, rows, w, w_offset, n_in, n_out, out, n_out_rows, out_starts, out_rows, scale, mode,
+            tickets, n_parts, x, n_x_rows, k_starts, rows, w, w_offset, n_in, n_out, out, n_out_rows, out_starts, out_rows, scale, mode,
             np.empty((m, width), np.float32), np.empty((m, width), np.float32), np.empty((m, width // 2), np.float32),
         )  # fmt: skip
         return
@@ -355,4 +362,4 @@ def mesh_matmul(
     Shapes and indices are the caller's to check: compiled, nothing is. The result does not depend on the number of threads.
     """
     units = rows.shape[0] * n_in * n_out
-    _driver(units, x, n_x_rows, k_starts, rows, w, w_offset, n_in, n_out, out, n_out_rows, out_starts, out_rows, scale, mode)
+    _driver(units, new_tickets(), x, n_x_rows, k_starts, rows, w, w_offset, n_in, n_out, out, n_out_rows, out_starts, out_rows, scale, mode)
