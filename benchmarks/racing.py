@@ -23,8 +23,8 @@ _ROUND_SECONDS = 0.01
 _BUDGET_SECONDS = 3.0
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 15
 _MAX_CALLS = 10_000
-_PAUSE_SECONDS = 0.05
-"""Before each side of a race of parallel code: idle threads of either library spin for a while, which slows the other side down."""
+_PAUSE_SECONDS = 0.15
+"""Before each side of a race of parallel code: OpenBLAS's threads spin for about 0.1 s after a call, which halves the other side's speed."""
 
 
 class Work(NamedTuple):
