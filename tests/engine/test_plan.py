@@ -189,7 +189,7 @@ def test_a_plan_is_json() -> None:
 # ---- the smallest grid and the longest context
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(FAMILIES, st.integers(5500, 60000), st.integers(1, 200), st.integers(0, 3), st.integers(1, 3), st.none() | st.integers(1, 64))
 @example("mixtral", 5500, 200, 3, 3, None)
 def test_the_smallest_square_fits_and_no_smaller_one_does(family, sram_bytes, n_prompt, n_new, batch, prefill_chunk) -> None:

@@ -44,9 +44,20 @@ def assert_same(first: list[np.ndarray], second: list[np.ndarray]) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-@settings(max_examples=12)
+@settings(max_examples=4)
 @given(FAMILIES, GRIDS, LENGTHS, st.sampled_from(["activated", "all"]), st.integers(2, 9))
 def test_isolated_cores_give_the_bits_and_the_ledger_of_the_batch(family, grid, lengths, experts, chunk) -> None:
+    isolated_is_batched(family, grid, lengths, experts, chunk)
+
+
+@pytest.mark.slow
+@settings(max_examples=12)
+@given(FAMILIES, GRIDS, LENGTHS, st.sampled_from(["activated", "all"]), st.integers(2, 9))
+def test_isolated_cores_give_the_bits_and_the_ledger_of_the_batch_on_many_grids(family, grid, lengths, experts, chunk) -> None:
+    isolated_is_batched(family, grid, lengths, experts, chunk)
+
+
+def isolated_is_batched(family: str, grid: tuple[int, int], lengths: list[int], experts: str, chunk: int) -> None:
     ids, mask = prompt_of(lengths, CONFIGS[family]["vocab_size"])
     results, ledgers, peaks = [], [], []
     for executor in ("batched", "isolated"):

@@ -34,7 +34,7 @@ def model_of(
     return make_model("mixtral", rows, cols, executor, attention=pattern, **options)
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(NAMES, st.integers(1, 5), st.integers(1, 5), st.lists(st.integers(1, 11), min_size=1, max_size=2))
 def test_executors_agree_and_leave_one_ledger(name, rows, cols, lengths) -> None:
     ids, mask = prompt_of(lengths, CONFIGS["mixtral"]["vocab_size"])

@@ -223,6 +223,7 @@ def test_a_dense_model_has_no_experts() -> None:
     assert integer(body(page, "by-layer")[-1][2]) == streamed
 
 
+@pytest.mark.slow
 def test_all_executors_give_the_same_page() -> None:
     pages = []
     for executor in ("batched", "isolated"):
