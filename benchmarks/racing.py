@@ -24,7 +24,7 @@ _BUDGET_SECONDS = 3.0
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 15
 _MAX_CALLS = 10_000
 _PAUSE_SECONDS = 0.15
-"""Before each side of a race of parallel code: OpenBLAS's threads spin for about 0.1 s after a call, which halves the other side's speed."""
+"""Before each side of a race of parallel code: OpenBLAS's threads spin for about 0.1 s after a call and halve the other side's speed."""
 
 
 class Work(NamedTuple):

@@ -20,7 +20,7 @@ from typing import Any
 
 import numba
 
-WORTH_NS = 200_000
+WORTH_NS = 500_000
 """Work below this many nanoseconds is done by the caller alone: waking a helper costs more than it brings."""
 
 _config: Any = numba.config  # which Numba's types do not name

@@ -145,7 +145,7 @@ def _execute(run: ForwardPass, token_ids: Ints, wanted: Ints, stream: LayerStrea
     for layer in range(spec.num_layers):
         run.layer = layer
         last = layer + 1 == spec.num_layers
-        then = ["final_norm", "lm_head"] if last else weights.layer_names(layer + 1)
+        then = ("final_norm", "lm_head") if last else weights.layer_names(layer + 1)
         with stream.layer(weights.layer_names(layer), then):
             attention_block(run, x)
             ffn_block(run, x, stream)

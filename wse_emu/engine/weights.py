@@ -28,11 +28,16 @@ class ModelWeights:
 
     def __init__(self, store: WeightStore, spec: ModelSpec, options: EngineOptions, *, shapes_only: bool) -> None:
         self.store, self.spec, self.options, self.shapes_only = store, spec, options, shapes_only
+        self._layer_names: dict[int, tuple[str, ...]] = {}
 
-    def layer_names(self, layer: int) -> list[str]:
+    def layer_names(self, layer: int) -> tuple[str, ...]:
         """Tensors of a layer that are needed whatever is chosen."""
-        every = self.options.stream_experts == "all"
-        return [w.name for w in layer_weights(self.spec, layer) if every or ".experts." not in w.name]
+        names = self._layer_names.get(layer)
+        if names is None:
+            every = self.options.stream_experts == "all"
+            names = tuple(w.name for w in layer_weights(self.spec, layer) if every or ".experts." not in w.name)
+            self._layer_names[layer] = names
+        return names
 
     @staticmethod
     def expert_names(layer: int, expert: int) -> list[str]:

@@ -50,10 +50,28 @@ def head_norm(
         Rounded to float32.
     bands : TokenBands
     """
-    q, slots = heads.queries_per_kv, heads.queries_per_kv + 1
-    rows = qkv.placement.axis0
-    sums = wafer.placement((bands.n_tokens, heads.n_parts * slots), rows, ("col", heads.parts.scaled(slots)))
     size, guard = np.float32(heads.head_dim), np.float32(eps)
+    program = head_norm, qkv.placement, heads, names, bands
+    events = wafer.known_events(program)
+    if events is None:
+        with wafer.first_run(program):
+            _account(wafer, qkv, heads, names, weights, size, guard, bands)
+    else:
+        wafer.ledger.extend(events)
+    if qkv.data is not None:
+        assert weights is not None
+        mesh_head_norm(
+            qkv.flat, bands.n_tokens, heads.units.offsets, heads.queries_per_kv, heads.head_dim // 2, *weights, size, guard
+        )  # fmt: skip
+
+
+def _account(
+    wafer: Wafer, qkv: PlacedTensor, heads: HeadLayout, names: tuple[str, str],
+    weights: tuple[NDArray[np.float32], NDArray[np.float32]] | None, size: np.float32, eps: np.float32, bands: TokenBands,
+) -> None:  # fmt: skip
+    """The norm as its launches and moves; cores of their own compute there, a fused driver computes elsewhere."""
+    q, slots = heads.queries_per_kv, heads.queries_per_kv + 1
+    sums = wafer.placement((bands.n_tokens, heads.n_parts * slots), qkv.placement.axis0, ("col", heads.parts.scaled(slots)))
     run = wafer.launch if wafer.cores is not None else wafer.account
     with wafer.empty("head sums of squares", sums) as total:
         run(HEAD_SQUARES, qkv=qkv, q_slots=q, ss=total)
@@ -63,11 +81,7 @@ def head_norm(
             stream_vector(wafer, names[0], _laid_out(w_q, heads), heads.unit_weights, bands) as of_q,
             stream_vector(wafer, names[1], _laid_out(w_k, heads), heads.unit_weights, bands) as of_k,
         ):
-            run(HEAD_SCALE, qkv=qkv, total=total, q_weight=of_q, k_weight=of_k, q_slots=q, size=size, eps=guard)
-        if qkv.data is not None:
-            assert w_q is not None
-            assert w_k is not None
-            mesh_head_norm(qkv.flat, bands.n_tokens, heads.units.offsets, q, heads.head_dim // 2, w_q, w_k, size, guard)
+            run(HEAD_SCALE, qkv=qkv, total=total, q_weight=of_q, k_weight=of_k, q_slots=q, size=size, eps=eps)
 
 
 def _laid_out(weight: NDArray[np.float32] | None, heads: HeadLayout) -> NDArray[np.float32] | None:

@@ -283,7 +283,9 @@ class _Decision:
     """Arguments that are no blocks."""
 
     @staticmethod
+    @lru_cache(maxsize=256)
     def of(rule: RoutingRule) -> _Decision:
+        """What decides under `rule`."""
         if is_plain(rule):
             return _Decision(rule, SOFTMAX_TOPK, {"renormalize": rule.expert_weighting_normalization})
         return _Decision(rule, ROUTE_TOKENS, {"rule": router_code(rule)})
