@@ -17,9 +17,10 @@ import pytest
 
 from benchmarks.cases import F32, Cases, normal, relative, torch_call, torch_side
 from benchmarks.racing import Call, Case, Race, Work
-from wse_emu.equivalence.tolerance import U, capped_bound, linear_bound
+from wse_emu.equivalence.tolerance import U, capped_bound, clamped_glu_bound, linear_bound
 from wse_emu.foundation.routing_rule import ROUTING_PRESETS
 from wse_emu.layers.router import router_code
+from wse_emu.reference.formulas import clamped_glu
 from wse_kernels import attention, elementwise, exp, ffn, formats, head_norm, log, matmul, norm, qk_norm, rope, routing
 
 CASES = Cases()
@@ -318,6 +319,30 @@ def _geglu_into(smoke: bool) -> Case:
     }
     bound = relative(right, 42) + 4 * U * np.abs(gate * up)
     return Case(ours, peers, (right,), (bound,), Work(bytes=y.nbytes + h.nbytes), parallel=False)
+
+
+@CASES.add("clamped_glu")
+def _clamped_glu(smoke: bool) -> Case:
+    t, n = _block(smoke)
+    y, alpha, limit = normal(t, n), np.float32(1.702), np.float32(1.5)
+    h = np.empty((t, n // 2), np.float32)
+
+    def ours() -> F32:
+        ffn.clamped_glu(y, alpha, limit, h)
+        return h
+
+    def numpy() -> F32:
+        g, u = np.minimum(y[:, ::2], limit), np.clip(y[:, 1::2], -limit, limit)
+        return (u + 1) * (g / (1 + np.exp(-alpha * g)))
+
+    def torch(lib: Any, of: Any) -> Call:
+        v, a, x = of(y), float(alpha), float(limit)
+        return lambda: (v[:, 1::2].clamp(-x, x) + 1) * v[:, ::2].clamp(max=x) * (a * v[:, ::2].clamp(max=x)).sigmoid()
+
+    g, u = y[:, ::2].astype(np.float64), y[:, 1::2].astype(np.float64)
+    right, none = clamped_glu(g, u, float(alpha), float(limit)), np.zeros_like(g)
+    bound = 2 * clamped_glu_bound(g, u, none, none, float(alpha), float(limit))  # twice: the peers round as they like
+    return Case(ours, {"numpy": numpy, **torch_side(torch)}, (right,), (bound,), Work(bytes=y.nbytes + h.nbytes), parallel=False)
 
 
 @CASES.add("combine_into")

@@ -79,7 +79,8 @@ def test_there_is_a_golden_file_for_every_variant() -> None:
         if spec.rope_scaling is not None:
             assert spec.rope_scaling.original_max_position_embeddings < 96 or spec.rope_scaling.kind == "linear"
     windows = {(spec.family, len(spec.sliding_layers) == spec.num_layers) for spec in specs if spec.sliding_window is not None}
-    assert windows == {("mistral", True), ("qwen3_moe", True), *((f, False) for f in ("qwen3", "gemma2", "gemma3_text", "dots1"))}
+    alternating = ("qwen3", "gemma2", "gemma3_text", "dots1", "gpt_oss")
+    assert windows == {("mistral", True), ("qwen3_moe", True), *((family, False) for family in alternating)}
     moe = {(spec.routing.expert_weighting_normalization, bool(spec.dense_layers)) for spec in specs if spec.family == "qwen3_moe"}
     assert moe == {(True, False), (False, False), (True, True)}
 
@@ -241,7 +242,7 @@ def spoilt(spec: ModelSpec, theta: float) -> Iterator[tuple[str, ModelSpec]]:
     if spec.is_moe and spec.routing.expert_weighting_normalization:
         rule = dataclasses.replace(spec.routing, expert_weighting_normalization=False, norm_epsilon=0.0, norm_min=0.0)
         yield "experts: weights not divided by their sum", dataclasses.replace(spec, routing=rule)
-    elif spec.is_moe:
+    elif spec.is_moe and spec.routing.expert_weighting_nonlinearity == "softmax":
         yield "experts: weights divided by their sum (softmax after the choice)", dataclasses.replace(spec, routing=RoutingRule())
     if spec.is_moe:
         rules = {
@@ -255,6 +256,14 @@ def spoilt(spec: ModelSpec, theta: float) -> Iterator[tuple[str, ModelSpec]]:
             rule = dataclasses.replace(spec.routing, **changes)
             if rule != spec.routing:
                 yield row, dataclasses.replace(spec, routing=rule)
+    if spec.attn_sinks:
+        yield "attention: sinks ignored", dataclasses.replace(spec, attn_sinks=False)
+    if spec.clamped_experts is not None:
+        for name, value in (("limit", 1e9), ("alpha", 1.0)):
+            clamped = dataclasses.replace(spec.clamped_experts, **{name: value})
+            yield f"experts: `swiglu_{name}` ignored", dataclasses.replace(spec, clamped_experts=clamped)
+        rule = dataclasses.replace(spec.routing, router_use_bias=False)
+        yield "experts: router's bias ignored", dataclasses.replace(spec, routing=rule)
     if spec.shared_experts is not None:
         yield "shared experts: left out", dataclasses.replace(spec, shared_experts=None)
     if spec.rotary.dim is not None:

@@ -97,6 +97,15 @@ MINIMAX = COMMON | {
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "rotary_dim": 4, "rope_theta": 500.0,
     "num_local_experts": 6, "num_experts_per_tok": 2, "tie_word_embeddings": False,
 }  # fmt: skip
+GPT_OSS = COMMON | {
+    "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "vocab_size": 59, "hidden_size": 32, "intermediate_size": 13,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rope_theta": 500.0,
+    "max_position_embeddings": 120, "num_local_experts": 5, "num_experts_per_tok": 2, "swiglu_limit": 1.2, "attention_bias": True,
+    "sliding_window": 11, "layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": False,
+    "rope_scaling": {
+        "rope_type": "yarn", "factor": 5.0, "original_max_position_embeddings": 24, "beta_fast": 3.0, "beta_slow": 0.4, "truncate": False,
+    },
+}  # fmt: skip
 ROPE = LLAMA | {
     "torch_dtype": "float32", "hidden_size": 28, "intermediate_size": 34, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "max_position_embeddings": 120, "tie_word_embeddings": False,
@@ -156,6 +165,8 @@ CHECKPOINTS: dict[str, Config] = {
     "hunyuan_v1_moe-float32": _in("float32", HUNYUAN),
     "ernie4_5_moe-float32": _in("float32", ERNIE),
     "minimax_m2-float32": _in("float32", MINIMAX),
+    "gpt_oss-float32": _in("float32", GPT_OSS),
+    "gpt_oss-bfloat16": _in("bfloat16", GPT_OSS, {"layer_types": ["full_attention", "sliding_attention"]}),
 }  # fmt: skip
 """Directory under tests/golden to config.json."""
 

@@ -22,7 +22,7 @@ TOKEN_MARGIN = 2e-3
 """Least lead of a greedy token, in standard deviations of the logits."""
 
 
-EXPERTS = ("mixtral", "dots1", "minimax_m2")
+EXPERTS = ("mixtral", "dots1", "minimax_m2", "gpt_oss")
 """Families with experts whose names do not say so."""
 
 

@@ -29,6 +29,7 @@ ROUTERS = {
     "minimax_m2": "block_sparse_moe.gate.weight",
     "granitemoe": "block_sparse_moe.router.layer.weight",
     "hunyuan_v1_moe": "mlp.gate.wg.weight",
+    "gpt_oss": "mlp.router.weight",
 }
 CORRECTIONS: dict[str, tuple[str, tuple[int, ...]]] = {
     "dots1": ("mlp.gate.e_score_correction_bias", ()),
@@ -72,6 +73,12 @@ def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
         tensors[prefix + "input_linear.weight"] = rng.standard_normal((n, 2 * width, h)) * 1.5 / np.sqrt(h)
         tensors[prefix + "output_linear.weight"] = rng.standard_normal((n, h, width)) / np.sqrt(width)
 
+    def gpt_oss_experts(prefix: str, n: int, width: int) -> None:
+        tensors[prefix + "gate_up_proj"] = rng.standard_normal((n, h, 2 * width)) * 1.5 / np.sqrt(h)
+        tensors[prefix + "gate_up_proj_bias"] = rng.standard_normal((n, 2 * width)) * 0.5
+        tensors[prefix + "down_proj"] = rng.standard_normal((n, width, h)) / np.sqrt(width)
+        tensors[prefix + "down_proj_bias"] = rng.standard_normal((n, h)) * 0.5
+
     def ffn(prefix: str, gate: str, up: str, down: str, width: int) -> None:
         matrix(f"{prefix}{gate}.weight", width, h, 1.5)
         matrix(f"{prefix}{up}.weight", width, h, 1.5)
@@ -92,6 +99,9 @@ def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
             for x, size in (("q", n_q), ("k", n_kv), ("v", n_kv)):
                 bias(f"{p}self_attn.{x}_proj.bias", size, 0.15 if normed else 0.5)
         matrix(p + "self_attn.o_proj.weight", h, n_q)
+        if family == "gpt_oss":
+            bias(p + "self_attn.o_proj.bias", h, 0.5)
+            tensors[p + "self_attn.sinks"] = 1 + rng.standard_normal(config["num_attention_heads"])
         norm(p + "post_attention_layernorm.weight", h)
         if gemma:
             norm(p + "pre_feedforward_layernorm.weight", h)
@@ -103,7 +113,10 @@ def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
         if family in CORRECTIONS:
             name, axes = CORRECTIONS[family]
             tensors[p + name] = 0.2 * rng.standard_normal((*axes, n_experts(config)))
-        if family == "granitemoe":
+        if family == "gpt_oss":
+            bias(p + "mlp.router.bias", n_experts(config), 0.5)
+            gpt_oss_experts(p + "mlp.experts.", n_experts(config), expert_width(config))
+        elif family == "granitemoe":
             granite_experts(p + "block_sparse_moe.", n_experts(config), expert_width(config))
         else:
             experts, matrices = ("block_sparse_moe", W123) if family in ("mixtral", "minimax_m2") else ("mlp", PROJECTIONS)

@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from wse_emu.foundation.attention_pattern import AttentionPattern
     from wse_emu.foundation.biases import Biases
+    from wse_emu.foundation.clamped_experts import ClampedExperts
     from wse_emu.foundation.errors import (
         BusyError,
         CheckpointError,
@@ -58,6 +59,7 @@ _HOME = {
         "WseError",
     ),
     "wse_emu.foundation.biases": ("Biases",),
+    "wse_emu.foundation.clamped_experts": ("ClampedExperts",),
     "wse_emu.foundation.model_spec": ("ModelSpec",),
     "wse_emu.foundation.norm_spec": ("NormSpec", "QkNorm"),
     "wse_emu.foundation.rotary_spec": ("RotarySpec",),
@@ -83,6 +85,7 @@ __all__ = [
     "Biases",
     "BusyError",
     "CheckpointError",
+    "ClampedExperts",
     "ConfigError",
     "ForkError",
     "InputError",

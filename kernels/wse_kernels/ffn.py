@@ -6,8 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wse_kernels._jit import kernel
-from wse_kernels.exp import gelu_tanh32, silu32
+from wse_kernels.exp import gelu_tanh32, sigmoid32, silu32
 from wse_kernels.fma import fma
+
+_ONE = np.float32(1.0)
 
 
 @kernel()
@@ -51,6 +53,32 @@ def geglu_into(y: NDArray[np.float32], first: int, h: NDArray[np.float32]) -> No
     for i in range(y.shape[0]):
         for f in range(y.shape[1] // 2):
             h[i, first + f] = gelu_tanh32(y[i, 2 * f]) * y[i, 2 * f + 1]
+
+
+@kernel()
+def clamped_glu(y: NDArray[np.float32], alpha: np.float32, limit: np.float32, h: NDArray[np.float32]) -> None:
+    """``h[:, f] = (up + 1) * (gate * sigmoid(alpha * gate))``, every operation rounded.
+
+    ``gate = min(y[:, 2 f], limit)`` and ``up = y[:, 2 f + 1]`` held within plus and minus `limit`; a NaN stays.
+
+    Parameters
+    ----------
+    y : ndarray, (m, 2 n), float32
+    alpha, limit : float32
+    h : ndarray, (m, n), float32
+        Written.
+
+    References
+    ----------
+    OpenAI, "gpt-oss-120b and gpt-oss-20b model card", 2025, section 2.2.
+    """
+    for i in range(h.shape[0]):
+        for f in range(h.shape[1]):
+            gate, up = y[i, 2 * f], y[i, 2 * f + 1]
+            gate = limit if gate > limit else gate
+            up = limit if up > limit else up
+            up = -limit if up < -limit else up
+            h[i, f] = (up + _ONE) * (gate * sigmoid32(alpha * gate))
 
 
 @kernel()

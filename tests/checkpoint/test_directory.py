@@ -189,7 +189,7 @@ def test_missing_and_extra_tensors_are_listed_by_name(mixtral: Checkpoint, tmp_p
         open_checkpoint(write_checkpoint(mixtral, tmp_path / "c", config={**mixtral.config, "num_hidden_layers": 50}))
 
 
-@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.moe is not None])
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.moe is not None and name != "gpt_oss"])
 def test_fused_experts_are_told_apart(family: str, tmp_path: Path) -> None:
     spec = dataclasses.replace(contract_specs()["mixtral"], family=family)
     source = random_checkpoint(spec, seed=3)

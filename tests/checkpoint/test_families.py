@@ -11,6 +11,7 @@ import pytest
 
 import wse_emu as wse
 from wse_emu.checkpoint import parse_config, random_checkpoint, save_checkpoint, to_config
+from wse_emu.foundation.clamped_experts import ClampedExperts
 from wse_emu.foundation.errors import ConfigError, SaveError
 from wse_emu.foundation.model_spec import ModelSpec
 
@@ -28,7 +29,8 @@ ERNIE: dict[str, Any] = {**SHAPE, "model_type": "ernie4_5_moe", "moe_num_experts
 MINIMAX: dict[str, Any] = {**SHAPE, "model_type": "minimax_m2", "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 6}
 GRANITE: dict[str, Any] = {**SHAPE, "model_type": "granitemoe", "num_local_experts": 4, "num_experts_per_tok": 2}
 GEMMA: dict[str, Any] = {**SHAPE, "model_type": "gemma2"}
-EVERY = [DOTS, GLM, HUNYUAN, ERNIE, MINIMAX, GRANITE, GEMMA]
+GPT_OSS: dict[str, Any] = {**SHAPE, "model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2}
+EVERY = [GPT_OSS, DOTS, GLM, HUNYUAN, ERNIE, MINIMAX, GRANITE, GEMMA]
 
 
 def back(spec: ModelSpec) -> ModelSpec:
@@ -117,6 +119,31 @@ def test_ernie_has_mixtures_at_intervals() -> None:
     assert parse_config(ERNIE).rotary.interleaved
     with pytest.raises(ConfigError, match="`use_bias` must be false"):
         parse_config({**ERNIE, "use_bias": True})
+
+
+def test_gpt_oss_is_stretched_and_biased_unless_it_says_otherwise() -> None:
+    spec = parse_config(GPT_OSS)
+    assert spec.rope_scaling is not None
+    assert (spec.rope_scaling.kind, spec.rope_scaling.factor, spec.rope_scaling.truncate) == ("yarn", 32.0, False)
+    assert (spec.sliding_window, spec.sliding_layers) == (128, (0, 2))
+    assert (spec.biases.qkv, spec.biases.out, spec.attn_sinks) == (True, True, True)
+    assert spec.clamped_experts == ClampedExperts(alpha=1.702, limit=7.0)
+    plain = parse_config({**GPT_OSS, "rope_parameters": {"rope_type": "default"}, "attention_bias": False, "swiglu_limit": 3})
+    assert plain.rope_scaling is None
+    assert not plain.biases.qkv
+    assert back(plain) == plain
+    with pytest.raises(ConfigError, match="`limit` of `clamped_experts` must be a positive finite number"):
+        parse_config({**GPT_OSS, "swiglu_limit": -1})
+
+
+def test_rules_that_break_are_errors_of_the_file() -> None:
+    for config, change, message in (
+        (GRANITE, {"residual_multiplier": -1.0}, "`residual` of `scales` must be a positive finite number"),
+        (DOTS, {"topk_group": 5}, "`topk_group` must not exceed `n_group`"),
+        (GEMMA, {"attn_logit_softcapping": 0.0}, "`scores_cap` of `scales` must be a positive finite number"),
+    ):
+        with pytest.raises(ConfigError, match=f"config.json: {message}"):
+            parse_config({**config, **change})
 
 
 def test_what_a_family_cannot_say_is_not_saved(tmp_path: Path) -> None:

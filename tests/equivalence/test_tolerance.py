@@ -162,6 +162,24 @@ def test_glu_carries_the_errors_of_its_factors(activation):
             assert (moved / bound).max() > 0.5
 
 
+def test_the_clamped_gate_carries_the_errors_of_its_factors():
+    g, w = RNG.standard_normal((2, 1000)) * 4
+    e_g, e_w = np.abs(RNG.standard_normal((2, 1000))) * 1e-3
+    bound, none = tolerance.clamped_glu_bound(g, w, e_g, e_w, 1.702, 3.0), np.zeros(1000)
+    exact = formulas.clamped_glu(g, w, 1.702, 3.0)
+    for a in (-1, 1):
+        for b in (-1, 1):
+            moved = np.abs(formulas.clamped_glu(g + a * e_g, w + b * e_w, 1.702, 3.0) - exact)
+            assert (moved <= bound).all()
+            assert (moved / bound).max() > 0.5
+    g32, w32 = g.astype(np.float32), w.astype(np.float32)
+    wide_g, wide_w = g32.astype(np.float64), w32.astype(np.float64)
+    ours = formulas.clamped_glu(g32, w32, 1.702, 3.0)
+    error = np.abs(ours - formulas.clamped_glu(wide_g, wide_w, 1.702, 3.0))
+    ratio = error / tolerance.clamped_glu_bound(wide_g, wide_w, none, none, 1.702, 3.0)
+    assert 0.05 < ratio.max() <= 1
+
+
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_expert_weights(renormalize):
     logits = (4 * RNG.standard_normal((500, 16))).astype(np.float32)

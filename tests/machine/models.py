@@ -44,6 +44,10 @@ RULES = {
         "num_experts_per_tok": 3, "n_group": 3, "topk_group": 2, "n_shared_experts": 1, "routed_scaling_factor": 1.5, "use_qk_norm": True,
         "head_dim": 8, "attention_bias": True,
     },
+    "gpt_oss": {
+        **SHAPE, "model_type": "gpt_oss", "intermediate_size": 9, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 3,
+        "swiglu_limit": 0.5, "swiglu_alpha": 1.5,
+    },
     "gemma2": {
         **SHAPE, "model_type": "gemma2", "intermediate_size": 14, "sliding_window": 4, "query_pre_attn_scalar": 9,
         "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0,
@@ -61,6 +65,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "rotary": wse.RotarySpec(dim=4, interleaved=True, skipped_layers=(1,)), "qk_norm": wse.QkNorm(after_rotary=True),
             "clip_qkv": 0.5, "activation": "silu",
         },
+    ),
+    "clamped experts, every way": (
+        "gpt_oss",
+        {"routing": wse.RoutingRule(probability_before_ffn=True, router_use_bias=True), "qk_norm": wse.QkNorm()},
     ),
     "half rotated": ("llama", {"rotary": wse.RotarySpec(dim=2), "qk_norm": wse.QkNorm(over="row")}),
 }  # fmt: skip

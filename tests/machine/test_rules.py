@@ -35,6 +35,8 @@ def test_models_use_every_rule() -> None:
     for name in ("embedding", "residual", "logits"):
         assert any(getattr(spec.scales, name) != 1 for spec in specs), name
     assert any(spec.scales.attention is not None for spec in specs)
+    assert any(spec.attn_sinks and spec.sliding_window is not None for spec in specs)
+    assert {spec.routing.probability_before_ffn for spec in specs if spec.clamped_experts is not None} == {True, False}
     assert any(spec.scales.logits_cap is not None and spec.scales.scores_cap is not None for spec in specs)
 
 
@@ -80,11 +82,14 @@ def test_rows_chunks_neighbours_and_the_cache_change_no_bit(family: str) -> None
     cache.free()
 
 
-def test_shared_experts_come_first_however_experts_are_run() -> None:
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+def test_shared_experts_come_first_and_biases_are_added_however_experts_are_run(family: str) -> None:
     ids, mask = prompt_of(LENGTHS, VOCAB)
-    usual = make_model("qwen2_moe", 3, 5, rules=True)(ids, mask).logits
+    usual = make_model(family, 3, 5, rules=True)(ids, mask).logits
     for way in ("functional", "optimized"):
-        np.testing.assert_array_equal(make_model("qwen2_moe", 3, 5, rules=True, moe_implementation=way)(ids, mask).logits, usual)
+        model = make_model(family, 3, 5, rules=True, moe_implementation=way)
+        np.testing.assert_array_equal(model(ids, mask).logits, usual)
+        assert model.verify(ids, mask).passed
 
 
 @pytest.mark.parametrize("family", FAMILIES)

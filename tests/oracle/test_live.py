@@ -202,6 +202,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "hidden_size": 28, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 6, "intermediate_size": 22,
         "num_local_experts": 3, "num_experts_per_tok": 1, "tie_word_embeddings": True,
     },
+    "gpt_oss": {
+        "hidden_size": 34, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12, "intermediate_size": 15,
+        "num_hidden_layers": 3, "num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 7, "swiglu_limit": 2.0,
+        "rope": {"rope_type": "yarn", **STRETCHED, "truncate": False},
+    },
+    "gpt_oss no attention biases, all full": {
+        "hidden_size": 30, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "intermediate_size": 21,
+        "num_local_experts": 4, "num_experts_per_tok": 1, "attention_bias": False, "layer_types": ["full_attention"] * 2,
+        "tie_word_embeddings": True,
+    },
     "llama linear": ROPE_SHAPE | {"rope": {"rope_type": "linear", "factor": 2.5}},
     "llama dynamic": ROPE_SHAPE | {"rope": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 16},
     "llama yarn": ROPE_SHAPE | {
@@ -246,13 +256,15 @@ def written_by_transformers(directory: Path, name: str, seed: int, dtype: str, *
             noise = torch.from_numpy(rng.standard_normal(tuple(p.shape))).float()
             if parameter.endswith("bias"):
                 p.copy_((0.2 if "correction" in parameter else 0.5) * noise)
+            elif parameter.endswith("sinks"):
+                p.copy_(1 + noise)
             elif p.ndim == 1:
                 p.copy_(1 + 0.3 * noise)
             elif "embed" in parameter:
                 p.copy_(0.5 * noise)
             else:
                 by_sigmoid = name.split()[0] in ("dots1", "glm4_moe", "minimax_m2")
-                gain = 2.0 if parameter.endswith(("gate.weight", "wg.weight")) and not by_sigmoid else 1.5
+                gain = 2.0 if parameter.endswith(("gate.weight", "wg.weight", "router.weight")) and not by_sigmoid else 1.5
                 p.copy_(gain * noise / p.shape[-1] ** 0.5)
     model.to(getattr(torch, dtype)).save_pretrained(directory, **options)
 

@@ -72,6 +72,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **BASE, "model_type": "ernie4_5_moe", "hidden_size": 32, "moe_intermediate_size": 12, "moe_num_experts": 6, "moe_k": 3,
         "moe_layer_end_index": 1, "tie_word_embeddings": False,
     },
+    "gpt_oss": {**BASE, "model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
     "minimax_m2": {**BASE, "model_type": "minimax_m2", "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 4},
 }  # fmt: skip
 
@@ -88,6 +89,9 @@ def expected_parameters(spec: ModelSpec, tensors: TensorSource, dtype: str) -> d
             own = tensor.name if spec.family == "granitemoe" else tensor.name.replace("block_sparse_moe", "mlp")
             own = own.replace(".router.layer.", ".router.").replace("mlp.moe_statics.", "mlp.gate.moe_statics.")
             out[own] = read(tensor.name)
+    if spec.family == "gpt_oss":  # published as it is kept
+        names = {t.name for role, t in published_names(spec).items() if ".experts." in role}
+        return out | {name: read(name) for name in names}
     if spec.family == "granitemoe":  # published as it is kept
         for layer in spec.moe_layers:
             block = f"model.layers.{layer}.block_sparse_moe."

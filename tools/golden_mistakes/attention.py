@@ -12,6 +12,11 @@ from torch import Tensor
 from golden_mistakes.subject import Subject, is_gemma, misread, mistake
 
 
+def has_sinks(config: Config) -> bool:
+    """Whether heads have sinks."""
+    return bool(config["model_type"] == "gpt_oss")
+
+
 def window_of(config: Config) -> int | None:
     """Sliding window of the layers that have one."""
     return config.get("sliding_window")
@@ -24,7 +29,7 @@ def has_window(config: Config) -> bool:
 
 def window_in_some(config: Config) -> bool:
     """Whether some layers have the window and others do not."""
-    return has_window(config) and (config["model_type"] in ("qwen3", "dots1") or is_gemma(config))
+    return has_window(config) and (config["model_type"] in ("qwen3", "dots1", "gpt_oss") or is_gemma(config))
 
 
 def exchanged_windows(config: Config) -> Config:
@@ -40,12 +45,14 @@ def without_window(config: Config) -> Config:
     n = config["num_hidden_layers"]
     if is_gemma(config):
         return {"layer_types": ["full_attention"] * n, "rope_local_base_freq": config.get("rope_theta")}
+    if has_sinks(config):
+        return {"layer_types": ["full_attention"] * n}
     return {"sliding_window": None, "use_sliding_window": False, "layer_types": None}
 
 
 def window_everywhere(config: Config) -> Config:
     """Every layer has it."""
-    if is_gemma(config):
+    if is_gemma(config) or has_sinks(config):
         return {"layer_types": ["sliding_attention"] * config["num_hidden_layers"]}
     return {"layer_types": None, "max_window_layers": 0}
 
@@ -117,3 +124,21 @@ def _(subject: Subject) -> None:
 def _(subject: Subject) -> None:
     for attention in subject.attentions:
         attention.scaling = (subject.config["hidden_size"] / subject.config["num_attention_heads"]) ** -0.5
+
+
+@mistake("attention: sinks ignored", has_sinks)
+def _(subject: Subject) -> None:
+    for attention in subject.attentions:
+        attention.sinks.fill_(-1e30)
+
+
+@mistake("attention: sinks scaled as scores are", has_sinks)
+def _(subject: Subject) -> None:
+    for attention in subject.attentions:
+        attention.sinks.mul_(attention.scaling)
+
+
+@mistake("attention: one head's sink for the next", has_sinks)
+def _(subject: Subject) -> None:
+    for attention in subject.attentions:
+        attention.sinks.copy_(attention.sinks.roll(1))

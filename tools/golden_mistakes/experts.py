@@ -10,7 +10,7 @@ from golden_models import Config, by_sigmoid, has_correction, has_dense, has_spa
 from golden_oracle import compared, router_of
 from torch import Tensor
 
-from golden_mistakes.subject import Subject, mistake
+from golden_mistakes.subject import Subject, is_clamped, misread, mistake
 
 # ---- shared experts
 
@@ -61,14 +61,69 @@ def _(subject: Subject) -> None:
 @mistake("experts: gate and up exchanged", has_sparse)
 def _(subject: Subject) -> None:
     for mlp in subject.sparse:
-        mlp.experts.gate_up_proj.copy_(mlp.experts.gate_up_proj.roll(mlp.experts.gate_up_proj.shape[1] // 2, 1))
+        weight = mlp.experts.gate_up_proj
+        alternating = is_clamped(subject.config)
+        weight.copy_(weight.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if alternating else weight.roll(weight.shape[1] // 2, 1))
 
 
 @mistake("experts: order shifted by one", has_sparse)
 def _(subject: Subject) -> None:
     for mlp in subject.sparse:
-        for weight in (mlp.experts.gate_up_proj, mlp.experts.down_proj):
+        for weight in mlp.experts.parameters():
             weight.copy_(weight.roll(1, 0))
+
+
+@mistake("experts: halves are gate and up, not alternating columns", is_clamped)
+def _(subject: Subject) -> None:
+    for mlp in subject.sparse:
+        for weight in (mlp.experts.gate_up_proj, mlp.experts.gate_up_proj_bias):
+            weight.copy_(weight.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2))
+
+
+for _name in ("gate_up_proj_bias", "down_proj_bias"):
+
+    @mistake(f"experts: `{_name}` ignored", is_clamped)
+    def _(subject: Subject, name: str = _name) -> None:
+        for mlp in subject.sparse:
+            getattr(mlp.experts, name).zero_()
+
+
+@mistake("experts: `down_proj_bias` not weighted", is_clamped)
+def _(subject: Subject) -> None:
+    for mlp in subject.sparse:
+
+        def add(module: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            _, ids, weights = args
+            return out + ((1 - weights)[..., None] * module.down_proj_bias[ids]).sum(1)
+
+        mlp.experts.register_forward_hook(add)
+
+
+misread("experts: `swiglu_limit` ignored", is_clamped, lambda config: {"swiglu_limit": 1e9})
+misread("experts: `swiglu_alpha` ignored", is_clamped, lambda config: {"swiglu_alpha": 1.0})
+
+
+def gated_by(subject: Subject, gate: Callable[[Tensor, Tensor, float, float], Tensor]) -> None:
+    """Let experts gate by another formula of gate, up, alpha and limit."""
+    for mlp in subject.sparse:
+        alpha, limit = mlp.experts.alpha, mlp.experts.limit
+        mlp.experts._apply_gate = lambda y, alpha=alpha, limit=limit: gate(y[..., ::2], y[..., 1::2], alpha, limit)
+
+
+@mistake("experts: up without the 1", is_clamped)
+def _(subject: Subject) -> None:
+    gated_by(subject, lambda g, u, a, x: u.clamp(-x, x) * g.clamp(max=x) * (a * g.clamp(max=x)).sigmoid())
+
+
+@mistake("experts: gate held from below too", is_clamped)
+def _(subject: Subject) -> None:
+    gated_by(subject, lambda g, u, a, x: (u.clamp(-x, x) + 1) * g.clamp(-x, x) * (a * g.clamp(-x, x)).sigmoid())
+
+
+@mistake("experts: router's bias ignored", is_clamped)
+def _(subject: Subject) -> None:
+    for router in subject.routers:
+        router.bias.zero_()
 
 
 @mistake("experts: weights in the opposite order", has_sparse)

@@ -8,7 +8,7 @@ from golden_models import has_dense
 from golden_oracle import network
 from torch import Tensor
 
-from golden_mistakes.subject import Subject, is_gemma, misread, mistake, not_gemma
+from golden_mistakes.subject import Subject, is_clamped, is_gemma, misread, mistake
 
 
 def without_residual(source: Any, sink: Any, factor: float) -> None:
@@ -39,7 +39,8 @@ def _(subject: Subject) -> None:
         without_residual(source, sink, subject.config.get("residual_multiplier", 1.0))
 
 
-misread("feed-forward: gelu in place of silu", not_gemma, lambda config: {"hidden_act": "gelu"})
+misread("feed-forward: gelu in place of silu", lambda config: not (is_gemma(config) or is_clamped(config)),
+        lambda config: {"hidden_act": "gelu"})  # fmt: skip
 misread("feed-forward: silu in place of gelu", is_gemma, lambda config: {"hidden_activation": "silu"})
 misread("feed-forward: gelu itself, not its tanh form", is_gemma, lambda config: {"hidden_activation": "gelu"})
 

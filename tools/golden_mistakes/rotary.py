@@ -54,8 +54,10 @@ def interleaved(config: Config) -> bool:
     return bool(config["model_type"] == "ernie4_5_moe")
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor, *, neighbours: bool, last: bool = False) -> Tensor:
-    """Rotate the first elements of each head, or the `last` ones: x (b, heads, t, d), cos and sin (b, t, rotated elements), by halves."""
+def turned(x: Tensor, cos: Tensor, sin: Tensor, *, neighbours: bool, last: bool = False, part: bool = False) -> Tensor:
+    """Rotate all of each head, or a `part`, its first or `last` elements: x (b, heads, t, d), cos and sin (b, t, rotated), by halves."""
+    if 2 * cos.shape[-1] == x.shape[-1] and not part:  # one angle for each pair, not for each element
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
     n, c, s = cos.shape[-1], cos[:, None], sin[:, None]
     still, turning = (x[..., : x.shape[-1] - n], x[..., x.shape[-1] - n :]) if last else (x[..., n:], x[..., :n])
     if neighbours:
@@ -66,7 +68,7 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, *, neighbours: bool, last: bool 
 
 @mistake("rotary: neighbours are the pairs, not halves", lambda config: not interleaved(config))
 def _(subject: Subject) -> None:
-    wrong = partial(turned, neighbours=True)
+    wrong = partial(turned, neighbours=True, part=rotates_part(subject.config))
     subject.replace("apply_rotary_pos_emb", lambda right: lambda q, k, cos, sin: (wrong(q, cos, sin), wrong(k, cos, sin)))
 
 
@@ -83,7 +85,7 @@ def rotates_part(config: Config) -> bool:
 
 @mistake("rotary: the last part of a head turned, not the first", rotates_part)
 def _(subject: Subject) -> None:
-    wrong = partial(turned, neighbours=False, last=True)
+    wrong = partial(turned, neighbours=False, last=True, part=True)
     subject.replace("apply_rotary_pos_emb", lambda right: lambda q, k, cos, sin: (wrong(q, cos, sin), wrong(k, cos, sin)))
 
 
@@ -108,7 +110,7 @@ def _(subject: Subject) -> None:
         def wrong(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
             rotary = subject.rotary
             frequencies = rotary.inv_freq if hasattr(rotary, "inv_freq") else rotary.full_attention_inv_freq
-            step = frequencies.repeat(2)[None, None]
+            step = frequencies.repeat(max(1, cos.shape[-1] // len(frequencies)))[None, None]
             ahead, _ = right(q, q, step.cos(), step.sin())
             return right(ahead, k, cos, sin)
 
@@ -118,7 +120,7 @@ def _(subject: Subject) -> None:
 
 
 misread("rotary: base 10000 whatever `rope_theta` says", always, lambda config: {"rope_theta": 1e4})
-misread("rotary: scaling ignored", is_scaled, lambda config: {"rope_scaling": None})
+misread("rotary: scaling ignored", is_scaled, lambda config: {"rope_scaling": {"rope_type": "default"}})
 misread("rotary: every frequency divided by `factor`", lambda c: is_scaled(c) and scaling(c).get("rope_type", "linear") != "linear",
         lambda config: {"rope_scaling": {"rope_type": "linear", "factor": scaling(config)["factor"]}})  # fmt: skip
 
@@ -134,7 +136,8 @@ def _(subject: Subject) -> None:
 
 misread("rotary: `beta_fast` and `beta_slow` ignored", has_options, rescaled(beta_fast=None, beta_slow=None))
 misread("rotary: `truncate` ignored", has_options, rescaled(truncate=None))
-misread("rotary: `mscale` and `mscale_all_dim` ignored", has_options, rescaled(mscale=None, mscale_all_dim=None))
+misread("rotary: `mscale` and `mscale_all_dim` ignored", lambda config: "mscale" in scaling(config),
+        rescaled(mscale=None, mscale_all_dim=None))  # fmt: skip
 misread("rotary: no frequencies between `low_freq_factor` and `high_freq_factor`", lambda c: "low_freq_factor" in scaling(c),
         lambda c: rescaled(high_freq_factor=scaling(c)["low_freq_factor"] * (1 + 1e-9))(c))  # fmt: skip
 

@@ -16,6 +16,12 @@ for _which in ("q", "k", "v"):
             getattr(attention, which + "_proj").bias.zero_()
 
 
+@mistake("bias of the output: ignored", lambda config: config["model_type"] == "gpt_oss")
+def _(subject: Subject) -> None:
+    for attention in subject.attentions:
+        attention.o_proj.bias.zero_()
+
+
 def clipped(config: Config) -> bool:
     """Whether queries, keys and values are held within a limit."""
     return bool(config.get("clip_qkv"))

@@ -124,3 +124,8 @@ def not_gemma(config: Config) -> bool:
 def is_gemma(config: Config) -> bool:
     """Whether weights of norms mean ``1 + w`` and the halves of a layer are normalised before and after."""
     return bool(config["model_type"].startswith("gemma"))
+
+
+def is_clamped(config: Config) -> bool:
+    """Whether experts have biases and a clamped gate."""
+    return "swiglu_limit" in config

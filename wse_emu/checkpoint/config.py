@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -144,6 +145,8 @@ def parse_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | N
         raise ConfigError(f"{where}: must be an object, got {type(config).__name__}")
     fields = Fields(config, where)
     family = family_of(fields)
+    if family.rope_scaling is not None and not fields.given("rope_scaling") and not fields.given("rope_parameters"):
+        fields = Fields({**config, "rope_scaling": family.rope_scaling}, where)
     _refuse_unsupported(fields, family)
     hidden = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")
@@ -154,7 +157,8 @@ def parse_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | N
     vocab = fields.integer("vocab_size")
     tokens = fields if generation is None else Fields({**config, **_generation_ids(generation)}, f"{where} with generation_config.json")
     layers = fields.integer("num_hidden_layers", high=_MAX_LAYERS)
-    moe = _moe_fields(fields, family.moe, layers)
+    with _in_published_names(where):
+        moe = _moe_fields(fields, family.moe, layers)
     if layers * (11 + 3 * moe.get("num_experts", 0)) > MAX_TENSORS:
         raise ConfigError(f"{where}: {layers} layers of {moe.get('num_experts', 0)} experts make more than {MAX_TENSORS} tensors")
     rope = read_rope(
@@ -162,7 +166,8 @@ def parse_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | N
         alpha=family.rope_alpha,
     )  # fmt: skip
     window, window_layers = family.windows(fields, layers)
-    rules = family.read(fields, layers)
+    with _in_published_names(where):
+        rules = family.read(fields, layers)
     reach = max(max_positions, 0 if rope.scaling is None else rope.scaling.context_length)
     if family.attention_bias is not None and fields.boolean("attention_bias", False):
         rules = {"biases": family.attention_bias, **rules}
@@ -174,7 +179,7 @@ def parse_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | N
     if window is not None and window >= reach and not local:  # it holds every key
         window, window_layers = None, ()
     every_layer_moe = bool(moe) and not moe["dense_layers"]
-    try:
+    with _in_published_names(where):
         spec = ModelSpec(
             family=family.model_type,
             vocab_size=vocab,
@@ -198,10 +203,6 @@ def parse_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | N
             **moe,
             **rules,
         )
-    except ConfigError:
-        raise
-    except SpecError as e:
-        raise ConfigError(f"{where}: {_in_published_names(str(e))}") from e
     if spec.n_params > MAX_PARAMETERS:
         raise ConfigError(f"{where}: describes {show(spec.n_params)} parameters, at most {MAX_PARAMETERS} are allowed")
     return spec
@@ -211,11 +212,18 @@ def _default_id(token_id: int | None, vocab_size: int) -> int | None:
     return token_id if token_id is not None and token_id < vocab_size else None
 
 
-def _in_published_names(text: str) -> str:
-    """`text` about a `ModelSpec`, in the names of config.json."""
-    for ours, published in _PUBLISHED.items():
-        text = text.replace(f"`{ours}`", f"`{published}`")
-    return text
+@contextmanager
+def _in_published_names(where: str) -> Iterator[None]:
+    """Errors about a spec as errors of config.json, in its names."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except SpecError as e:
+        text = str(e)
+        for ours, published in _PUBLISHED.items():
+            text = text.replace(f"`{ours}`", f"`{published}`")
+        raise ConfigError(f"{where}: {text}") from e
 
 
 def _generation_ids(generation: Mapping[str, Any]) -> dict[str, Any]:
@@ -279,7 +287,7 @@ def to_config(spec: ModelSpec) -> dict[str, Any]:
         "max_position_embeddings": spec.max_position_embeddings,
         "rms_norm_eps": spec.rms_norm_eps,
         "rope_theta": spec.rope_theta,
-        "rope_scaling": rope_config(spec.rope_scaling),
+        "rope_scaling": rope_config(spec.rope_scaling) or (None if family.rope_scaling is None else {"rope_type": "default"}),
         "tie_word_embeddings": spec.tie_word_embeddings,
         "bos_token_id": spec.bos_token_id,
         "eos_token_id": eos,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +69,8 @@ class Family:
     """Reads the sliding window and its layers; takes the fields and the number of layers."""
     window_config: Callable[[ModelSpec], dict[str, Any]]
     """Writes them."""
+    rope_scaling: Mapping[str, Any] | None = None
+    """Default ``rope_scaling``; None is none."""
     rope_by_type: bool = False
     """Whether ``rope_parameters`` may hold those of each kind of layer."""
     partial_rotary: float | None = None

@@ -64,10 +64,10 @@ def read_part(source: TensorSource, tensor: PublishedTensor, start: int, stop: i
 def published_tensors(spec: ModelSpec) -> Iterator[tuple[str, PublishedTensor]]:
     """Canonical role and published tensor of every weight, embedding first, head last.
 
-    Roles: ``"embed"``, ``"layers.N."`` followed by ``attn_norm w_q w_k w_v``, their biases ``b_q b_k b_v``, ``q_norm k_norm``, ``w_o``,
-    ``b_o``, ``attn_after_norm``, ``ffn_norm`` and ``w_gate w_up w_down`` (dense) or ``router``, ``router_bias``,
-    ``e_score_correction_bias``, ``shared.`` and ``experts.E.`` with ``w_gate w_up w_down``, ``shared.gate``, ``ffn_after_norm``,
-    each where the model has it, then ``"final_norm"`` and ``"lm_head"``. A
+    Roles: ``"embed"``, ``"layers.N."`` followed by ``attn_norm w_q w_k w_v``, their biases ``b_q b_k b_v``, ``q_norm k_norm``, ``sinks``,
+    ``w_o``, ``b_o``, ``attn_after_norm``, ``ffn_norm`` and ``w_gate w_up w_down`` (dense) or ``router``, ``router_bias``,
+    ``e_score_correction_bias``, ``shared.`` and ``experts.E.`` with ``w_gate w_up w_down``, their biases ``b_gate b_up b_down``,
+    ``shared.gate``, ``ffn_after_norm``, each where the model has it, then ``"final_norm"`` and ``"lm_head"``. A
     tied head names the embedding's tensor.
     """
     names = FAMILIES[spec.family].names
@@ -97,6 +97,8 @@ def layer_roles(spec: ModelSpec, layer: int) -> Iterator[tuple[str, tuple[int, .
     if spec.qk_norm is not None:
         of_head = spec.qk_norm.over == "head"
         yield from (("q_norm", (d if of_head else q,)), ("k_norm", (d if of_head else kv,)))
+    if spec.attn_sinks:
+        yield "sinks", (spec.num_heads,)
     yield "w_o", (h, q)
     if spec.biases.out:
         yield "b_o", (h,)
@@ -116,6 +118,9 @@ def layer_roles(spec: ModelSpec, layer: int) -> Iterator[tuple[str, tuple[int, .
                 yield "shared.gate", (1, h)
         for e in range(spec.num_experts):
             yield from _ffn(f"experts.{e}.", h, spec.moe_intermediate_size)
+            if spec.clamped_experts is not None:
+                for name, size in (("b_gate", spec.moe_intermediate_size), ("b_up", spec.moe_intermediate_size), ("b_down", h)):
+                    yield f"experts.{e}.{name}", (size,)
     if spec.norm.after:
         yield "ffn_after_norm", (h,)
 

@@ -96,7 +96,7 @@ def every_other_below(limit: str, default: int) -> Callable[[Fields, int], Windo
     return read
 
 
-def pattern_of(period: int) -> Callable[[Fields, int], Windows]:
+def pattern_of(period: int, window: int = 4096) -> Callable[[Fields, int], Windows]:
     """Every layer has a window but each `period`-th (``sliding_window_pattern``); or as ``layer_types`` says."""
 
     def read(fields: Fields, num_layers: int) -> Windows:
@@ -104,7 +104,7 @@ def pattern_of(period: int) -> Callable[[Fields, int], Windows]:
         if layers is None:
             every = fields.integer("sliding_window_pattern", period)
             layers = tuple(i for i in range(num_layers) if (i + 1) % every)
-        return (fields.integer("sliding_window", 4096), layers) if layers else (None, ())
+        return (fields.integer("sliding_window", window), layers) if layers else (None, ())
 
     return read
 

@@ -15,6 +15,7 @@ from wse_emu.layers.head_norm import head_norm
 from wse_emu.layers.linear import all_gather_bands, matmul
 from wse_emu.layers.qk_norm import qk_norm
 from wse_emu.layers.rotary import ROTATE_QK, place_rotary, rotary_tables
+from wse_emu.layers.stream import StreamedVector
 from wse_emu.layers.tiles import move_tokens
 from wse_emu.memoryx.layout import context_to_published
 from wse_emu.wafer.tensor import PlacedTensor
@@ -82,9 +83,11 @@ def _attention_block(run: ForwardPass, x: PlacedTensor) -> None:
         )
         with run.scope("attention"):
             record = run.result.taps
+            sink = StreamedVector(prefix + "sinks", weights.vector(prefix + "sinks")) if spec.attn_sinks else None
             statistics = attention(
-                wafer, qkv, context, run.cache, layer, run.sequences, bands, pattern=spec.pattern(layer), probe=record is not None
-            )
+                wafer, qkv, context, run.cache, layer, run.sequences, bands, pattern=spec.pattern(layer), sink=sink,
+                probe=record is not None,
+            )  # fmt: skip
             if record is not None and statistics is not None:
                 record.stages[layer, "attn_max"], record.stages[layer, "attn_denominator"] = statistics
                 record.stages[layer, "attn_context"] = context_to_published(wafer.drain(context, kind="probe"), spec)

@@ -111,4 +111,4 @@ def _stream_experts(run: ForwardPass, chosen: Sequence[int], stream: LayerStream
         with ExitStack() as stack:
             if not resident:
                 stack.enter_context(stream.layer(run.weights.expert_names(layer, expert)))
-            yield expert, run.weights.ffn(f"{layer_prefix(layer)}experts.{expert}.", run.spec.moe_intermediate_size)
+            yield expert, run.weights.expert(layer, expert)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
 from wse_emu.engine.options import EngineOptions
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.weights import layer_prefix, layer_weights, router_vectors
+from wse_emu.layers.clamped_experts import ClampedWeights
 from wse_emu.layers.ffn import FfnWeights
 from wse_emu.layers.router import RouterWeights
 from wse_emu.layers.stream import StreamedMatrix, StreamedVector
@@ -39,11 +42,11 @@ class ModelWeights:
             self._layer_names[layer] = names
         return names
 
-    @staticmethod
-    def expert_names(layer: int, expert: int) -> list[str]:
-        """Names of one expert's matrices."""
+    def expert_names(self, layer: int, expert: int) -> list[str]:
+        """Names of one expert's matrices and biases."""
         prefix = f"{layer_prefix(layer)}experts.{expert}."
-        return [prefix + "w_gate_up", prefix + "w_down"]
+        biases = [] if self.spec.clamped_experts is None else [prefix + "b_gate_up", prefix + "b_down"]
+        return [prefix + "w_gate_up", prefix + "w_down", *biases]
 
     def matrix(self, name: str, n_in: int, n_out: int) -> StreamedMatrix:
         """A matrix of the store, on its way to the wafer."""
@@ -57,6 +60,15 @@ class ModelWeights:
         """Gate/up and down matrices of the network of `width` features whose names begin with `prefix`."""
         h, f = self.spec.hidden_size, width
         return FfnWeights(self.matrix(prefix + "w_gate_up", h, 2 * f), self.matrix(prefix + "w_down", f, h), self.spec.activation)
+
+    def expert(self, layer: int, expert: int) -> FfnWeights:
+        """Weights of one expert."""
+        prefix, clamped = f"{layer_prefix(layer)}experts.{expert}.", self.spec.clamped_experts
+        weights = self.ffn(prefix, self.spec.moe_intermediate_size)
+        if clamped is None:
+            return weights
+        b_gate_up, b_down = (StreamedVector(prefix + name, self.vector(prefix + name)) for name in ("b_gate_up", "b_down"))
+        return replace(weights, clamped=ClampedWeights(b_gate_up, b_down, np.float32(clamped.alpha), np.float32(clamped.limit)))
 
     def router(self, layer: int) -> RouterWeights:
         """Gate and biases of a layer's router."""

@@ -155,6 +155,8 @@ class StageLocal:
                 value[at], bound[at] = self._glu(layer, self._entering(layer, x, at), int(expert))
             else:
                 value[at], bound[at] = self._linear(x[at], tensors.layer_tensor(spec, layer, "w_down", int(expert)))
+                if spec.clamped_experts is not None:
+                    value[at], bound[at] = self._biased(value[at], bound[at], layer, "b_down", int(expert))
         return value, bound
 
     def _entering(self, layer: int, x: F64, at: tuple[NDArray[np.int64], ...]) -> F64:
@@ -171,6 +173,7 @@ class StageLocal:
         q, k = (stages[layer, n].astype(np.float64) for n in (of_q, of_k))
         v, own_max, own_den = (self._own(layer, n) for n in (of_v, "attn_max", "attn_denominator"))
         group, scale = spec.queries_per_kv, spec.attention_scale
+        sinks = self._vector(layer, "sinks") if spec.attn_sinks else None
         shapes = {"attn_max": q.shape[:2], "attn_denominator": q.shape[:2], "attn_context": q.shape}
         out: dict[str, Bounded] = {name: (np.full(shape, np.nan), np.full(shape, np.nan)) for name, shape in shapes.items()}
         for s in np.unique(seq):
@@ -184,6 +187,9 @@ class StageLocal:
                     cap = float(np.float32(spec.scales.scores_cap))
                     scores, e_scores = cap * np.tanh(scores / cap), tolerance.capped_bound(scores, e_scores, cap)
                 scores, e_scores = np.where(mask, scores, -np.inf), np.where(mask, e_scores, 0.0)
+                if sinks is not None:  # one more score, exactly known
+                    scores = np.concatenate([np.full((len(t), 1), sinks[head]), scores], axis=1)
+                    e_scores = np.concatenate([np.zeros((len(t), 1)), e_scores], axis=1)
                 out["attn_max"][0][t, head] = scores.max(axis=1)
                 out["attn_max"][1][t, head] = tolerance.maximum_bound(scores, e_scores)
                 if own_max is None:
@@ -192,10 +198,12 @@ class StageLocal:
                 p = np.exp(scores - m[:, None])
                 e_p = tolerance.softmax_term_error(scores, m, e_scores)
                 out["attn_denominator"][0][t, head] = p.sum(axis=1)
-                out["attn_denominator"][1][t, head] = tolerance.denominator_bound(p, e_p, n)
+                out["attn_denominator"][1][t, head] = tolerance.denominator_bound(p, e_p, n + (sinks is not None))
                 if own_den is None or v is None:
                     continue
                 vh, den = v[t, head // group], own_den[t, head]
+                if sinks is not None:
+                    p, e_p = p[:, 1:], e_p[:, 1:]
                 out["attn_context"][0][t, head] = p @ vh / den[:, None]
                 out["attn_context"][1][t, head] = tolerance.context_bound(p, e_p, vh, den, n)
         value, bound = out["attn_context"]
@@ -205,8 +213,20 @@ class StageLocal:
     def _glu(self, layer: int, x: F64, expert: tensors.Expert) -> Bounded:
         gate, e_gate = self._linear(x, tensors.layer_tensor(self._spec, layer, "w_gate", expert))
         up, e_up = self._linear(x, tensors.layer_tensor(self._spec, layer, "w_up", expert))
+        clamped = self._spec.clamped_experts if isinstance(expert, int) else None
+        if clamped is not None:
+            alpha, limit = float(np.float32(clamped.alpha)), float(np.float32(clamped.limit))
+            gate, e_gate = self._biased(gate, e_gate, layer, "b_gate", expert)
+            up, e_up = self._biased(up, e_up, layer, "b_up", expert)
+            value = formulas.clamped_glu(gate, up, alpha, limit).astype(np.float64)
+            return value, tolerance.clamped_glu_bound(gate, up, e_gate, e_up, alpha, limit)
         activation = self._spec.activation
         return formulas.glu(gate, up, activation).astype(np.float64), tolerance.glu_bound(gate, up, e_gate, e_up, activation)
+
+    def _biased(self, value: F64, bound: F64, layer: int, role: str, expert: tensors.Expert) -> Bounded:
+        """``value + bias``, `value` being known to `bound`."""
+        total = value + self._weights.layer(layer, role, expert)
+        return total, bound + tolerance.add_bound(np.abs(total) + bound)
 
     def _linear(self, x: F64, published: tensors.Published) -> Bounded:
         weight = self._weights.raw(published)

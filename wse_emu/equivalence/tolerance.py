@@ -207,6 +207,24 @@ def glu_bound(gate: F64, up: F64, e_gate: F64, e_up: F64, activation: str) -> F6
     return bound
 
 
+def clamped_glu_bound(gate: F64, up: F64, e_gate: F64, e_up: F64, alpha: float, limit: float) -> F64:
+    """Bound of ``(clip(up) + 1) * g * sigmoid(alpha g)``, ``g = min(gate, limit)``, where gate and up are known to `e_gate` and `e_up`.
+
+    Limits magnify no error. ``g sigmoid(z)``, ``z = alpha g``, has slope ``s (1 + z (1 - s))`` and a second derivative of at most
+    ``alpha / 2``. Computing it rounds alpha and z (which enter as ``2 |z| (1 - s)`` of its value), the sigmoid (``5 u``) and the product;
+    where the exponential underflows, at most ``2 |g|`` smallest normals are lost. The sum ``up + 1`` is rounded, and the last product.
+    """
+    g, one_up = np.minimum(gate, limit), np.clip(up, -limit, limit) + 1
+    z = alpha * g
+    s = expit(z)
+    value = g * s
+    e_value = np.abs(s * (1 + z * (1 - s))) * e_gate + 0.25 * alpha * e_gate * e_gate
+    e_value = e_value + (6 + 2 * np.abs(z) * (1 - s)) * U * np.abs(value) + 2 * SMALLEST_NORMAL * (1 + np.abs(g))
+    e_one_up = e_up + U * np.abs(one_up)
+    bound: F64 = np.abs(one_up) * e_value + np.abs(value) * e_one_up + e_value * e_one_up + U * np.abs(value * one_up) + SUBNORMAL
+    return bound
+
+
 def combine_bound(weights: F64, outs: F64, first: F64 | None = None, gate: F64 | None = None) -> F64:
     """Bound of ``sum_slot weights * outs``; weights (T, k), outs (T, k, h) -> (T, h).
 

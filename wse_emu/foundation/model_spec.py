@@ -10,6 +10,7 @@ from itertools import pairwise
 from wse_emu.foundation.activations import ACTIVATIONS, Activation
 from wse_emu.foundation.attention_pattern import FULL, AttentionPattern
 from wse_emu.foundation.biases import Biases
+from wse_emu.foundation.clamped_experts import ClampedExperts
 from wse_emu.foundation.errors import SpecError
 from wse_emu.foundation.norm_spec import NormSpec, QkNorm
 from wse_emu.foundation.rope_scaling import RopeScaling
@@ -20,7 +21,7 @@ from wse_emu.foundation.shared_experts import SharedExperts
 
 FAMILIES = (
     "llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "qwen2_moe", "olmoe", "granitemoe", "gemma2", "gemma3_text", "dots1", "glm4_moe",
-    "hunyuan_v1_moe", "ernie4_5_moe", "minimax_m2",
+    "hunyuan_v1_moe", "ernie4_5_moe", "minimax_m2", "gpt_oss",
 )  # fmt: skip
 """Model families (Hugging Face ``model_type``) that this version runs."""
 
@@ -54,6 +55,8 @@ class ModelSpec:
     """Norm of queries and keys; None is none."""
     biases: Biases = field(default_factory=Biases)
     scales: Scales = field(default_factory=Scales)
+    attn_sinks: bool = False
+    """Whether every query head has a learned score that no key has: it takes its share of the softmax and gives nothing."""
     clip_qkv: float | None = None
     """Queries, keys and values are held within plus and minus this; None leaves them."""
     activation: Activation = "silu"
@@ -74,6 +77,8 @@ class ModelSpec:
     """Layers of a model with experts that have a dense feed-forward network instead, ascending."""
     shared_experts: SharedExperts | None = None
     """Network beside the chosen experts, in layers with a mixture."""
+    clamped_experts: ClampedExperts | None = None
+    """What experts do instead of `activation`, with biases; None is what `activation` says, without."""
     routing: RoutingRule = MIXTRAL_ROUTING
     """Which experts a token visits and with which weights; of no account in a dense model."""
     bos_token_id: int | None = None
@@ -149,6 +154,8 @@ class ModelSpec:
             raise SpecError(f"`clip_qkv` must be positive and finite or None, got {self.clip_qkv!r}")
         if self.shared_experts is not None and not self.num_experts:
             raise SpecError("`shared_experts` must be None for a dense model")
+        if self.clamped_experts is not None and not self.num_experts:
+            raise SpecError("`clamped_experts` must be None for a dense model")
 
     @property
     def is_moe(self) -> bool:
@@ -250,9 +257,11 @@ class ModelSpec:
         attention = 2 * h * (n_q + n_kv) + self.biases.qkv * (n_q + 2 * n_kv) + self.biases.out * h
         if self.qk_norm is not None:
             attention += 2 * self.head_dim if self.qk_norm.over == "head" else n_q + n_kv
+        attention += self.num_heads * self.attn_sinks
         n_moe = len(self.moe_layers)
         dense = (self.num_layers - n_moe) * 3 * h * self.intermediate_size
-        experts = n_moe * self.num_experts * 3 * h * self.moe_intermediate_size
+        of_biases = 0 if self.clamped_experts is None else 2 * self.moe_intermediate_size + h
+        experts = n_moe * self.num_experts * (3 * h * self.moe_intermediate_size + of_biases)
         if self.shared_experts is not None:
             experts += n_moe * h * (3 * self.shared_experts.intermediate_size + self.shared_experts.gated)
         norms = (4 if self.norm.after else 2) * h

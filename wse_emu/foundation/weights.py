@@ -15,6 +15,8 @@ A matrix is ``[in, out]`` so that ``x @ w``; its columns are ordered so that eve
     Row ``((g * d/2 + u) * q + s) * 2 + e`` is row ``(g * q + s) * d + u + e * d/2`` of the published matrix (transposed).
 ``w_gate_up`` ``(hidden, 2 * intermediate)``
     Column ``2 f`` is the gate's column ``f``, column ``2 f + 1`` is the up projection's.
+``sinks`` ``(num_heads,)``, a score for every query head, where they have one
+``b_gate_up``, the biases of those columns, and ``b_down``, where experts have them
 ``shared.gate`` ``(hidden, 1)``, where the shared experts' output has a gate
 
 Weights of norms are stored as they are applied: ``1 + w`` where the family means that. ``embed`` is multiplied by ``scales.embedding`` and
@@ -70,6 +72,8 @@ def layer_weights(spec: ModelSpec, layer: int) -> list[WeightShape]:
         shapes["b_qkv"] = (n_q + 2 * n_kv,)
     if spec.qk_norm is not None:
         shapes |= {"q_norm": (d,), "k_norm": (d,)} if spec.qk_norm.over == "head" else {"q_norm": (n_q,), "k_norm": (n_kv,)}
+    if spec.attn_sinks:
+        shapes["sinks"] = (spec.num_heads,)
     shapes["w_o"] = (n_q, h)
     if spec.biases.out:
         shapes["b_o"] = (h,)
@@ -87,14 +91,15 @@ def layer_weights(spec: ModelSpec, layer: int) -> list[WeightShape]:
             if spec.shared_experts.gated:
                 shapes["shared.gate"] = (h, 1)
         for e in range(spec.num_experts):
-            shapes |= _ffn(f"experts.{e}.", h, spec.moe_intermediate_size)
+            shapes |= _ffn(f"experts.{e}.", h, spec.moe_intermediate_size, biased=spec.clamped_experts is not None)
     if spec.norm.after:
         shapes["ffn_after_norm"] = (h,)
     return [WeightShape(p + name, shape) for name, shape in shapes.items()]
 
 
-def _ffn(prefix: str, hidden: int, width: int) -> dict[str, tuple[int, ...]]:
-    return {prefix + "w_gate_up": (hidden, 2 * width), prefix + "w_down": (width, hidden)}
+def _ffn(prefix: str, hidden: int, width: int, *, biased: bool = False) -> dict[str, tuple[int, ...]]:
+    biases: dict[str, tuple[int, ...]] = {prefix + "b_gate_up": (2 * width,), prefix + "b_down": (hidden,)} if biased else {}
+    return {prefix + "w_gate_up": (hidden, 2 * width), prefix + "w_down": (width, hidden), **biases}
 
 
 def all_weights(spec: ModelSpec) -> Iterator[WeightShape]:

@@ -8,6 +8,9 @@ from row to row in ascending order of keys; the last row divides and sends the c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,6 +20,8 @@ from wse_emu.layers.attention_kernels import CAP_SCORES, CODE_BYTES, NO_SINK
 from wse_emu.layers.attention_plan import plan_attention
 from wse_emu.layers.heads import HeadLayout
 from wse_emu.layers.kv_cache import KVCache, Sequences
+from wse_emu.layers.norm import stream_vector
+from wse_emu.layers.stream import StreamedVector
 from wse_emu.wafer import costs
 from wse_emu.wafer.placement import TokenBands
 from wse_emu.wafer.tensor import PlacedTensor
@@ -32,7 +37,7 @@ _WORDS_PER_KEY = 4
 
 def attention(
     wafer: Wafer, qkv: PlacedTensor, context: PlacedTensor, cache: KVCache, layer: int, sequences: Sequences, bands: TokenBands,
-    *, pattern: AttentionPattern = FULL, probe: bool = False,
+    *, pattern: AttentionPattern = FULL, sink: StreamedVector | None = None, probe: bool = False,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:  # fmt: skip
     """Context of every new token: softmax of its scaled scores over the keys that the pattern admits, times the values.
 
@@ -52,6 +57,8 @@ def attention(
     bands : TokenBands
     pattern : AttentionPattern
         Keys that each token admits; all up to its own by default.
+    sink : StreamedVector, (num_heads,), optional
+        A score of every query head that no key has; it is streamed to all rows, for any may hold a token's first key.
     probe : bool
         Also return the maximum and the denominator of every token and query head, (T, num_heads), through the probe channel.
     """
@@ -63,17 +70,18 @@ def attention(
     shape = (bands.n_tokens, n_heads) if probe else (0, 0)
     m, denominator = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     with (
+        _streamed(wafer, sink, heads, bands) as sinks,
         wafer.sram.reserved("attention work", np.ones(wafer.rows, np.int64), work_words, 4),
         wafer.sram.code("attention", CODE_BYTES + (0 if heads.score_cap is None else CAP_SCORES.code_bytes)),
     ):
         plan = cache.attention_plan(sequences, pattern, lambda: plan_attention(cache, sequences, bands, pattern, tile_tokens))
         events = plan.events
         if wafer.cores is not None:
-            events = attend_on_cores(wafer, qkv, context, cache, layer, sequences, bands, plan, m, denominator)
+            events = attend_on_cores(wafer, qkv, context, cache, layer, sequences, bands, plan, m, denominator, sinks)
         elif not wafer.is_dry:
             k, v, base, capacity = cache.buffers(layer, sequences)
             mesh_attention(
-                qkv.flat, heads.units.offsets, heads.queries_per_kv, heads.head_dim, heads.scale, heads.cap, NO_SINK,
+                qkv.flat, heads.units.offsets, heads.queries_per_kv, heads.head_dim, heads.scale, heads.cap, _values(sink),
                 plan.admitted.first, plan.admitted.ranges, sequences.first_token, sequences.n_new, base, capacity, k, v, context.flat,
                 m, denominator,
             )  # fmt: skip
@@ -83,6 +91,26 @@ def attention(
         return None
     wafer.record(costs.moved("probe", "softmax statistics", count=2, words=2 * m.size, hops=0, max_link=0, max_hops=0))
     return m, denominator
+
+
+def _values(sink: StreamedVector | None) -> NDArray[np.float32]:
+    """Sinks of all query heads; empty where there are none."""
+    if sink is None:
+        return NO_SINK
+    assert sink.values is not None
+    return sink.values
+
+
+@contextmanager
+def _streamed(wafer: Wafer, sink: StreamedVector | None, heads: HeadLayout, bands: TokenBands) -> Iterator[PlacedTensor | None]:
+    """The sinks on the cores: of every part of a head, those of its query heads."""
+    if sink is None:
+        yield None
+        return
+    q = heads.queries_per_kv
+    values = None if sink.values is None else sink.values.reshape(-1, q)[heads.part_heads].reshape(-1)
+    with stream_vector(wafer, sink.name, values, heads.parts.scaled(q), bands, n_rows=wafer.rows) as placed:
+        yield placed
 
 
 def _tile_size(heads: HeadLayout, rows_per_core: int) -> tuple[int, int]:

@@ -67,6 +67,8 @@ class _TileRun:
         self.cores, self.cache, self.layer, self.slot, self.parts = wafer.cores, cache, layer, slot, parts
         self.rows_held: list[int] = []
         """Tokens that each row of cores holds."""
+        self.sinks: PlacedTensor | None = None
+        self.head = 0
         self.n_tokens, self.visits, self.tally, self.traffic = n_tokens, visits, tally, traffic
         self.q_slots = cache.heads.queries_per_kv
         self.n_columns = n_tokens * self.q_slots
@@ -96,6 +98,15 @@ class _TileRun:
     def kept(self, which: int, core: tuple[int, int]) -> Block:
         """Keys (0) or values (1) of the sequence on a core that holds some."""
         return self.cache.block(self.layer, self.slot, *core)[which].view(slice(0, self.rows_held[core[0]]))
+
+    def sink(self, core: tuple[int, int]) -> Any:
+        """Sinks of the head's query heads on a core."""
+        if self.sinks is None:
+            return NO_SINK
+        block, parts = self.sinks.held[core], self.cache.heads.parts
+        col, q = core[1], self.q_slots
+        at = self.cache.heads.part_heads[parts.starts[col] : parts.stops[col]].tolist().index(self.head)
+        return block.shaped(block.array.size).view(slice(at * q, (at + 1) * q))
 
     def list_keys(self) -> None:
         """Every core lists the keys of its row that the pattern admits, and the tokens that admit them; it knows the positions."""
@@ -157,7 +168,7 @@ class _TileRun:
                 core = (visit.row, part.col)
                 m = maxima[core] = self.borrow(core, "maxima", self.n_columns)
                 if before is None:
-                    self.run(START_MAX, core, {"sink": NO_SINK, "m": m})
+                    self.run(START_MAX, core, {"sink": self.sink(core), "m": m})
                 else:
                     self.cores.send(self.traffic["maxima"], before, [m])
                 heads, scale = self.cache.heads, self.cache.heads.scale
@@ -184,7 +195,7 @@ class _TileRun:
                 denominator = self.borrow(core, "denominators", self.n_columns)
                 output = self.borrow(core, "outputs", 2 * part.n_units, self.n_columns)
                 if state is None:
-                    self.run(START_DENOMINATOR, core, {"sink": NO_SINK, "m": maxima[core], "denom": denominator})
+                    self.run(START_DENOMINATOR, core, {"sink": self.sink(core), "m": maxima[core], "denom": denominator})
                     output.write(0.0)
                 else:
                     for before, block in zip(state, (denominator, output), strict=True):
@@ -230,7 +241,7 @@ _MOVES = (
 
 def attend_on_cores(
     wafer: Wafer, qkv: PlacedTensor, context: PlacedTensor, cache: KVCache, layer: int, sequences: Sequences, bands: TokenBands,
-    plan: AttentionPlan, m_out: NDArray[np.float32], denom_out: NDArray[np.float32],
+    plan: AttentionPlan, m_out: NDArray[np.float32], denom_out: NDArray[np.float32], sinks: PlacedTensor | None = None,
 ) -> tuple[Event, ...]:  # fmt: skip
     """`wse_emu.layers.attention.attention`, tile by tile and head by head, every core on its own; returns what was done and moved."""
     assert wafer.cores is not None
@@ -246,6 +257,7 @@ def attend_on_cores(
             run = _TileRun(wafer, cache, layer, int(sequences.slot[s]), parts, n, here, tally, traffic)
             try:
                 run.rows_held = held.sizes.tolist()
+                run.sinks, run.head = sinks, head
                 run.send_queries(qkv, row, row0)
                 run.list_keys()
                 run.score()

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wse_emu.foundation.activations import Activation
+from wse_emu.layers import clamped_experts
+from wse_emu.layers.clamped_experts import ClampedWeights
 from wse_emu.layers.linear import COMBINE, DEFAULT_CHUNK, GEGLU, SWIGLU, Selection, all_gather_bands, matmul
 from wse_emu.layers.router import Routing
 from wse_emu.layers.stream import StreamedMatrix
@@ -58,6 +60,8 @@ class FfnWeights:
     down: StreamedMatrix
     """(ffn, hidden)."""
     activation: Activation = "silu"
+    clamped: ClampedWeights | None = None
+    """Biases and limits that take the place of `activation`."""
 
     @property
     def mode(self) -> int:
@@ -95,6 +99,11 @@ def _every_token(
     wafer: Wafer, x: PlacedTensor, weights: FfnWeights, h: PlacedTensor, out: PlacedTensor, bands: TokenBands, chunk: int
 ) -> None:
     """One network for all tokens: hidden layer and output, complete on every row of a band."""
+    if weights.clamped is not None:
+        with clamped_experts.gate_and_up(wafer, h) as y:
+            clamped_experts.hidden(wafer, x, weights.gate_up, weights.clamped, y, h, bands, chunk=chunk)
+        clamped_experts.output(wafer, h, weights.down, weights.clamped, out, bands, None, chunk=chunk)
+        return
     matmul(wafer, x, weights.gate_up, h, bands, mode=weights.mode, chunk=chunk)
     all_gather_bands(wafer, h, bands)
     matmul(wafer, h, weights.down, out, bands, chunk=chunk)
@@ -150,6 +159,7 @@ def experts_ffn(
     place = wafer.placement((bands.n_tokens, width), x.placement.axis0, ("col", Split.balanced(width, wafer.cols)))
     if not begun:
         wafer.launch(FILL_ZERO, x=out)
+    complete = False  # on every row of a band
     with wafer.empty("expert hidden", place) as h:
         with ExitStack() as stack:
             lists = stack.enter_context(_ExpertLists(wafer, routing, bands, n_experts, sorted_once=implementation == "optimized"))
@@ -159,6 +169,11 @@ def experts_ffn(
             scaled = stack.enter_context(wafer.empty("weighted tokens", x.placement)) if before else None
             for expert, weights in experts:
                 selection = lists.selection(expert)
+                if weights.clamped is not None:
+                    slots = routing.topk_ids == expert
+                    _clamped(wafer, x, weights, h, out, bands, selection, scaled, lists.tokens(expert), slots, taps, chunk)
+                    complete = True
+                    continue
                 if scaled is None:
                     matmul(wafer, x, weights.gate_up, h, bands, mode=weights.mode, take=selection, chunk=chunk)
                 else:
@@ -169,7 +184,30 @@ def experts_ffn(
                 if taps is not None:
                     _tap(wafer, h, weights, out, bands, selection, lists.tokens(expert), (routing.topk_ids == expert), taps, chunk)
                 matmul(wafer, h, weights.down, out, bands, mode=COMBINE, put=selection, chunk=chunk)
-    all_gather_bands(wafer, out, bands)
+    if not complete:
+        all_gather_bands(wafer, out, bands)
+
+
+def _clamped(
+    wafer: Wafer, x: PlacedTensor, weights: FfnWeights, h: PlacedTensor, out: PlacedTensor, bands: TokenBands, selection: Selection,
+    scaled: PlacedTensor | None, tokens: NDArray[np.int64], slots: NDArray[np.bool_], taps: ExpertTaps | None, chunk: int,
+) -> None:  # fmt: skip
+    """One expert with biases and a clamped gate, for the tokens that chose it; `scaled` is room for them, times their weights."""
+    assert weights.clamped is not None
+    with clamped_experts.gate_and_up(wafer, h) as y:
+        if scaled is None:
+            clamped_experts.hidden(wafer, x, weights.gate_up, weights.clamped, y, h, bands, take=selection, chunk=chunk)
+        else:
+            _on_selected(wafer, SCALE_ROWS, selection, {"x": x, "out": scaled}, bands, compact="out")
+            clamped_experts.hidden(wafer, scaled, weights.gate_up, weights.clamped, y, h, bands, compact=selection, chunk=chunk)
+            selection = replace(selection, scale=np.ones_like(selection.scale), scale_blocks=None)
+    with wafer.empty("expert output", out.placement) as y:
+        clamped_experts.output(wafer, h, weights.down, weights.clamped, y, bands, selection, chunk=chunk)
+        if taps is not None:
+            slot = slots[tokens].argmax(axis=1)
+            taps.hidden[tokens, slot] = read_compact(h, bands, selection)
+            taps.out[tokens, slot] = read_compact(y, bands, selection)
+        clamped_experts.combine(wafer, y, selection, out, bands)
 
 
 def _mask_every_token(

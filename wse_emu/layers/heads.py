@@ -80,6 +80,12 @@ class HeadLayout:
         return Split(self.n_parts, ends - self.heads_per_col, ends)
 
     @cached_property
+    def part_heads(self) -> Ints:
+        """(n_parts,) the head of each part, column by column."""
+        by_column = sorted((part.col, head) for head, parts in enumerate(self.heads) for part in parts)
+        return np.array([head for _, head in by_column], np.int64)
+
+    @cached_property
     def unit_elements(self) -> Ints:
         """Elements of one head, in the order of its pair units, that each column works on, side by side; its whole heads share one set."""
         return np.concatenate([np.arange(start, stop) for start, stop in self._element_ranges])

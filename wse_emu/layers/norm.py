@@ -78,10 +78,12 @@ def _sum_places(x: Placement) -> tuple[Placement, Placement, Placement]:
     return partial, end, total
 
 
-def stream_vector(wafer: Wafer, name: str, values: NDArray[np.float32] | None, split: Split, bands: TokenBands) -> PlacedTensor:
-    """Broadcast each column's part of a vector down to the rows that hold tokens; free it after use."""
+def stream_vector(
+    wafer: Wafer, name: str, values: NDArray[np.float32] | None, split: Split, bands: TokenBands, *, n_rows: int | None = None
+) -> PlacedTensor:
+    """Broadcast each column's part of a vector down to the rows that hold tokens, or to the first `n_rows`; free it after use."""
     tensor = wafer.empty(name, wafer.placement((1, split.total), (None, None), ("col", split)))
-    last = bands.used_rows - 1
+    last = (bands.used_rows if n_rows is None else n_rows) - 1
     if wafer.cores is None:
         wafer.record(
             costs.moved(

@@ -152,6 +152,9 @@ class Layout:
         prefix = prefix + "." if prefix else ""
         if kind == "b_qkv":
             yield np.concatenate([bias.reshape(-1) for bias in self._qkv_columns(prefix, "b_", ())])
+        elif kind == "b_gate_up":
+            gate, up = (self._published[prefix + name] for name in ("b_gate", "b_up"))
+            yield np.stack([self._rows(of, 0, of.shape[0]) for of in (gate, up)], axis=1).reshape(-1)
         elif len(weight.shape) == 1:
             yield self._vector(weight.name, kind)
         elif kind == "embed":

@@ -30,10 +30,11 @@ def attention_block(weights: PublishedWeights, layer: int, x: Floats, seq: Ints,
             yield name + suffix, now[name]
     q, k, v = now["q"], now["k"], now["v"]
     maximum, denominator, context = np.empty(q.shape[:2], weights.dtype), np.empty(q.shape[:2], weights.dtype), np.empty_like(q)
+    cap, sinks = spec.scales.scores_cap, weights.layer(layer, "sinks") if spec.attn_sinks else None
     for s in np.unique(seq):  # tokens of different sequences never meet, so each has a matrix of its own
         t = np.flatnonzero(seq == s)
         mask = formulas.visible(seq[t], pos[t], spec.pattern(layer))
-        maximum[t], denominator[t], context[t] = formulas.attention(q[t], k[t], v[t], mask, spec.attention_scale, spec.scales.scores_cap)
+        maximum[t], denominator[t], context[t] = formulas.attention(q[t], k[t], v[t], mask, spec.attention_scale, cap, sinks)
     yield "attn_max", maximum
     yield "attn_denominator", denominator
     flat = context.reshape(len(x), -1)

@@ -78,7 +78,7 @@ def visible(seq: Ints, pos: Ints, pattern: AttentionPattern = FULL) -> NDArray[n
 
 
 def attention(
-    q: Floats, k: Floats, v: Floats, mask: NDArray[np.bool_], scale: float, cap: float | None = None
+    q: Floats, k: Floats, v: Floats, mask: NDArray[np.bool_], scale: float, cap: float | None = None, sinks: Floats | None = None
 ) -> tuple[Floats, Floats, Floats]:
     """Softmax attention of every query over every key, with a full matrix of scores.
 
@@ -93,11 +93,13 @@ def attention(
         Factor of the scores.
     cap : float, optional
         Scaled scores ``x`` become ``cap * tanh(x / cap)``.
+    sinks : ndarray, (heads,), optional
+        A score of each head that no key has and every query sees.
 
     Returns
     -------
     maximum, denominator : ndarray, (T, heads)
-        ``max_j s`` and ``sum_j exp(s - max)`` of ``s = scale * q.k``, capped.
+        ``max_j s`` and ``sum_j exp(s - max)`` of ``s = scale * q.k``, capped, the sink among them.
     context : ndarray, (T, heads, d)
     """
     heads = q.shape[1]
@@ -108,9 +110,10 @@ def attention(
     for head in range(heads):  # one (T, T) matrix at a time
         scores = capped(q[:, head] @ k[:, head // group].T * q.dtype.type(scale), cap)
         scores = np.where(mask, scores, q.dtype.type(-np.inf))
-        maximum[:, head] = scores.max(axis=1)
+        maximum[:, head] = scores.max(axis=1, initial=-np.inf if sinks is None else sinks[head])
         p = np.exp(scores - maximum[:, head, None])
-        denominator[:, head] = np.add.accumulate(p, axis=1)[:, -1]  # key by key: `sum` would go by pairs, with an error of another law
+        terms = p if sinks is None else np.concatenate([np.exp(sinks[head] - maximum[:, head, None]), p], axis=1)
+        denominator[:, head] = np.add.accumulate(terms, axis=1)[:, -1]  # key by key: `sum` would go by pairs, with an error of another law
         context[:, head] = p @ v[:, head // group] / denominator[:, head, None]
     return maximum, denominator, context
 
@@ -140,6 +143,19 @@ def glu(gate: Floats, up: Floats, activation: str) -> Floats:
     Shazeer, "GLU variants improve Transformer", 2020, section 2.
     """
     out: Floats = activate(gate, activation) * up
+    return out
+
+
+def clamped_glu(gate: Floats, up: Floats, alpha: float, limit: float) -> Floats:
+    """``(clip(up) + 1) * g * sigmoid(alpha * g)`` with ``g = min(gate, limit)``, elementwise.
+
+    References
+    ----------
+    OpenAI, "gpt-oss-120b and gpt-oss-20b model card", 2025, section 2.2.
+    """
+    t = gate.dtype.type
+    g = np.minimum(gate, t(limit))
+    out: Floats = (np.clip(up, t(-limit), t(limit)) + t(1)) * (g * expit(t(alpha) * g))
     return out
 
 

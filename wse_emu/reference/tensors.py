@@ -59,6 +59,7 @@ _OTHER_NAMES: dict[str, dict[str, str]] = {
         "k_norm": "self_attn.key_layernorm.weight",
         "router": "mlp.gate.wg.weight",
     },
+    "gpt_oss": {"router": "mlp.router.weight", "router_bias": "mlp.router.bias"},
     "minimax_m2": {
         "router": "block_sparse_moe.gate.weight",
         "e_score_correction_bias": "block_sparse_moe.e_score_correction_bias",
@@ -81,10 +82,13 @@ def layer_tensor(spec: ModelSpec, layer: int, role: str, expert: Expert = None) 
     ----------
     role : str
         "attn_norm", "w_q", "w_k", "w_v", "b_q", "b_k", "b_v", "q_norm", "k_norm", "w_o", "b_o", "attn_after_norm", "ffn_norm", "router",
-        "router_bias", "e_score_correction_bias", "shared_gate", "ffn_after_norm", or "w_gate", "w_up", "w_down" (with `expert` in a
-        layer with a mixture).
+        "router_bias", "e_score_correction_bias", "shared_gate", "ffn_after_norm", "sinks", or "w_gate", "w_up", "w_down" (with `expert` in
+        a layer with a mixture) and an expert's "b_gate", "b_up", "b_down".
     """
     prefix = f"model.layers.{layer}."
+    if role in ("b_gate", "b_up", "b_down"):
+        assert isinstance(expert, int)
+        return _gpt_oss_bias(spec, prefix + "mlp.experts.", role, expert)
     if role in ("w_gate", "w_up", "w_down"):
         return _ffn_tensor(spec, layer, role, expert)
     h, d = spec.hidden_size, spec.head_dim
@@ -102,6 +106,7 @@ def layer_tensor(spec: ModelSpec, layer: int, role: str, expert: Expert = None) 
         "k_norm": ("self_attn.k_norm.weight", (n_kv if whole_row else d,)),
         "w_o": ("self_attn.o_proj.weight", (h, n_q)),
         "b_o": ("self_attn.o_proj.bias", (h,)),
+        "sinks": ("self_attn.sinks", (spec.num_heads,)),
         "ffn_norm": ("post_attention_layernorm.weight", (h,)),
         "attn_after_norm": ("", (h,)),
         "ffn_after_norm": ("", (h,)),
@@ -129,6 +134,8 @@ def _ffn_tensor(spec: ModelSpec, layer: int, role: str, expert: Expert) -> Publi
     if spec.family in ("mixtral", "minimax_m2"):
         matrix = {"w_gate": "w1", "w_up": "w3", "w_down": "w2"}[role]
         return Published(f"{prefix}block_sparse_moe.experts.{expert}.{matrix}.weight", shape)
+    if spec.family == "gpt_oss":
+        return _gpt_oss_expert(spec, prefix + "mlp.experts.", role, expert)
     if spec.family == "granitemoe":
         return _granite_expert(spec, prefix + "block_sparse_moe.", role, expert)
     return Published(f"{prefix}mlp.experts.{expert}.{role[2:]}_proj.weight", shape)
@@ -141,3 +148,21 @@ def _granite_expert(spec: ModelSpec, prefix: str, role: str, expert: int) -> Pub
         return Published(prefix + "output_linear.weight", (h, f), (e, h, f), lambda whole: whole[expert])
     half = 0 if role == "w_gate" else 1
     return Published(prefix + "input_linear.weight", (f, h), (e, 2 * f, h), lambda whole: whole[expert].reshape(2, f, h)[half])
+
+
+def _gpt_oss_expert(spec: ModelSpec, prefix: str, role: str, expert: int) -> Published:
+    """All experts in one tensor, (in, out); columns of gate and up alternate."""
+    e, h, f = spec.num_experts, spec.hidden_size, spec.moe_intermediate_size
+    if role == "w_down":
+        return Published(prefix + "down_proj", (h, f), (e, f, h), lambda whole: whole[expert].T)
+    parity = 0 if role == "w_gate" else 1
+    return Published(prefix + "gate_up_proj", (f, h), (e, h, 2 * f), lambda whole: whole[expert].reshape(h, f, 2)[:, :, parity].T)
+
+
+def _gpt_oss_bias(spec: ModelSpec, prefix: str, role: str, expert: int) -> Published:
+    """The biases of such experts."""
+    e, h, f = spec.num_experts, spec.hidden_size, spec.moe_intermediate_size
+    if role == "b_down":
+        return Published(prefix + "down_proj_bias", (h,), (e, h), lambda whole: whole[expert])
+    parity = 0 if role == "b_gate" else 1
+    return Published(prefix + "gate_up_proj_bias", (f,), (e, 2 * f), lambda whole: whole[expert].reshape(f, 2)[:, parity])

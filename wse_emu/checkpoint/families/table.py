@@ -9,6 +9,7 @@ from wse_emu.checkpoint.families.dots import DOTS1
 from wse_emu.checkpoint.families.ernie import ERNIE4_5_MOE
 from wse_emu.checkpoint.families.gemma import GEMMA2, GEMMA3_TEXT
 from wse_emu.checkpoint.families.glm import GLM4_MOE
+from wse_emu.checkpoint.families.gpt_oss import GPT_OSS
 from wse_emu.checkpoint.families.granite import GRANITEMOE
 from wse_emu.checkpoint.families.hunyuan import HUNYUAN_V1_MOE
 from wse_emu.checkpoint.families.llama import LLAMA, MISTRAL, MIXTRAL
@@ -22,7 +23,7 @@ from wse_emu.foundation.errors import ConfigError
 
 _ALL = (
     LLAMA, MISTRAL, MIXTRAL, QWEN3, QWEN3_MOE, QWEN2_MOE, OLMOE, GRANITEMOE, GEMMA2, GEMMA3_TEXT, DOTS1, GLM4_MOE, HUNYUAN_V1_MOE,
-    ERNIE4_5_MOE, MINIMAX_M2,
+    ERNIE4_5_MOE, MINIMAX_M2, GPT_OSS,
 )  # fmt: skip
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in _ALL})
