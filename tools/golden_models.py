@@ -166,6 +166,9 @@ CHECKPOINTS: dict[str, Config] = {
     "ernie4_5_moe-float32": _in("float32", ERNIE),
     "minimax_m2-float32": _in("float32", MINIMAX),
     "gpt_oss-float32": _in("float32", GPT_OSS),
+    "gpt_oss-mxfp4": _in("bfloat16", GPT_OSS, {
+        "intermediate_size": 32, "num_local_experts": 4, "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": []},
+    }),
     "gpt_oss-bfloat16": _in("bfloat16", GPT_OSS, {"layer_types": ["full_attention", "sliding_attention"]}),
 }  # fmt: skip
 """Directory under tests/golden to config.json."""

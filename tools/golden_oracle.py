@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 ROUTER_MARGIN = 5e-4
 """Least distance of neighbouring router logits, down to the first expert that is not chosen, where experts are chosen by logits."""
@@ -60,9 +63,13 @@ class Oracle:
 def load(directory: Path, changes: Mapping[str, Any] | None = None) -> Any:
     """Load a checkpoint in float32 with plain attention and experts; refuse one that transformers would complete with random weights.
 
-    `changes` are made to config.json first.
+    `changes` are made to config.json first. MXFP4 is made plain first, by transformers' own conversion.
     """
     written = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if "quantization_config" in written:
+        with tempfile.TemporaryDirectory() as plain:
+            _made_plain(directory, Path(plain), written)
+            return load(Path(plain), changes)
     config = CONFIG_MAPPING[written["model_type"]].from_dict(written | dict(changes or {}))
     options = {"experts_implementation": "eager"} if "moe" in config.model_type or config.model_type in EXPERTS else {}
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -72,6 +79,15 @@ def load(directory: Path, changes: Mapping[str, Any] | None = None) -> Any:
     if wrong:
         raise SystemExit(f"{directory}: transformers does not load the checkpoint completely: {wrong}")
     return model.eval()
+
+
+def _made_plain(directory: Path, plain: Path, written: dict[str, Any]) -> None:
+    """Write the same checkpoint without MXFP4."""
+    tensors = load_file(directory / "model.safetensors")
+    for name in [n.removesuffix("_blocks") for n in tensors if n.endswith("_blocks")]:
+        tensors[name] = convert_moe_packed_tensors(tensors.pop(name + "_blocks"), tensors.pop(name + "_scales"))
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    (plain / "config.json").write_text(json.dumps({k: v for k, v in written.items() if k != "quantization_config"}), encoding="utf-8")
 
 
 @torch.no_grad()

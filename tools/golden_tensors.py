@@ -59,6 +59,7 @@ def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
     normed, gemma = has_normed_heads(config), family.startswith("gemma")
     over_row = normed_over_row(config)
     tensors: dict[str, NDArray[np.float64]] = {}
+    packed: dict[str, NDArray[np.uint8]] = {}
 
     def matrix(name: str, n_out: int, n_in: int, gain: float = 1.0) -> None:
         tensors[name] = rng.standard_normal((n_out, n_in)) * gain / np.sqrt(n_in)
@@ -73,7 +74,17 @@ def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
         tensors[prefix + "input_linear.weight"] = rng.standard_normal((n, 2 * width, h)) * 1.5 / np.sqrt(h)
         tensors[prefix + "output_linear.weight"] = rng.standard_normal((n, h, width)) / np.sqrt(width)
 
+    def mxfp4(name: str, n: int, n_out: int, n_in: int, middle: int) -> None:
+        packed[name + "_blocks"] = rng.integers(0, 256, (n, n_out, n_in // 32, 16), np.uint8)
+        packed[name + "_scales"] = rng.integers(middle - 2, middle + 2, (n, n_out, n_in // 32), np.uint8)
+
     def gpt_oss_experts(prefix: str, n: int, width: int) -> None:
+        if "quantization_config" in config:
+            mxfp4(prefix + "gate_up_proj", n, 2 * width, h, 124)
+            mxfp4(prefix + "down_proj", n, h, width, 123)
+            tensors[prefix + "gate_up_proj_bias"] = rng.standard_normal((n, 2 * width)) * 0.5
+            tensors[prefix + "down_proj_bias"] = rng.standard_normal((n, h)) * 0.5
+            return
         tensors[prefix + "gate_up_proj"] = rng.standard_normal((n, h, 2 * width)) * 1.5 / np.sqrt(h)
         tensors[prefix + "gate_up_proj_bias"] = rng.standard_normal((n, 2 * width)) * 0.5
         tensors[prefix + "down_proj"] = rng.standard_normal((n, width, h)) / np.sqrt(width)
@@ -130,7 +141,8 @@ def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
     if not config["tie_word_embeddings"]:
         matrix("lm_head.weight", config["vocab_size"], h)
     dtype = STORED[config["torch_dtype"]]
-    return {name: torch.from_numpy(a).to(torch.float32).to(dtype).contiguous() for name, a in tensors.items()}
+    plain = {name: torch.from_numpy(a).to(torch.float32).to(dtype).contiguous() for name, a in tensors.items()}
+    return plain | {name: torch.from_numpy(a) for name, a in packed.items()}
 
 
 def prompts(config: Config, seed: int) -> dict[str, tuple[Tensor, Tensor]]:

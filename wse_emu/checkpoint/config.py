@@ -69,7 +69,8 @@ def _refuse_unsupported(fields: Fields, family: Family) -> None:
     for name in ("attention_bias", "mlp_bias") if family.attention_bias is None else ("mlp_bias",):
         if fields.given(name) and fields.boolean(name, False):
             raise fields.fail(name, "must be false; this family's biases are not supported")
-    if fields.given("quantization_config"):
+    quantization = fields.object("quantization_config")
+    if quantization is not None and quantization.get("quant_method", None) not in family.quant_methods:
         raise fields.fail("quantization_config", "is not supported; use a float32, float16 or bfloat16 checkpoint")
 
 

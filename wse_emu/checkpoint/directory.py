@@ -15,9 +15,10 @@ from wse_emu.checkpoint.config import read_config
 from wse_emu.checkpoint.families import FAMILIES
 from wse_emu.checkpoint.files import read_bytes
 from wse_emu.checkpoint.jsonfile import parse_object
+from wse_emu.checkpoint.mxfp4 import Mxfp4Tensors, is_mxfp4
 from wse_emu.checkpoint.names import own_head, stored_shapes
 from wse_emu.checkpoint.safetensors_file import READABLE, SafetensorsFile, TensorEntry
-from wse_emu.checkpoint.source import Checkpoint
+from wse_emu.checkpoint.source import Checkpoint, TensorSource
 from wse_emu.foundation.arguments import check_path
 from wse_emu.foundation.errors import CheckpointError, ConfigError
 from wse_emu.foundation.model_spec import ModelSpec
@@ -94,6 +95,10 @@ class DirectoryTensors:
         """Elements that `key` selects, float32, read-only."""
         return self._entry(name)[0].read_part(name, key)
 
+    def read_codes(self, name: str, key: tuple[int | slice, ...]) -> NDArray[np.uint8]:
+        """Elements that `key` selects of a tensor of bytes, as they are stored."""
+        return self._entry(name)[0].read_codes(name, key)
+
     def close(self) -> None:
         """Let go of the files; arrays handed out stay valid."""
         for file in self._files.values():
@@ -166,7 +171,7 @@ def _no_weights(path: Path) -> CheckpointError:
     return CheckpointError(f"{path}: has neither {SINGLE} nor {INDEX}{hint}")
 
 
-def _check_against_spec(path: Path, spec: ModelSpec, tensors: DirectoryTensors) -> tuple[str, ...]:
+def _check_against_spec(path: Path, spec: ModelSpec, tensors: TensorSource) -> tuple[str, ...]:
     """Names, shapes and types of all tensors, before any is read; returns those that are left out, as transformers does."""
     left = set(tensors.names())
     missing: list[str] = []
@@ -235,8 +240,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if not os.path.isdir(directory):
         raise ConfigError(f"{path}: there is no such directory; checkpoints are opened from local directories and never downloaded")
     config, spec = read_config(directory)
-    tensors = _open_tensors(directory)
+    tensors: TensorSource = _open_tensors(directory)
     try:
+        if is_mxfp4(config):
+            assert isinstance(tensors, DirectoryTensors)
+            tensors = Mxfp4Tensors(tensors, str(directory))
         ignored = _check_against_spec(directory, spec, tensors)
         digest = hashlib.sha256(tensors.fingerprint.encode())
         for name in _IDENTITY_FILES:

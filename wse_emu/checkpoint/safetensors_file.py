@@ -30,7 +30,7 @@ _ITEM_BITS = {
 }  # fmt: skip
 READABLE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Type names of the format that are read, and what we call them."""
-_STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +134,16 @@ class SafetensorsFile:
 
     def read_part(self, name: str, key: tuple[int | slice, ...]) -> NDArray[np.float32]:
         """Elements that `key` selects of a tensor, as float32, read-only; reads no more than the rows of the first axis that is sliced."""
+        return self._widened(name, self._part(name, key, tuple(READABLE)))
+
+    def read_codes(self, name: str, key: tuple[int | slice, ...]) -> NDArray[np.uint8]:
+        """The same of a tensor of bytes, as they are."""
+        codes: NDArray[np.uint8] = self._part(name, key, ("U8",))
+        return codes
+
+    def _part(self, name: str, key: tuple[int | slice, ...], dtypes: tuple[str, ...]) -> NDArray[Any]:
         entry = self.entries[name]
-        if entry.dtype not in READABLE or len(key) > len(entry.shape):
+        if entry.dtype not in dtypes or len(key) > len(entry.shape):
             raise CheckpointError(f"{self.path}: {name!r} is {entry.dtype} of shape {entry.shape}, {len(key)} indices asked")
         first, axis = 0, 0
         while isinstance(index := key[axis], int):
@@ -143,7 +151,7 @@ class SafetensorsFile:
         rows, below = range(entry.shape[axis])[index], entry.shape[axis + 1 :]
         span = range(rows.start, rows[-1] + 1) if rows else range(0)
         raw = self._stored(name, (first + span.start) * math.prod(below), (len(span), *below))
-        return self._widened(name, raw[:: rows.step, *key[axis + 1 :]])
+        return raw[:: rows.step, *key[axis + 1 :]]
 
     def _stored(self, name: str, first: int, shape: tuple[int, ...]) -> NDArray[Any]:
         """As many elements as `shape` holds, from the `first` on, as they lie in the file."""
