@@ -290,6 +290,24 @@ def test_scratch_and_code_are_charged_while_the_kernel_runs() -> None:
     run_everywhere((2, 2), program, spec=wse.TINY)
 
 
+def test_a_launch_that_fitted_once_is_refused_where_it_does_not_fit() -> None:
+    spec = replace(wse.WSE3, sram_bytes_per_core=wse.WSE3.base_code_bytes + 3 * 24 + 300 + 4 * 50)
+    for executor in ("batched", "isolated", "dry"):
+        wafer = wse.Wafer(spec, rows=2, cols=2, executor=executor)
+        tensors = two(wafer)
+        for _ in range(2):
+            launch(t=wse.scratch(50))(wafer, **tensors)
+        before = wafer.ledger.events()
+        assert before[-1] == before[-2]
+        with wafer.empty("one word more", wafer.placement((1, 1), (None, None), (None, None))):
+            with pytest.raises(wse.SramOverflowError, match=r"`t` needs 200 bytes, 196 of"):
+                launch(t=wse.scratch(50))(wafer, **tensors)
+            with pytest.raises(wse.SramOverflowError, match=r"`t` needs 204 bytes"):
+                launch(t=wse.scratch(51))(wafer, **tensors)
+        assert wafer.ledger.events() == before
+        launch(t=wse.scratch(50))(wafer, **tensors)
+
+
 @pytest.mark.parametrize(
     ("t", "said"), [(2000, r"core \(\d, \d\): `t` needs 8000 bytes"), (0, r"core \(\d, \d\): `code of affine` needs 300")]
 )
