@@ -45,6 +45,8 @@ def test_a_spec_survives_the_way_to_a_file_and_back(config: dict[str, Any]) -> N
     assert back(plain) == plain
     said = replace(spec, scales=replace(spec.scales, attention=12**-0.5))
     assert said == plain
+    with pytest.raises(wse.SpecError, match="`head_dim` must be a positive integer, got 0"):
+        replace(spec, head_dim=0)
 
 
 def test_dots_has_groups_shared_experts_and_windows_from_a_layer_on() -> None:

@@ -14,9 +14,11 @@ import wse_emu as wse
 from wse_emu.checkpoint import open_checkpoint, parse_config, random_checkpoint
 from wse_emu.checkpoint.mxfp4 import Mxfp4Tensors, decode
 from wse_emu.foundation.errors import CheckpointError, ConfigError
+from wse_emu.foundation.weights import all_weights
+from wse_emu.memoryx.layout import Layout
 
 CONFIG: dict[str, Any] = {
-    "model_type": "gpt_oss", "vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+    "model_type": "gpt_oss", "vocab_size": 40, "hidden_size": 32, "intermediate_size": 192, "num_hidden_layers": 1,
     "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "num_local_experts": 3,
     "num_experts_per_tok": 2, "quantization_config": {"quant_method": "mxfp4"},
 }  # fmt: skip
@@ -25,7 +27,7 @@ UP, DOWN = (f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "d
 
 def packed(seed: int = 0) -> dict[str, np.ndarray]:
     rng, out = np.random.default_rng(seed), {}
-    for name, n_out, n_in in ((UP, 128, 32), (DOWN, 32, 64)):
+    for name, n_out, n_in in ((UP, 384, 32), (DOWN, 32, 192)):
         out[name + "_blocks"] = rng.integers(0, 256, (3, n_out, n_in // 32, 16), np.uint8)
         out[name + "_scales"] = rng.integers(118, 124, (3, n_out, n_in // 32), np.uint8)
     return out
@@ -89,7 +91,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         ({UP + "_scales": good[UP + "_scales"][:, :-1]}, r"gate_up_proj: blocks must have shape \(experts, out, in / 32, 16\)"),
         ({UP + "_scales": good[UP + "_scales"].astype(np.float32)}, "gate_up_proj_scales is stored as float32; MXFP4 is bytes, U8"),
         ({UP + "_scales": None}, r"are missing: model\.layers\.0\.mlp\.experts\.gate_up_proj"),
-        ({DOWN + n: good[DOWN + n][:, :-1] for n in ("_blocks", "_scales")}, r"down_proj has shape \(3, 64, 31\), config\.json asks for"),
+        ({DOWN + n: good[DOWN + n][:, :-1] for n in ("_blocks", "_scales")}, r"down_proj has shape \(3, 192, 31\), config\.json asks for"),
     ]):  # fmt: skip
         with pytest.raises(CheckpointError, match=message):
             open_checkpoint(write(tmp_path / str(i), change))
@@ -101,3 +103,16 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         parse_config({**CONFIG, "quantization_config": {"quant_method": "fp8"}})
     with pytest.raises(ConfigError, match="`quantization_config` is not supported"):
         parse_config({**CONFIG, "model_type": "mixtral"})
+
+
+def test_an_expert_is_decoded_once_for_its_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, Any]] = []
+    right = Mxfp4Tensors.read_part
+    monkeypatch.setattr(Mxfp4Tensors, "read_part", lambda self, name, key: asked.append((name, str(key))) or right(self, name, key))
+    with open_checkpoint(write(tmp_path / "m")) as opened:
+        layout = Layout(opened.tensors, opened.spec, "here")
+        for weight in all_weights(opened.spec):
+            for _ in layout.chunks(weight):
+                pass
+    of_experts = [one for one in asked if one[0] in (UP, DOWN)]
+    assert len(of_experts) == len(set(of_experts)) == 3 * 3

@@ -86,8 +86,6 @@ class ModelSpec:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        if self.scales.attention == self.head_dim**-0.5:  # one way to say it
-            object.__setattr__(self, "scales", replace(self.scales, attention=None))
         if self.family not in FAMILIES:
             raise SpecError(f"`family` must be one of {', '.join(FAMILIES)}, got {self.family!r}")
         positive = (
@@ -98,6 +96,8 @@ class ModelSpec:
             value = getattr(self, name)
             if type(value) is not int or value <= 0:
                 raise SpecError(f"`{name}` must be a positive integer, got {value!r}")
+        if self.scales.attention == self.head_dim**-0.5:  # one way to say it
+            object.__setattr__(self, "scales", replace(self.scales, attention=None))
         if self.num_heads % self.num_kv_heads:
             raise SpecError(f"`num_heads` must be a multiple of `num_kv_heads`, got {self.num_heads} and {self.num_kv_heads}")
         if self.head_dim % 2:

@@ -138,7 +138,8 @@ class Layout:
         self._where = where
         self._published = published_names(spec)
         self._own_head = own_head(spec)
-        self._kept: tuple[PublishedTensor, F32] | None = None
+        self._kept: list[tuple[PublishedTensor, F32]] = []
+        """The last two roles that were read whole: gate and up take turns."""
 
     def chunks(self, weight: WeightShape) -> Iterator[F32]:
         """Flat pieces of one tensor of the layout, float32, in file order; together ``weight.size`` elements.
@@ -185,10 +186,12 @@ class Layout:
     def _rows(self, tensor: PublishedTensor, start: int, stop: int) -> F32:
         if not tensor.transposed:
             rows = read_part(self._tensors, tensor, start, stop)
-        else:  # its outputs lie across all of its rows: read once, kept until the next
-            if self._kept is None or self._kept[0] is not tensor:
-                self._kept = (tensor, read_part(self._tensors, tensor, 0, tensor.shape[0]))
-            rows = self._kept[1][start:stop]
+        else:  # its outputs lie across all of its rows: read once, kept while the next is read
+            whole = next((values for of, values in self._kept if of is tensor), None)
+            if whole is None:
+                whole = read_part(self._tensors, tensor, 0, tensor.shape[0])
+                self._kept = [*self._kept[-1:], (tensor, whole)]
+            rows = whole[start:stop]
         at = first_not_finite(rows, start)
         if at is not None:
             value, index = rows[at[0] - start, *at[1:]], ", ".join(map(str, at))
