@@ -193,6 +193,20 @@ def test_plan_of_a_config_alone(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert document["plan"]["peak_bytes"] <= 49_152
 
 
+def test_plan_of_a_window_says_what_keys_and_values_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIG))
+    words = ("plan", str(config), "--rows", "4", "--prompt-tokens", "60", "--new-tokens", "4")
+    whole, half, less = (
+        run(capsys, *words, *more)[1]["plan"]["kv_bytes"]
+        for more in ((), ("--window", "16", "--dense-layers", "0"), ("--window", "12", "--sinks", "4"))
+    )
+    assert half == whole // 64 * (64 + 16 * (CONFIG["num_hidden_layers"] - 1)) // CONFIG["num_hidden_layers"]
+    assert less == whole // 4
+    assert run(capsys, *words, "--sinks", "4")[0] == run(capsys, *words, "--window", "4", "--dense-layers", "first")[0] == 2
+    assert run(capsys, *words, "--window", "4", "--dense-layers", "9")[0] == 2
+
+
 def test_plan_of_a_small_model_takes_as_long_a_prompt_as_it_has_positions_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(CONFIG))

@@ -22,17 +22,22 @@ def plan(
     batch: options.Batch = 1,
     wafer: options.Wafer = WaferName.WSE3,
     prefill_chunk: options.PrefillChunk = None,
+    window: options.Window = None,
+    sinks: options.Sinks = 0,
+    dense_layers: options.DenseLayers = None,
     as_json: options.Json = False,
 ) -> int:
     """Say whether and where a model fits.
 
-    Names what lies on the worst core and how much would be streamed; reads config.json only.
+    Names what lies on the worst core, how much would be streamed, what keys and values take and how long a sequence may be. Reads
+    config.json only.
     """
     from wse_emu.checkpoint import read_config
     from wse_emu.cli.tables import console, sram_table
     from wse_emu.foundation.units import bytes_text
 
     _, spec = read_config(model)
+    spec = options.sparse(spec, window, sinks, dense_layers)
     from wse_emu.engine.plan import plan_model
 
     rows, cols = options.grid(rows, cols)
@@ -50,7 +55,10 @@ def plan(
     )
     code = Exit.OK if made.fits else Exit.DOES_NOT_FIT
     if as_json:
-        asked = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "prefill_chunk": prefill_chunk}
+        asked = {
+            "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "prefill_chunk": prefill_chunk, "window": window,
+            "sinks": sinks, "dense_layers": dense_layers,
+        }  # fmt: skip
         document = {"schema": JSON_SCHEMA, "command": "plan", "model": model_entry(model, spec), "wafer": wafer.spec.name, **asked}
         print(json.dumps({**document, "plan": made.to_dict()}))
         return code
@@ -61,6 +69,7 @@ def plan(
     print()
     print(f"weights streamed for the prompt: {bytes_text(made.stream_bytes_prefill)}")
     print(f"weights streamed for each further token, at worst: {bytes_text(made.stream_bytes_token)}")
+    print(f"keys and values at the end: {bytes_text(made.kv_bytes)}")
     print(f"longest sequence on this grid: {made.max_context:,} tokens")
     print(made.message)
     return code

@@ -91,6 +91,8 @@ def _attention_block(run: ForwardPass, x: PlacedTensor) -> None:
             if record is not None and statistics is not None:
                 record.stages[layer, "attn_max"], record.stages[layer, "attn_denominator"] = statistics
                 record.stages[layer, "attn_context"] = context_to_published(wafer.drain(context, kind="probe"), spec)
+        with run.scope("kv_cache"):
+            run.cache.forget(layer, run.sequences, bands)
         with wafer.empty("attention output", run.place) as y:
             with run.scope("attention_out"):
                 w_o = weights.matrix(prefix + "w_o", heads.context.total, spec.hidden_size)

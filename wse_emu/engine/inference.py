@@ -64,7 +64,8 @@ class Engine:
 
     def new_cache(self, capacity: Sequence[int] | Ints) -> KVCache:
         """Key/value cache for sequences of at most `capacity` tokens each."""
-        return KVCache(self.wafer, self.heads, self.spec.num_layers, np.asarray(capacity, np.int64))
+        patterns = [self.spec.pattern(layer) for layer in range(self.spec.num_layers)]
+        return KVCache(self.wafer, self.heads, self.spec.num_layers, np.asarray(capacity, np.int64), patterns)
 
     def forward(
         self, token_ids: Ints, sequences: Sequences, cache: KVCache, wanted: Ints,

@@ -7,7 +7,7 @@ reserved, and that is the peak of the whole run. No weights are needed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -18,6 +18,7 @@ from wse_emu.engine.inference import shape_engine
 from wse_emu.engine.options import CHUNKS, EngineOptions
 from wse_emu.engine.routing_trace import RoutingTrace
 from wse_emu.foundation.arguments import show
+from wse_emu.foundation.attention_pattern import AttentionPattern
 from wse_emu.foundation.errors import InputError, SpecError, SramOverflowError
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.wafer_spec import WSE3, WaferSpec
@@ -71,9 +72,14 @@ def sequences_of(slots: list[int], n_new: list[int], start: list[int], length: l
     return Sequences(first, n, at, np.array(slots, np.int64), at + n if length is None else np.array(length, np.int64))
 
 
+def _kind(spec: ModelSpec, layer: int) -> tuple[bool, AttentionPattern, int | None, bool]:
+    """What tells layers apart: network, attention, rotation."""
+    return spec.is_moe_layer(layer), spec.pattern(layer), spec.window(layer), spec.rotates(layer)
+
+
 def kinds_of_layers(spec: ModelSpec) -> tuple[ModelSpec, list[int]]:
     """The model with one layer of each kind, and how many of each it has; kinds differ in network, attention or rotation."""
-    kinds = Counter((spec.is_moe_layer(i), spec.pattern(i), spec.window(i), spec.rotates(i)) for i in range(spec.num_layers))
+    kinds = Counter(_kind(spec, i) for i in range(spec.num_layers))
     moe, patterns, windows, rotates = zip(*kinds, strict=True)
     few: dict[str, Any] = {"num_layers": len(kinds), "patterns": patterns if spec.patterns else ()}
     few["sliding_layers"] = tuple(i for i, window in enumerate(windows) if window is not None)
@@ -94,8 +100,11 @@ def peak_sram(spec: ModelSpec, wafer_spec: WaferSpec, rows: int, cols: int, work
     wafer = Wafer(wafer_spec, rows=rows, cols=cols, executor="dry")
     engine = shape_engine(wafer, kinds_of_layers(spec)[0], options)
     n_moe = len(engine.spec.moe_layers)
+    patterns = [spec.pattern(i) for i in range(spec.num_layers)]
+    kinds = [_kind(spec, i) for i in range(spec.num_layers)]
+    firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
     for new in work.passes:
-        cache = KVCache(wafer, engine.heads, spec.num_layers, np.array(work.capacity, np.int64))
+        cache = KVCache(wafer, engine.heads, spec.num_layers, np.array(work.capacity, np.int64), patterns, aliases=firsts)
         sequences = sequences_of([s for s, _ in new], [n for _, n in new], [work.capacity[s] - n for s, n in new])
         trace = None
         if spec.is_moe:
@@ -149,6 +158,8 @@ class Plan:
     """Weight bytes streamed for one decode step, likewise."""
     chunk: int
     """Most columns of one streamed piece of a matrix."""
+    kv_bytes: int
+    """Bytes of keys and values, in all layers and over all cores, when every sequence is as long as planned."""
     max_context: int
     """Longest sequence that this grid holds, with prompt chunks as planned (a prompt shorter than they are at once); 0 if it holds none."""
     message: str
@@ -217,6 +228,7 @@ def plan_model(
     chunks = Counter(n for ((_, n),) in prompt_chunks((prompt_tokens,), prefill_chunk))
     bytes_prefill = sum(times * _stream_bytes(spec, batch * n, options) for n, times in chunks.items())
     bytes_token = _stream_bytes(spec, batch, options)
+    held = kv_bytes(spec, wafer_spec, rows, cols, [prompt_tokens + new_tokens] * batch)
     longest = _max_context(spec, wafer_spec, rows, cols, prompt_tokens, batch, prefill_chunk, options)
     try:
         settled, lies = settle(spec, wafer_spec, rows, cols, work, options)
@@ -226,15 +238,24 @@ def plan_model(
         way_out = f"the smallest square that holds it is {side} x {side}" if side else f"no square grid of {wafer_spec.name} holds it"
         return Plan(
             rows=rows, cols=cols, fits=False, peak_bytes=lies.used_bytes, worst_core=(lies.row, lies.col), blocks=lies.blocks,
-            stream_bytes_prefill=bytes_prefill, stream_bytes_token=bytes_token, chunk=options.chunk or CHUNKS[-1], max_context=longest,
+            stream_bytes_prefill=bytes_prefill, stream_bytes_token=bytes_token, chunk=options.chunk or CHUNKS[-1], kv_bytes=held,
+            max_context=longest,
             message=f"does not fit {rows} x {cols} cores: {str(error).splitlines()[0]}; {way_out}",
         )  # fmt: skip
     return Plan(
         rows=rows, cols=cols, fits=True, peak_bytes=lies.used_bytes, worst_core=(lies.row, lies.col), blocks=lies.blocks,
-        stream_bytes_prefill=bytes_prefill, stream_bytes_token=bytes_token, chunk=settled.piece, max_context=longest,
+        stream_bytes_prefill=bytes_prefill, stream_bytes_token=bytes_token, chunk=settled.piece, kv_bytes=held, max_context=longest,
         message=f"fits {rows} x {cols} cores: {lies.used_bytes} of {lies.capacity_bytes} bytes on the worst core, "
         f"weights in pieces of {settled.piece} columns",
     )  # fmt: skip
+
+
+def kv_bytes(spec: ModelSpec, wafer_spec: WaferSpec, rows: int, cols: int, lengths: Sequence[int]) -> int:
+    """Bytes of the keys and values that sequences of these lengths leave on a grid, by the cache's own count, whether they fit or not."""
+    wafer = Wafer(replace(wafer_spec, sram_bytes_per_core=1 << 48), rows=rows, cols=cols, executor="dry")
+    cache = shape_engine(wafer, spec).new_cache(np.array(lengths, np.int64))
+    cache.advance(sequences_of(list(range(len(lengths))), list(lengths), [0] * len(lengths)))
+    return cache.n_bytes
 
 
 def smallest_square(spec: ModelSpec, wafer_spec: WaferSpec, work: Workload, options: EngineOptions) -> int | None:

@@ -32,7 +32,7 @@ class KeyRanges(NamedTuple):
     @property
     def n_admitted(self) -> int:
         """Pairs of a query and a key."""
-        return int((self.ranges[:, 1] - self.ranges[:, 0]).sum())
+        return n_keys_of(self.ranges)
 
     def union(self, begin: int, end: int) -> Ints:
         """Keys that some of the queries begin to end admit, as (n, 2) ranges, ascending and apart."""
@@ -122,6 +122,32 @@ class AttentionPattern:
         """Whether every earlier key is admitted."""
         return self.window is None and self.chunk is None and self.block_size is None and self.mask is None
 
+    @property
+    def forgets(self) -> bool:
+        """Whether later queries admit none of the keys that a query does not admit, so that these need not be kept."""
+        return self.window is not None or self.chunk is not None
+
+    def held_after(self, n: int) -> Ints:
+        """Keys that are kept when a sequence has n: (m, 2) ranges. Those that its last query admits, or all."""
+        if n == 0:
+            return np.zeros((0, 2), np.int64)
+        return self.ranges(np.array([n - 1], np.int64)).ranges if self.forgets else np.array([[0, n]], np.int64)
+
+    def held_during(self, start: int, n: int) -> Ints:
+        """Keys that the queries at positions start to ``start + n`` need between them: (m, 2) ranges."""
+        if not self.forgets:
+            return np.array([[0, start + n]], np.int64)
+        first = self.ranges(np.array([start], np.int64)).ranges
+        return merged(np.concatenate([first, np.array([[start, start + n]], np.int64)]))
+
+    def most_held(self, n: int) -> int:
+        """Most keys that are kept of a sequence of up to n."""
+        if not self.forgets:
+            return n
+        last = np.arange(max(n - (self.chunk or 1), 0), n, dtype=np.int64)
+        ends = self.ranges(last)
+        return int(np.add.reduceat(ends.ranges[:, 1] - ends.ranges[:, 0], ends.first[:-1]).max())
+
     def ranges(self, positions: Ints) -> KeyRanges:
         """Keys that queries at these positions admit.
 
@@ -186,6 +212,27 @@ class AttentionPattern:
 
 FULL = AttentionPattern()
 """Every query admits all keys up to its own."""
+
+
+def keys_below(ranges: Ints, positions: Ints) -> Ints:
+    """How many keys of ascending ranges (n, 2) lie below each of some positions: their indices, if the ranges hold them."""
+    before = np.concatenate([[0], np.cumsum(ranges[:, 1] - ranges[:, 0])])
+    at = np.searchsorted(ranges[:, 0], positions, side="left")
+    last = np.maximum(at - 1, 0)
+    below: Ints = np.where(at > 0, before[last] + np.minimum(positions, ranges[last, 1]) - ranges[last, 0], 0)
+    return below
+
+
+def n_keys_of(ranges: Ints) -> int:
+    """How many keys ranges (n, 2) hold."""
+    return int((ranges[:, 1] - ranges[:, 0]).sum())
+
+
+def keys_of(ranges: Ints) -> Ints:
+    """The keys of ascending ranges (n, 2), one by one."""
+    sizes = ranges[:, 1] - ranges[:, 0]
+    keys: Ints = np.repeat(ranges[:, 0], sizes) + _within(sizes)
+    return keys
 
 
 def _within(counts: Ints) -> Ints:

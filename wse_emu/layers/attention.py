@@ -63,7 +63,7 @@ def attention(
         Also return the maximum and the denominator of every token and query head, (T, num_heads), through the probe channel.
     """
     heads = cache.heads
-    rows_per_core = int((-(-cache.capacity // wafer.rows)).max(initial=1))
+    rows_per_core = cache.keys_per_core(layer)
     tile_tokens, words = _tile_size(heads, rows_per_core)
     work_words = np.where(heads.units.sizes > 0, words, 0)
     n_heads = heads.n_kv_heads * heads.queries_per_kv
@@ -74,7 +74,7 @@ def attention(
         wafer.sram.reserved("attention work", np.ones(wafer.rows, np.int64), work_words, 4),
         wafer.sram.code("attention", CODE_BYTES + (0 if heads.score_cap is None else CAP_SCORES.code_bytes)),
     ):
-        plan = cache.attention_plan(sequences, pattern, lambda: plan_attention(cache, sequences, bands, pattern, tile_tokens))
+        plan = cache.attention_plan(sequences, pattern, lambda: plan_attention(cache, layer, sequences, bands, pattern, tile_tokens))
         events = plan.events
         if wafer.cores is not None:
             events = attend_on_cores(wafer, qkv, context, cache, layer, sequences, bands, plan, m, denominator, sinks)

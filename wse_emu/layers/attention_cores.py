@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from wse_emu.foundation.attention_pattern import keys_below, n_keys_of
 from wse_emu.layers.attention_kernels import (
     ACCUMULATE,
     CAP_SCORES,
@@ -250,8 +251,8 @@ def attend_on_cores(
     tally: dict[str, _Counts] = {}
     for i in range(visits.n.size):
         s, first, n, row = (int(a[i]) for a in (visits.sequence, visits.first, visits.n, visits.row))
-        held = cache.split(int(sequences.start[s] + sequences.n_new[s]))
-        here = _visits_of(plan, held, i)
+        held = cache.split(n_keys_of(plan.held[s]))
+        here = _visits_of(plan, s, held, i)
         row0 = first - int(bands.split.starts[row])
         for head, parts in enumerate(heads.heads):
             run = _TileRun(wafer, cache, layer, int(sequences.slot[s]), parts, n, here, tally, traffic)
@@ -285,12 +286,13 @@ def attend_on_cores(
     )  # fmt: skip
 
 
-def _visits_of(plan: AttentionPlan, held: Split, tile: int) -> list[_Visit]:
+def _visits_of(plan: AttentionPlan, sequence: int, held: Split, tile: int) -> list[_Visit]:
     """What a tile's visits find: keys as rows of the core's block, and bits of the tokens that admit them."""
     first, n = int(plan.visits.first[tile]), int(plan.visits.n[tile])
     bits = np.zeros(held.total, np.int64)
     for i in range(n):
-        for start, stop in plan.admitted.ranges[plan.admitted.first[first + i] : plan.admitted.first[first + i + 1]].tolist():
+        ranges = plan.admitted.ranges[plan.admitted.first[first + i] : plan.admitted.first[first + i + 1]]
+        for start, stop in keys_below(plan.held[sequence], ranges).tolist():
             bits[start:stop] |= 1 << i
     out = []
     for visit in range(int(plan.visits.first_visit[tile]), int(plan.visits.first_visit[tile + 1])):

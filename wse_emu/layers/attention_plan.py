@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wse_emu.foundation.attention_pattern import AttentionPattern, KeyRanges
+from wse_emu.foundation.attention_pattern import AttentionPattern, KeyRanges, keys_below, n_keys_of
 from wse_emu.layers.attention_kernels import (
     ACCUMULATE,
     CAP_SCORES,
@@ -71,18 +71,22 @@ class AttentionPlan:
 
     admitted: KeyRanges
     """Of every new token."""
+    held: tuple[Ints, ...]
+    """Per sequence, the keys that lie on the wafer, as (m, 2) ranges."""
     visits: Visits
     events: tuple[Event, ...]
 
 
 def plan_attention(
-    cache: KVCache, sequences: Sequences, bands: TokenBands, pattern: AttentionPattern, tile_tokens: int
+    cache: KVCache, layer: int, sequences: Sequences, bands: TokenBands, pattern: AttentionPattern, tile_tokens: int
 ) -> AttentionPlan:
     """Tiles, visits and costs of a pattern over the newest tokens.
 
     Parameters
     ----------
     cache : KVCache
+    layer : int
+        One of those with that pattern.
     sequences : Sequences
     bands : TokenBands
     pattern : AttentionPattern
@@ -90,22 +94,25 @@ def plan_attention(
         Most tokens of a tile.
     """
     admitted = pattern.ranges(sequences.positions)
-    visits = _visits(cache, sequences, bands, admitted, tile_tokens)
-    return AttentionPlan(admitted, visits, tuple(_events(cache.heads, cache.wafer.rows, bands, admitted, visits)))
+    held = cache.keys_in_pass(layer, sequences)
+    visits = _visits(cache, sequences, bands, admitted, held, tile_tokens)
+    return AttentionPlan(admitted, held, visits, tuple(_events(cache.heads, cache.wafer.rows, bands, admitted, visits)))
 
 
-def _visits(cache: KVCache, sequences: Sequences, bands: TokenBands, admitted: KeyRanges, tile_tokens: int) -> Visits:
+def _visits(
+    cache: KVCache, sequences: Sequences, bands: TokenBands, admitted: KeyRanges, held: tuple[Ints, ...], tile_tokens: int
+) -> Visits:
     split = bands.split
     tiles: list[tuple[int, int, int, int]] = []
     first_visit, key_rows, n_keys = [0], [], []
     for s in range(sequences.n_new.size):
-        first, n, start = (int(a[s]) for a in (sequences.first_token, sequences.n_new, sequences.start))
-        starts = cache.split(start + n).offsets
+        first, n = int(sequences.first_token[s]), int(sequences.n_new[s])
+        starts = cache.split(n_keys_of(held[s])).offsets
         at = first
         while at < first + n:
             row = int(split.owner[at])
             stop = min(int(split.stops[row]), first + n, at + tile_tokens)
-            counts = np.diff(_keys_below(admitted.union(at, stop), starts))
+            counts = np.diff(keys_below(keys_below(held[s], admitted.union(at, stop)), starts))
             visited = np.flatnonzero(counts)
             tiles.append((s, at, stop - at, row))
             first_visit.append(first_visit[-1] + visited.size)
@@ -116,15 +123,6 @@ def _visits(cache: KVCache, sequences: Sequences, bands: TokenBands, admitted: K
     return Visits(
         sequence, token, n_tokens, row_of_tile, np.array(first_visit, np.int64), np.concatenate(key_rows), np.concatenate(n_keys)
     )
-
-
-def _keys_below(ranges: Ints, positions: Ints) -> Ints:
-    """How many keys of ascending ranges (n, 2) lie below each of some positions."""
-    before = np.concatenate([[0], np.cumsum(ranges[:, 1] - ranges[:, 0])])
-    at = np.searchsorted(ranges[:, 0], positions, side="left")
-    last = np.maximum(at - 1, 0)
-    below: Ints = np.where(at > 0, before[last] + np.minimum(positions, ranges[last, 1]) - ranges[last, 0], 0)
-    return below
 
 
 def _events(heads: HeadLayout, n_rows: int, bands: TokenBands, admitted: KeyRanges, visits: Visits) -> list[Event]:

@@ -3,6 +3,10 @@
 Before each append the tokens that are there shift to the rows that a balanced split of the longer sequence gives them (rows differ by at
 most one token at any length), then the new tokens come from the rows that computed them.
 
+A layer whose pattern of attention forgets (windows, chunks) keeps what its last query admits: the sinks and the last `window` keys, whose
+oldest makes room for the newest. Where a pass brings more tokens than one it holds more while that layer attends, and gives the SRAM back
+after. Keys keep the rotation of their absolute positions.
+
 References
 ----------
 He et al., "WaferLLM", OSDI 2025, section 5: shift-based growth of the cache against concat-based growth.
@@ -11,17 +15,18 @@ He et al., "WaferLLM", OSDI 2025, section 5: shift-based growth of the cache aga
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wse_emu.foundation.attention_pattern import AttentionPattern
+from wse_emu.foundation.attention_pattern import FULL, AttentionPattern, keys_below, keys_of, n_keys_of
 from wse_emu.foundation.errors import InputError
 from wse_emu.layers.heads import HeadLayout
 from wse_emu.wafer import costs
-from wse_emu.wafer.cores import Block, Cores
+from wse_emu.wafer.cores import Block
 from wse_emu.wafer.kernel import Kernel
 from wse_emu.wafer.ledger import Event, NewTokens
 from wse_emu.wafer.placement import Ints, Split, TokenBands
@@ -84,7 +89,11 @@ class KVCache:
     heads : HeadLayout
     n_layers : int
     capacity : ndarray of int64, (n_sequences,)
-        Most tokens each sequence may hold; SRAM for that many is reserved at once.
+        Most tokens each sequence may have; SRAM for those that are kept is reserved at once.
+    patterns : sequence of AttentionPattern, optional
+        Of each layer; by default all keys are kept.
+    aliases : sequence of int, optional
+        The layers of this cache that passes of fewer layers speak of: their layer i is ``aliases[i]``.
 
     Raises
     ------
@@ -92,15 +101,23 @@ class KVCache:
         If they do not fit; nothing is reserved then.
     """
 
-    def __init__(self, wafer: Wafer, heads: HeadLayout, n_layers: int, capacity: Ints) -> None:
+    def __init__(
+        self, wafer: Wafer, heads: HeadLayout, n_layers: int, capacity: Ints, patterns: Seq[AttentionPattern] = (), *,
+        aliases: Seq[int] | None = None,
+    ) -> None:  # fmt: skip
         self.wafer = wafer
         self.heads = heads
         self.capacity = np.asarray(capacity, np.int64)
         self.lengths = np.zeros(self.capacity.size, np.int64)
-        """(n_sequences,) tokens that every layer holds."""
+        """(n_sequences,) tokens that every layer has seen."""
+        self._patterns = tuple(p if p.forgets else FULL for p in patterns) or (FULL,) * n_layers
+        self._aliases = range(n_layers) if aliases is None else aliases
         width = 2 * heads.units.total
         self._bases = np.concatenate([[0], np.cumsum(self.capacity)[:-1]]).astype(np.int64) * width
-        self._rows_per_core = -(-self.capacity // wafer.rows)
+        least = {p: np.array([p.most_held(n) for n in self.capacity.tolist()], np.int64) for p in set(self._patterns)}
+        self._least = [-(-least[p] // wafer.rows) for p in self._patterns]
+        self._rows = [rows.copy() for rows in self._least]
+        """Per layer (n_sequences,) tokens that a core has room for."""
         self._reserved: list[Reservation] = []
         self._k: list[NDArray[np.float32]] = []
         self._v: list[NDArray[np.float32]] = []
@@ -115,25 +132,47 @@ class KVCache:
             raise
 
     def _reserve(self, layer: int) -> None:
-        rows = np.full(self.wafer.rows, int(self._rows_per_core.sum()), np.int64)
-        name = f"keys and values of layer {layer}"
-        self._reserved.append(self.wafer.sram.allocate(name, rows, self.heads.units.sizes * 4, 4))
+        self._reserved.append(self._allocate(layer))
         if self.wafer.cores is not None:
-            blocks = {}
-            for col in self.heads.units.used.tolist():
-                width = 2 * int(self.heads.units.sizes[col])
-                for row in range(self.wafer.rows):
-                    arena = self.wafer.cores.arena(row, col)
-                    for s, most in enumerate(self._rows_per_core.tolist()):
-                        blocks[s, row, col] = (
-                            arena.allocate("keys", (most, width), np.float32),
-                            arena.allocate("values", (most, width), np.float32),
-                        )
-            self._blocks.append(blocks)
+            self._blocks.append({})
+            for s in range(self.capacity.size):
+                self._carve(layer, s)
         elif not self.wafer.is_dry:
             size = int(self.capacity.sum()) * 2 * self.heads.units.total
             self._k.append(np.empty(size, np.float32))
             self._v.append(np.empty(size, np.float32))
+
+    def _allocate(self, layer: int) -> Reservation:
+        rows = np.full(self.wafer.rows, int(self._rows[layer].sum()), np.int64)
+        return self.wafer.sram.allocate(f"keys and values of layer {layer}", rows, self.heads.units.sizes * 4, 4)
+
+    def _carve(self, layer: int, s: int) -> None:
+        """Blocks of one sequence on all cores."""
+        assert self.wafer.cores is not None
+        for col in self.heads.units.used.tolist():
+            shape = (int(self._rows[layer][s]), 2 * int(self.heads.units.sizes[col]))
+            for row in range(self.wafer.rows):
+                arena = self.wafer.cores.arena(row, col)
+                pair = arena.allocate("keys", shape, np.float32), arena.allocate("values", shape, np.float32)
+                self._blocks[layer][s, row, col] = pair
+
+    def _resize(self, layer: int, sequences: Sequences, held: Seq[int]) -> None:
+        """Make room for so many keys of each of some sequences; what lay in their blocks is elsewhere then."""
+        rows = self._rows[layer].copy()
+        rows[sequences.slot] = np.maximum(self._least[layer][sequences.slot], -(-np.array(held, np.int64) // self.wafer.rows))
+        changed = np.flatnonzero(rows != self._rows[layer]).tolist()
+        if not changed:
+            return
+        self.wafer.sram.free(self._reserved[layer])
+        if self.wafer.cores is not None:
+            for (s, row, col), pair in self._blocks[layer].items():
+                for block in pair if s in changed else ():
+                    self.wafer.cores.arena(row, col).free(block)
+        self._rows[layer] = rows
+        self._reserved[layer] = self._allocate(layer)
+        if self.wafer.cores is not None:
+            for s in changed:
+                self._carve(layer, s)
 
     def free(self) -> None:
         """Give the SRAM back."""
@@ -146,10 +185,24 @@ class KVCache:
                         self.wafer.cores.arena(row, col).free(block)
         self._reserved, self._k, self._v, self._blocks = [], [], [], []
 
+    def keys_held(self, layer: int, slot: int) -> Ints:
+        """Positions of the keys of one sequence that a layer holds now, as (m, 2) ranges."""
+        return self._patterns[self._aliases[layer]].held_after(int(self.lengths[slot]))
+
+    def keys_in_pass(self, layer: int, sequences: Sequences) -> tuple[Ints, ...]:
+        """The same for each of the sequences of a pass whose new tokens are there."""
+        pattern = self._patterns[self._aliases[layer]]
+        return tuple(pattern.held_during(start, n) for start, n in zip(sequences.start.tolist(), sequences.n_new.tolist(), strict=True))
+
+    def keys_per_core(self, layer: int) -> int:
+        """Most keys of one sequence that a core has room for now."""
+        return int(self._rows[self._aliases[layer]].max(initial=1))
+
     @property
     def n_bytes(self) -> int:
         """Bytes of the keys and values held now, in all layers."""
-        return int(self.lengths.sum()) * 4 * self.heads.units.total * 4 * len(self._reserved)
+        held = {p: sum(n_keys_of(p.held_after(n)) for n in self.lengths.tolist()) for p in set(self._patterns)}
+        return sum(held[p] for p in self._patterns[: len(self._reserved)]) * 4 * self.heads.units.total * 4
 
     def attention_plan(self, sequences: Sequences, pattern: AttentionPattern, make: Callable[[], AttentionPlan]) -> AttentionPlan:
         """What attention over the newest sequences asks for: the same in all layers with one pattern, so made once."""
@@ -164,20 +217,21 @@ class KVCache:
     @property
     def tokens_by_row(self) -> Ints:
         """(n_layers, n_sequences, n_rows) tokens whose keys and values each row of cores holds now."""
-        each = np.stack([self.split(length).sizes for length in self.lengths.tolist()])
-        return np.stack([each] * len(self._reserved))
+        each = {p: np.stack([self.split(n_keys_of(p.held_after(n))).sizes for n in self.lengths.tolist()]) for p in set(self._patterns)}
+        return np.stack([each[p] for p in self._patterns])
 
     def split(self, length: int) -> Split:
-        """How `length` tokens of one sequence lie over rows."""
+        """How `length` tokens that are held of one sequence lie over rows."""
         return Split.balanced(length, self.wafer.rows)
 
     def buffers(self, layer: int, sequences: Sequences) -> tuple[NDArray[np.float32], NDArray[np.float32], Ints, Ints]:
         """Batched executor: keys, values, and per sequence the first element and the capacity."""
+        layer = self._aliases[layer]
         return self._k[layer], self._v[layer], self._bases[sequences.slot], self.capacity[sequences.slot]
 
     def block(self, layer: int, slot: int, row: int, col: int) -> tuple[Block, Block]:
         """Isolated executor: keys and values of one sequence on one core."""
-        return self._blocks[layer][slot, row, col]
+        return self._blocks[self._aliases[layer]][slot, row, col]
 
     def check(self, sequences: Sequences) -> None:
         """Refuse tokens beyond the capacity.
@@ -211,55 +265,112 @@ class KVCache:
         sequences : Sequences
         bands : TokenBands
         """
-        plan = self._plan_append(sequences, bands)
+        layer = self._aliases[layer]
+        plan = self._plan_append(sequences, bands, self._patterns[layer])
         outgoing = np.full(self.wafer.rows, bands.split.max_size)  # at most all of a row's tokens leave at one time
-        with (
-            self.wafer.sram.reserved("outgoing keys and values", outgoing, self.heads.units.sizes * 4, 4),
-            self.wafer.sram.code(STORE_KV.name, STORE_KV.code_bytes),
-        ):
+        with self.wafer.sram.code(STORE_KV.name, STORE_KV.code_bytes):
             if self.wafer.cores is not None:
-                self._append_isolated(layer, qkv, sequences, plan)
+                self._shift(layer, sequences, plan.shifts, plan.before, plan.held)
             else:
-                for event in plan.events:
-                    self.wafer.record(event)
-                if not self.wafer.is_dry:
-                    k, v, base, cap = self.buffers(layer, sequences)
-                    mesh_store_kv(
-                        qkv.flat, self.heads.units.offsets, self.heads.queries_per_kv,
-                        sequences.first_token, sequences.n_new, sequences.start, base, cap, k, v,
-                    )  # fmt: skip
+                self._resize(layer, sequences, plan.held)
+                self.wafer.record(plan.events[0])
+            with self.wafer.sram.reserved("outgoing keys and values", outgoing, self.heads.units.sizes * 4, 4):
+                if self.wafer.cores is not None:
+                    self._arrive_isolated(layer, qkv, sequences, plan)
+                else:
+                    self.wafer.record(plan.events[1])
+                    if not self.wafer.is_dry:
+                        k, v, base, cap = self._k[layer], self._v[layer], self._bases[sequences.slot], self.capacity[sequences.slot]
+                        mesh_store_kv(
+                            qkv.flat, self.heads.units.offsets, self.heads.queries_per_kv,
+                            sequences.first_token, sequences.n_new, sequences.start, base, cap, k, v,
+                        )  # fmt: skip
         self.wafer.record(plan.stored)
 
-    def _plan_append(self, sequences: Sequences, bands: TokenBands) -> _AppendPlan:
-        """The same for all layers, so made once for each forward pass, or each tile of one."""
-        plan = next((plan for plan in self._plans if plan.sequences is sequences and plan.bands == bands), None)
+    def forget(self, layer: int, sequences: Sequences, bands: TokenBands) -> None:
+        """Give up the keys and values that a layer's later queries do not admit, after it attended; the others shift."""
+        layer = self._aliases[layer]
+        plan = self._plan_append(sequences, bands, self._patterns[layer])
+        if plan.kept == plan.held:
+            return
+        if self.wafer.cores is not None:
+            self._shift(layer, sequences, plan.closing, plan.held, plan.kept)
+            return
+        self._resize(layer, sequences, plan.kept)
+        assert plan.closed is not None
+        self.wafer.record(plan.closed)
+
+    def _plan_append(self, sequences: Sequences, bands: TokenBands, pattern: AttentionPattern) -> _AppendPlan:
+        """The same for all layers with one pattern, so made once for each forward pass, or each tile of one."""
+        plan = next((p for p in self._plans if p.sequences is sequences and p.bands == bands and p.pattern == pattern), None)
         if plan is None:
-            shifts, arrivals = [], []
+            shifts, arrivals, closing, sizes = [], [], [], []
             token_row = bands.split.owner
             for first, n, start in zip(sequences.first_token.tolist(), sequences.n_new.tolist(), sequences.start.tolist(), strict=True):
-                after = self.split(start + n).owner
-                shifts.append(runs_of(self.split(start).owner, after[:start]))
-                arrivals.append(runs_of(token_row[first : first + n], after[start:]))
+                before, held, kept = pattern.held_after(start), pattern.held_during(start, n), pattern.held_after(start + n)
+                sizes.append([n_keys_of(ranges) for ranges in (before, held, kept)])
+                shifts.append(self._moves(before, held))
+                closing.append(self._moves(held, kept))
+                there = self.split(sizes[-1][1]).owner[sizes[-1][1] - n :]
+                arrivals.append(runs_of(token_row[first : first + n], there))
             units, rows = self.heads.units, self.wafer.rows
             events = tuple(
                 _along_columns(kind, "keys and values", runs, units, rows) for kind, runs in (("shift", shifts), ("send", arrivals))
             )
             stored = Event(None, "", "launch", STORE_KV.name, count=sum(map(len, arrivals)) * int(units.used.size))
-            plan = _AppendPlan(sequences, bands, shifts, arrivals, events, stored)
+            n_before, n_held, n_kept = (tuple(column) for column in zip(*sizes, strict=True))
+            closed = None if n_kept == n_held else _along_columns("shift", "keys and values", closing, units, rows)
+            plan = _AppendPlan(sequences, bands, pattern, shifts, arrivals, closing, n_before, n_held, n_kept, events, stored, closed)
             self._plans.append(plan)
         return plan
 
-    def _append_isolated(self, layer: int, qkv: PlacedTensor, sequences: Sequences, plan: _AppendPlan) -> None:
-        assert self.wafer.cores is not None
-        shifted, sent = self.wafer.cores.traffic(), self.wafer.cores.traffic()
+    def _moves(self, before: Ints, after: Ints) -> list[Run]:
+        """What stays of some keys, from the rows that hold them to those that will."""
+        keys = keys_of(before)
+        keys = keys[_within_ranges(after, keys)]
+        here, there = keys_below(before, keys), keys_below(after, keys)
+        n_before, n_after = n_keys_of(before), n_keys_of(after)
+        return runs_of(self.split(n_before).owner[here], self.split(n_after).owner[there], here, there)
+
+    def _shift(self, layer: int, sequences: Sequences, shifts: list[list[Run]], before: Seq[int], after: Seq[int]) -> None:
+        """Isolated executor: bring the tokens of all columns of cores from the rows of one split to those of another."""
+        cores = self.wafer.cores
+        assert cores is not None
+        shifted, held = cores.traffic(), list[tuple[int, int, int, Run, NDArray[Any]]]()
+        blocks = self._blocks[layer]
         for s, slot in enumerate(sequences.slot.tolist()):
-            start, n = int(sequences.start[s]), int(sequences.n_new[s])
+            starts = self.split(before[s]).starts
             for col in self.heads.units.used.tolist():
-                columns = {row: self.block(layer, slot, row, col) for row in range(self.wafer.rows)}
-                _shift(self.wafer.cores, shifted, columns, plan.shifts[s], self.split(start), self.split(start + n))
-                first = int(sequences.first_token[s])
-                self._arrive(sent, qkv, col, columns, plan.arrivals[s], first, start, self.split(start + n))
+                for run in shifts[s]:
+                    for which in (0, 1):
+                        block = blocks[slot, run.source, col][which]
+                        at = run.first - int(starts[run.source])
+                        payload = block.read(slice(at, at + run.n)).copy()
+                        if run.source != run.target:
+                            shifted.message(block.core, [(run.target, col)], payload.nbytes)
+                        held.append((s, col, which, run, payload))
+                for row in range(self.wafer.rows):
+                    for block in blocks[slot, row, col]:
+                        block.poison()
+        self._resize(layer, sequences, after)
+        ends = [self.split(n).starts for n in after]
+        for s, col, which, run, payload in held:
+            block = blocks[int(sequences.slot[s]), run.target, col][which]
+            at = run.to - int(ends[s][run.target])
+            if run.source == run.target:
+                block.write(payload, slice(at, at + run.n))
+            else:
+                cores.deliver(payload, [block], slice(at, at + run.n))
         self.wafer.record(shifted.event("shift", "keys and values", costs.COLORS["shift"]))
+
+    def _arrive_isolated(self, layer: int, qkv: PlacedTensor, sequences: Sequences, plan: _AppendPlan) -> None:
+        assert self.wafer.cores is not None
+        sent = self.wafer.cores.traffic()
+        for s, slot in enumerate(sequences.slot.tolist()):
+            first, earlier = int(sequences.first_token[s]), plan.held[s] - int(sequences.n_new[s])
+            for col in self.heads.units.used.tolist():
+                columns = {row: self._blocks[layer][slot, row, col] for row in range(self.wafer.rows)}
+                self._arrive(sent, qkv, col, columns, plan.arrivals[s], first, earlier, self.split(plan.held[s]))
         self.wafer.record(sent.event("send", "keys and values", costs.COLORS["send"]))
 
     def _arrive(
@@ -284,35 +395,13 @@ class KVCache:
                         cores.send(sent, piece, [block], to=slice(at, at + run.n))
 
 
-def _shift(
-    cores: Cores, shifted: Traffic, columns: dict[int, tuple[Block, Block]], runs: list[Run], before: Split, after: Split
-) -> None:  # fmt: skip
-    """Bring the tokens of one column of cores from the rows of one split to those of another."""
-    held: list[tuple[Run, int, NDArray[Any]]] = []
-    for run in runs:
-        for which, block in enumerate(columns[run.source]):
-            at = run.first - int(before.starts[run.source])
-            payload = block.read(slice(at, at + run.n)).copy()
-            if run.source != run.target:
-                shifted.message(block.core, [columns[run.target][which].core], payload.nbytes)
-            held.append((run, which, payload))
-    for pair in columns.values():
-        for block in pair:
-            block.poison()
-    for run, which, payload in held:
-        block = columns[run.target][which]
-        at = run.first - int(after.starts[run.target])
-        if run.source == run.target:
-            block.write(payload, slice(at, at + run.n))
-        else:
-            cores.deliver(payload, [block], slice(at, at + run.n))
-
-
 @dataclass(frozen=True, slots=True)
 class Run:
     """Adjacent tokens that go from one row to one row."""
 
     first: int
+    to: int
+    """Index of the first token there."""
     n: int
     source: int
     target: int
@@ -320,24 +409,45 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class _AppendPlan:
-    """Which tokens move where in one append, and what that costs."""
+    """Which tokens move where in one append, what is given up after, and what that costs."""
 
     sequences: Sequences
     bands: TokenBands
+    pattern: AttentionPattern
     shifts: list[list[Run]]
     arrivals: list[list[Run]]
+    closing: list[list[Run]]
+    before: tuple[int, ...]
+    """Per sequence, keys that are held before the append, with the new ones, and after attention."""
+    held: tuple[int, ...]
+    kept: tuple[int, ...]
     events: tuple[Event, ...]
     stored: Event
+    closed: Event | None
 
 
-def runs_of(source: Ints, target: Ints) -> list[Run]:
-    """Runs of adjacent tokens, from the rows that each token leaves and goes to."""
+def _within_ranges(ranges: Ints, keys: Ints) -> NDArray[np.bool_]:
+    """Which of some keys lie in ranges (n, 2)."""
+    at = np.searchsorted(ranges[:, 0], keys, side="right") - 1
+    inside: NDArray[np.bool_] = (at >= 0) & (keys < ranges[np.maximum(at, 0), 1])
+    return inside
+
+
+def runs_of(source: Ints, target: Ints, here: Ints | None = None, there: Ints | None = None) -> list[Run]:
+    """Runs of adjacent tokens, from the rows that each token leaves and goes to.
+
+    Their indices before and after are `here` and `there`; both count from 0 by default.
+    """
     if not source.size:
         return []
-    cuts = np.flatnonzero((np.diff(source) != 0) | (np.diff(target) != 0)) + 1
-    firsts = np.concatenate([[0], cuts])
-    ends = np.concatenate([cuts, [source.size]])
-    return [Run(f, e - f, int(source[f]), int(target[f])) for f, e in zip(firsts.tolist(), ends.tolist(), strict=True)]
+    index = np.arange(source.size)
+    here, there = index if here is None else here, index if there is None else there
+    breaks = (np.diff(source) != 0) | (np.diff(target) != 0) | (np.diff(here) != 1) | (np.diff(there) != 1)
+    firsts = np.concatenate([[0], np.flatnonzero(breaks) + 1])
+    sizes = np.diff(np.concatenate([firsts, [source.size]]))
+    return [
+        Run(int(here[f]), int(there[f]), n, int(source[f]), int(target[f])) for f, n in zip(firsts.tolist(), sizes.tolist(), strict=True)
+    ]
 
 
 def _along_columns(kind: str, name: str, runs: list[list[Run]], units: Split, n_rows: int) -> Event:
