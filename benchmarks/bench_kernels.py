@@ -15,13 +15,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from benchmarks.cases import F32, Cases, normal, relative, torch_call, torch_side
+from benchmarks.cases import F32, Cases, composed, normal, relative, torch_call, torch_side
 from benchmarks.racing import Call, Case, Race, Work
 from wse_emu.equivalence.tolerance import U, capped_bound, clamped_glu_bound, linear_bound
-from wse_emu.foundation.routing_rule import ROUTING_PRESETS
+from wse_emu.foundation.routing_rule import ROUTING_PRESETS, RoutingRule
 from wse_emu.layers.router import router_code
 from wse_emu.reference.formulas import clamped_glu
 from wse_kernels import attention, elementwise, exp, ffn, formats, head_norm, log, matmul, norm, qk_norm, rope, routing
+from wse_kernels import routing_together as together
+from wse_kernels.sparse_attention import attend_listed
 
 CASES = Cases()
 EPS = np.float32(1e-5)
@@ -628,6 +630,42 @@ def _rotate_qk(smoke: bool) -> Case:
     return Case(ours, peers, (right,), (bound,), work, parallel=False)
 
 
+@CASES.add("attend_listed")
+def _attend_listed(smoke: bool) -> Case:
+    """Latent attention over listed keys: rows of 512 + 64, of which 512 are the value, 16 heads, 2,048 keys of 8,192."""
+    t, heads, d, d_v, n_keys, topk = (2, 2, 6, 4, 9, 5) if smoke else (2, 16, 576, 512, 8192, 2048)
+    q, kv = normal(t, heads * d), normal(n_keys, d, seed=1)
+    lists = np.stack([np.random.default_rng(i).permutation(n_keys)[:topk] for i in range(t)]).astype(np.int32)
+    lists[:, -1] = -1
+    scale, none, everything = np.float32(d**-0.5), np.zeros(0, np.float32), np.zeros(0, np.int32)
+    work, out = np.empty((d + d_v + topk, heads), np.float32), np.empty((t, heads * d_v), np.float32)
+    m, lse = np.empty((t, heads), np.float32), np.empty((t, heads), np.float32)
+
+    def ours() -> Any:
+        attend_listed(q, kv, lists, everything, none, scale, work, out, m, lse)
+        return out
+
+    def by_formula(q: Any, kv: Any) -> Any:
+        keys = kv[lists[:, :-1]]
+        s = np.einsum("thd,tjd->thj", q.reshape(t, heads, d), keys) * q.dtype.type(scale)
+        p = np.exp(s - s.max(axis=-1, keepdims=True))
+        return ((p @ keys[..., :d_v]) / p.sum(axis=-1, keepdims=True)).reshape(t, -1)
+
+    def torch(t_: Any, of: Any) -> Call:
+        a, b, chosen = of(q).view(t, heads, 1, d), of(kv), of(lists[:, :-1].astype(np.int64))
+
+        def call() -> Any:
+            keys = b[chosen][:, None]
+            return t_.nn.functional.scaled_dot_product_attention(a, keys, keys[..., :d_v]).reshape(t, -1)
+
+        return call
+
+    right = by_formula(q.astype(np.float64), kv.astype(np.float64))
+    peers = {"numpy": lambda: by_formula(q, kv), **torch_side(torch)}
+    macs = t * heads * (topk - 1) * (d + d_v)
+    return Case(ours, peers, (right,), (composed(right),), Work(macs=macs, bytes=t * topk * d * 4, tokens=t), parallel=False)
+
+
 # ---- routing
 
 
@@ -718,6 +756,120 @@ def _route_tokens(smoke: bool) -> Case:
     right = by_formula(logits.astype(np.float64))
     peers = {"numpy": lambda: by_formula(logits), **torch_side(torch)}
     return Case(ours, peers, right, (0, relative(right[1], 2 * np.sqrt(k) + 24)), Work(bytes=2 * logits.nbytes), parallel=False)
+
+
+@CASES.add("sinkhorn_over_experts, sinkhorn_maximum, sinkhorn_sum, sinkhorn_over_tokens, sinkhorn_end")
+def _sinkhorn(smoke: bool) -> Case:
+    """One round over tokens that meet on one core."""
+    logits, _ = _scores(smoke)
+    n, none = logits.shape[1], np.zeros((1, 1), np.float32)
+    r, top, total = np.empty_like(logits), np.empty(n, np.float32), np.empty(n, np.float32)
+    code = router_code(RoutingRule(router_selection_nonlinearity="sinkhorn"))
+
+    def ours() -> Any:
+        r[...] = logits
+        together.sinkhorn_over_experts(r)
+        top.fill(-np.inf)
+        together.sinkhorn_maximum(r, top)
+        total.fill(0)
+        together.sinkhorn_sum(r, top, total)
+        together.sinkhorn_over_tokens(r, top, total)
+        together.sinkhorn_end(r, none, code)
+        return r
+
+    def by_formula(x: Any) -> Any:
+        p = np.exp(x - x.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        return p / p.sum(axis=0)
+
+    def torch(t: Any, of: Any) -> Call:
+        v = of(logits)
+
+        def call() -> Any:
+            x = v - v.logsumexp(1, keepdim=True)
+            return (x - x.logsumexp(0, keepdim=True)).exp()
+
+        return call
+
+    right = by_formula(logits.astype(np.float64))
+    peers = {"numpy": lambda: by_formula(logits), **torch_side(torch)}
+    return Case(ours, peers, (right,), (relative(right, 200),), Work(bytes=2 * logits.nbytes), parallel=False)
+
+
+@CASES.add("score_tokens, choose_by_scores, weigh_chosen")
+def _choose_by_scores(smoke: bool) -> Case:
+    """The steps that `route_tokens` takes at once, apart."""
+    logits, k = _scores(smoke)
+    none, work = np.zeros((1, 1), np.float32), np.empty((routing.WORK_ROWS, logits.shape[1]), np.float32)
+    code = router_code(RoutingRule(router_selection_nonlinearity="sigmoid", expert_weighting_nonlinearity="sigmoid"))
+    scores, ids, weights = np.empty_like(logits), np.empty((len(logits), k), np.int64), np.empty((len(logits), k), np.float32)
+
+    def ours() -> Any:
+        together.score_tokens(logits, none, none, code, scores)
+        together.choose_by_scores(scores, code, work, ids)
+        together.weigh_chosen(logits, code, work, ids, weights)
+        return ids, weights
+
+    def by_formula(x: Any) -> Any:
+        s = 1 / (1 + np.exp(-x))
+        best = np.argsort(-s, axis=1, kind="stable")[:, :k]
+        w = np.take_along_axis(s, best, axis=1)
+        return best, w / w.sum(axis=1, keepdims=True)
+
+    right = by_formula(logits.astype(np.float64))
+    peers = {"numpy": lambda: by_formula(logits)}
+    return Case(ours, peers, right, (0, relative(right[1], 2 * np.sqrt(k) + 24)), Work(bytes=2 * logits.nbytes), parallel=False)
+
+
+@CASES.add("open_to_tokens, take_room")
+def _take_room(smoke: bool) -> Case:
+    """Switch: one choice each, the later tokens of a full expert dropped."""
+    scores, _ = _scores(smoke)
+    n_tokens, n = scores.shape
+    rule = ROUTING_PRESETS["switch"]
+    code, room, work = router_code(rule), rule.capacity(n_tokens, n, 1), np.empty((routing.WORK_ROWS, n), np.float32)
+    tried, ids, taken = np.empty((n_tokens, n), np.int8), np.empty((n_tokens, 1), np.int64), np.empty(n, np.int64)
+
+    def ours() -> Any:
+        together.open_to_tokens(scores, code, work, tried, ids)
+        taken.fill(0)
+        together.take_room(scores, code, room, work, tried, ids, taken)
+        return ids
+
+    def numpy() -> Any:
+        best = scores.argmax(axis=1)
+        before = np.cumsum(best[:, None] == np.arange(n), axis=0)
+        return np.where(before[np.arange(n_tokens), best] <= room, best, -1)[:, None]
+
+    return Case(ours, {"numpy": numpy}, (numpy(),), (0,), Work(bytes=scores.nbytes), parallel=False)
+
+
+@CASES.add("count_reaching, settle_bit, count_above, take_highest")
+def _take_highest(smoke: bool) -> Case:
+    """Every expert takes its highest tokens, found bit by bit."""
+    scores, k = _scores(smoke)
+    n_tokens, n = scores.shape
+    room, ids = n_tokens * k // n, np.empty((n_tokens, n), np.int64)
+    bound, count, taken = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
+
+    def ours() -> Any:
+        bound.fill(0)
+        for bit in range(31, -1, -1):
+            count.fill(0)
+            together.count_reaching(scores, bound, bit, count)
+            together.settle_bit(count, bit, room, bound)
+        count.fill(0)
+        together.count_above(scores, bound, count)
+        taken.fill(0)
+        together.take_highest(scores, bound, count, room, ids, taken)
+        return ids
+
+    def numpy() -> Any:
+        chosen = np.zeros((n_tokens, n), np.bool_)
+        np.put_along_axis(chosen, np.argsort(-scores, axis=0, kind="stable")[:room], True, axis=0)
+        return np.where(np.sort(~chosen, axis=1), -1, np.argsort(~chosen, axis=1, kind="stable"))
+
+    return Case(ours, {"numpy": numpy}, (numpy(),), (0,), Work(bytes=scores.nbytes), parallel=False)
 
 
 @CASES.add("assign_experts")

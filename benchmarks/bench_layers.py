@@ -11,16 +11,18 @@ the batched executor, whose replicas are stored once (gathering feature bands), 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+import wse_emu as wse
 from benchmarks.cases import F32, Cases, composed, normal, relative, torch_call, torch_side
 from benchmarks.mesh import EPS, Layer, alternate, gathered, put, room, streamed
 from benchmarks.racing import Call, Case, Race, Work
 from wse_emu.equivalence.tolerance import U, linear_bound, rms_norm_bound
-from wse_emu.foundation.attention_pattern import FULL
+from wse_emu.foundation.attention_pattern import FULL, AttentionPattern
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.routing_rule import MIXTRAL_ROUTING, RoutingRule
 from wse_emu.layers.assigned_routing import assign
@@ -34,7 +36,8 @@ from wse_emu.layers.norm import add_residual, rms_norm, stream_vector
 from wse_emu.layers.qk_norm import qk_norm
 from wse_emu.layers.rotary import ROTATE_QK, place_rotary
 from wse_emu.layers.router import RouterWeights, report_chosen, route
-from wse_emu.wafer.placement import Split
+from wse_emu.layers.tiles import move_tokens
+from wse_emu.wafer.placement import Split, TokenBands
 from wse_kernels.attention_mesh import mesh_attention, mesh_store_kv
 from wse_kernels.head_norm import mesh_head_norm
 
@@ -44,6 +47,35 @@ CASES = Cases()
 @pytest.mark.parametrize("name", CASES.keys())
 def test_layer(name: str, race: Race, smoke: bool) -> None:
     race.case(CASES[name](smoke))
+
+
+def test_a_window_of_256_among_4096_tokens(race: Race, smoke: bool) -> None:
+    """A window beside the same layer without one: what is not admitted is not computed, and that shows in time."""
+    layer, window, last = (Layer.tiny(40, 0), 4, 8) if smoke else (Layer(4096, 0), 256, 64)
+    wafer = wse.Wafer(replace(wse.WSE3, sram_bytes_per_core=1 << 20), rows=layer.rows, cols=layer.cols)
+    cache, sequences = layer.cache_with(wafer)
+    placed = put(wafer, layer.qkv, layer.heads.qkv)
+    cache.append(0, placed, sequences, layer.bands)
+    context = room(wafer, layer.n_tokens, layer.heads.context)
+    q, k, v = layer.published(layer.qkv.astype(np.float64))
+    query, key = np.arange(layer.n_tokens)[-last:, None], np.arange(layer.n_tokens)
+
+    def attend(pattern: AttentionPattern) -> F32:
+        attention(wafer, placed, context, cache, 0, sequences, layer.bands, pattern=pattern)
+        return context.flat
+
+    for pattern, width in ((AttentionPattern(window=window), window), (FULL, layer.n_tokens)):
+        attend(pattern)
+        found = layer.context_heads(gathered(context))[-last:]
+        for head in range(q.shape[1]):
+            scores = q[-last:, head] @ k[:, head // layer.q].T * layer.head_dim**-0.5
+            p = np.where((key <= query) & (query - key < width), np.exp(scores - scores.max(axis=1, keepdims=True)), 0)
+            right = p @ v[:, head // layer.q] / p.sum(axis=1, keepdims=True)
+            assert np.abs(found[:, head] - right).max() <= 4 * composed(right)
+    pairs = window * layer.n_tokens - window * (window - 1) // 2
+    work = Work(macs=2 * pairs * layer.n_kv * layer.q * layer.head_dim, tokens=layer.n_tokens)
+    row = race(lambda: attend(AttentionPattern(window=window)), {"no window": lambda: attend(FULL)}, work)
+    assert smoke or row.ratio("no window") >= 5, f"a window is only {row.ratio('no window'):.1f} times as fast"
 
 
 def both(name: str) -> Callable[[Callable[[Layer], Case]], Callable[[Layer], Case]]:
@@ -280,6 +312,23 @@ def _route(layer: Layer) -> Case:
     work = Work(macs=layer.n_tokens * w.size, bytes=x.nbytes + w.nbytes, tokens=layer.n_tokens)
     peers = {"numpy": numpy, **torch_side(torch)}
     return Case(ours, peers, (ids, weights, np.unique(ids)), (0, composed(weights), 0), work)
+
+
+@both("move_tokens")
+def _move_tokens(layer: Layer) -> Case:
+    """A tile of a quarter of the tokens, from its rows to all rows."""
+    wafer, x = layer.wafer(), layer.x
+    n = -(-layer.n_tokens // 4)
+    placed, part = put(wafer, x), TokenBands(n, layer.rows)
+    place = wafer.placement((n, layer.hidden), ("row", part.split), ("col", Split.balanced(layer.hidden, layer.cols)))
+    own = wafer.empty("tile", place)
+
+    def ours() -> Any:
+        move_tokens(wafer, placed, layer.bands, 0, own, part, 0, n)
+        return own
+
+    peers = {"numpy": lambda: x[:n].copy(), **torch_call(lambda _, v: v.clone(), x[:n])}
+    return Case(ours, peers, (x[:n],), (0,), Work(bytes=2 * x[:n].nbytes, tokens=n), look=gathered)
 
 
 @both("assign")

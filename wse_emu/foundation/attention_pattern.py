@@ -71,6 +71,8 @@ class AttentionPattern:
     column_spacing: int | None = None
     column_width: int | None = None
     """And ``column_width`` keys from each of the positions ``spacing - 1, 2 spacing - 1, ...``; both or none, with `window` or `chunk`."""
+    column_start: int | None = None
+    """Where the first column begins, if not at ``spacing - 1``."""
     block_size: int | None = None
     blocks: tuple[tuple[int, ...], ...] = ()
     """Block-sparse: block i of `block_size` queries sees the listed blocks of keys, its own among them. Alone."""
@@ -84,6 +86,10 @@ class AttentionPattern:
                 raise SpecError(f"attention pattern: `{name}` must be an integer >= 1 or None, got {value!r}")
         if type(self.sinks) is not int or self.sinks < 0:
             raise SpecError(f"attention pattern: `sinks` must be an integer >= 0, got {self.sinks!r}")
+        if self.column_start is not None and (type(self.column_start) is not int or self.column_start < 0):
+            raise SpecError(f"attention pattern: `column_start` must be an integer >= 0 or None, got {self.column_start!r}")
+        if self.column_start is not None and self.column_spacing is None:
+            raise SpecError("attention pattern: `column_start` needs `column_spacing` and `column_width`")
         local = self.window is not None or self.chunk is not None
         if self.window is not None and self.chunk is not None:
             raise SpecError(f"attention pattern: `window` and `chunk` are two local parts, give one; got {self.window} and {self.chunk}")
@@ -116,6 +122,49 @@ class AttentionPattern:
                 )
         if self.mask is not None and not callable(self.mask):
             raise SpecError(f"attention pattern: `mask` must be a function of query and key positions, got {self.mask!r}")
+
+    @staticmethod
+    def fixed(*, local_attn_ctx: int = 128, vert_size: int = 8, subset: int = 0) -> AttentionPattern:
+        """Child et al.'s fixed pattern, as GPT-3 and ModelZoo have it: a query's own block, and in every block some of the last columns.
+
+        Parameters
+        ----------
+        local_attn_ctx : int
+            Keys of a block (the stride).
+        vert_size : int
+            Columns of a block; must divide it.
+        subset : int
+            Which ones: the last `vert_size`, or so many times `vert_size` further to the front.
+
+        Raises
+        ------
+        SpecError
+            If they do not fit a block.
+        """
+        for name, value, least in (("local_attn_ctx", local_attn_ctx, 1), ("vert_size", vert_size, 1), ("subset", subset, 0)):
+            if type(value) is not int or value < least:
+                raise SpecError(f"fixed pattern: `{name}` must be an integer >= {least}, got {value!r}")
+        if local_attn_ctx % vert_size:
+            raise SpecError(f"fixed pattern: `vert_size` must divide `local_attn_ctx`, got {vert_size} and {local_attn_ctx}")
+        if subset >= local_attn_ctx // vert_size:
+            raise SpecError(f"fixed pattern: `subset` must be below {local_attn_ctx // vert_size} (blocks of {vert_size}), got {subset}")
+        start = local_attn_ctx - (subset + 1) * vert_size
+        return AttentionPattern(chunk=local_attn_ctx, column_spacing=local_attn_ctx, column_width=vert_size, column_start=start)
+
+    @staticmethod
+    def memory(*, attn_memory_chunk_size: int, num_memory_tokens_per_chunk: int) -> AttentionPattern:
+        """ModelZoo's chunked mask for memory tokens, which follow every chunk of a prompt (see `wse_emu.foundation.memory_tokens`).
+
+        A query sees its own chunk with its memory tokens, and columns as wide as those of each earlier one; their first is the last memory
+        token (ModelZoo's columns begin at ``spacing - 1``), so with several they reach into the next chunk.
+        """
+        for name, value in (
+            ("attn_memory_chunk_size", attn_memory_chunk_size), ("num_memory_tokens_per_chunk", num_memory_tokens_per_chunk),
+        ):  # fmt: skip
+            if type(value) is not int or value < 1:
+                raise SpecError(f"memory tokens: `{name}` must be an integer >= 1, got {value!r}")
+        size = attn_memory_chunk_size + num_memory_tokens_per_chunk
+        return AttentionPattern(chunk=size, column_spacing=size, column_width=num_memory_tokens_per_chunk)
 
     @property
     def is_full(self) -> bool:
@@ -186,11 +235,12 @@ class AttentionPattern:
         if self.column_spacing is None or self.column_width is None:
             return np.zeros_like(low), np.zeros((0, 2), np.int64)
         p, w = self.column_spacing, self.column_width
-        # Column i begins at (i + 1) p - 1; those that end after `low` and begin before `high`.
-        begin = np.maximum((low - w + 1) // p, 0)
-        end = np.maximum(high // p, begin)
+        # Column i begins at s + i p; those that end after `low` and begin before `high`.
+        s = p - 1 if self.column_start is None else self.column_start
+        begin = np.maximum((low - w - s) // p + 1, 0)
+        end = np.maximum(-((s - high) // p), begin)
         counts = np.where(high > low, end - begin, 0)
-        starts = (np.repeat(begin, counts) + _within(counts) + 1) * p - 1
+        starts = s + (np.repeat(begin, counts) + _within(counts)) * p
         cut = np.stack([np.maximum(starts, np.repeat(low, counts)), np.minimum(starts + w, np.repeat(high, counts))], axis=1)
         keep = cut[:, 0] < cut[:, 1]
         owner = np.repeat(np.arange(len(low)), counts)[keep]
