@@ -72,8 +72,9 @@ def visible(seq: Ints, pos: Ints, pattern: AttentionPattern = FULL) -> NDArray[n
         seen = q // pattern.chunk == k // pattern.chunk
     seen = seen | (k < pattern.sinks)
     if pattern.column_spacing is not None and pattern.column_width is not None:
-        # Columns begin at spacing - 1, 2 spacing - 1, ...
-        seen = seen | ((k >= pattern.column_spacing - 1) & ((k + 1) % pattern.column_spacing < pattern.column_width))
+        # Columns begin at spacing - 1, 2 spacing - 1, ..., if they are not said to begin elsewhere.
+        first = pattern.column_spacing - 1 if pattern.column_start is None else pattern.column_start
+        seen = seen | ((k >= first) & ((k - first) % pattern.column_spacing < pattern.column_width))
     return causal & seen
 
 
