@@ -98,7 +98,7 @@ def _values(sink: StreamedVector | None) -> NDArray[np.float32]:
     if sink is None:
         return NO_SINK
     assert sink.values is not None
-    return sink.values
+    return sink.values.copy()  # writable, as `NO_SINK` is: one compiled specialisation
 
 
 @contextmanager
