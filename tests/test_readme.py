@@ -126,7 +126,7 @@ def code_of(page: Path) -> list[str]:
 
 def test_commands_of_the_readme_exist(capsys: pytest.CaptureFixture[str]) -> None:
     known = {command.callback.__name__ for command in app.registered_commands if command.callback is not None}
-    assert known == {"run", "verify", "plan", "cache"}
+    assert known == {"run", "verify", "plan", "sparsify", "cache"}
     for command in re.findall(r"^`?wse-emu ([a-z]+)", "\n".join(code_of(ROOT / "README.md")), flags=re.MULTILINE):
         assert invoke([command, "--help"]) == 0
 

@@ -15,6 +15,7 @@ from wse_emu.cli.cache import cache
 from wse_emu.cli.exits import EXIT_HELP, Exit, report
 from wse_emu.cli.plan import plan
 from wse_emu.cli.run import run
+from wse_emu.cli.sparsify import sparsify
 from wse_emu.cli.verify import verify
 
 P = ParamSpec("P")
@@ -45,7 +46,7 @@ def _guarded(command: Callable[P, int]) -> Callable[P, int]:
     return guarded
 
 
-for _command in (run, verify, plan, cache):
+for _command in (run, verify, plan, sparsify, cache):
     app.command(epilog=EXIT_HELP)(_guarded(_command))
 
 

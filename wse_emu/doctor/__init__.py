@@ -1,0 +1,1 @@
+"""Looking at models: which layers bear sparse attention."""
