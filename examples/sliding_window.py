@@ -1,7 +1,7 @@
 """Sliding-window against full attention: the same model and prompt, and what the ledger says of the attention.
 
-A window is a mask. Keys and values outside of every window stay where they are in the cache; nothing is computed with them, and queries do
-not visit the rows of cores that hold only such keys.
+Nothing is computed with keys outside of the window, and queries do not visit the rows of cores that hold only such keys. Keys and values
+that no later query can see are given up: the cache keeps as many tokens as the window.
 
     python examples/sliding_window.py
 """

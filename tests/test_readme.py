@@ -155,11 +155,11 @@ def test_command_line_page_has_every_key_of_every_document(
 ) -> None:
     monkeypatch.setattr(build, "cache_directory", lambda cache_dir=None: tmp_path)
     text = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
-    listed: dict[str, list[str]] = {command: [] for command in ("run", "verify", "plan", "cache")}
+    listed: dict[str, list[str]] = {command: [] for command in ("run", "verify", "plan", "sparsify", "cache")}
     for keys, commands in re.findall(r"^\| (`[a-z_`, ]+`) \| ([a-z, ]+) \|", text.partition("## JSON documents")[2], flags=re.MULTILINE):
         for command in listed if commands == "all" else commands.split(", "):
             listed[command] += re.findall(r"`([a-z_]+)`", keys)
-    words = {"run": ["--max-new-tokens", "1", "--no-verify"], "verify": [], "plan": [str(shipped_model())], "cache": []}
+    words = {"run": ["--max-new-tokens", "1", "--no-verify"], "verify": [], "plan": [str(shipped_model())], "sparsify": [], "cache": []}
     for command, more in words.items():
         assert invoke([command, *more, "--json"]) == 0
         document = json.loads(capsys.readouterr().out)
