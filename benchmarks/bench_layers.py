@@ -38,8 +38,10 @@ from wse_emu.layers.rotary import ROTATE_QK, place_rotary
 from wse_emu.layers.router import RouterWeights, report_chosen, route
 from wse_emu.layers.tiles import move_tokens
 from wse_emu.wafer.placement import Split, TokenBands
+from wse_emu.wafer.tensor import PlacedTensor
 from wse_kernels.attention_mesh import mesh_attention, mesh_store_kv
 from wse_kernels.head_norm import mesh_head_norm
+from wse_kernels.norm import mesh_rms_norm
 
 CASES = Cases()
 
@@ -107,11 +109,22 @@ def _edges(layer: Layer) -> Case:
 
 @both("rms_norm")
 def _rms_norm(layer: Layer) -> Case:
+    return _norm_case(layer, lambda wafer, x, weight, out: rms_norm(wafer, x, "norm", weight, EPS, out, layer.bands))
+
+
+@both("mesh_rms_norm")
+def _mesh_rms_norm(layer: Layer) -> Case:
+    size, eps, starts = np.float32(layer.hidden), np.float32(EPS), Split.balanced(layer.hidden, layer.cols).offsets
+    return _norm_case(layer, lambda wafer, x, weight, out: mesh_rms_norm(x.flat, layer.n_tokens, starts, weight, size, eps, out.flat))
+
+
+def _norm_case(layer: Layer, act: Callable[[wse.Wafer, PlacedTensor, F32, PlacedTensor], None]) -> Case:
+    """A way to normalise tokens, beside its peers."""
     wafer, x, weight = layer.wafer(), layer.x, normal(layer.hidden, seed=1)
     placed, out = put(wafer, x), room(wafer, layer.n_tokens, Split.balanced(layer.hidden, layer.cols))
 
     def ours() -> Any:
-        rms_norm(wafer, placed, "norm", weight, EPS, out, layer.bands)
+        act(wafer, placed, weight, out)
         return out
 
     def torch(t: Any, of: Any) -> Call:

@@ -87,6 +87,8 @@ def test_a_verified_run_takes_exactly_the_planned_peak(family, grid, n_prompt, p
 )  # fmt: skip
 @example("mixtral", (2, 2), 5000, 57, 7, 15, 284, 32, False)
 @example("mixtral", (3, 4), 150, 13, 38, 44, 2, 2, False)
+@example("llama", (1, 6), 150, 44, 4, 1, 0, 32, False)
+@example("llama", (1, 6), 150, 47, 1, 1, 0, 32, False)
 def test_fewer_tokens_and_shorter_contexts_never_need_more(family, grid, vocab, new, more_new, before, more_before, chunk, probe) -> None:
     """Whoever planned for much may run less: a shorter prompt, a batch of which some sequences ended.
 

@@ -26,16 +26,21 @@ def vocabulary_passes(wafer: Wafer, vocab_size: int, bands: TokenBands) -> list[
     return [(first, min(first + step, vocab_size)) for first in range(0, vocab_size, step)]
 
 
-def _unused_words(wafer: Wafer, vocab_size: int, bands: TokenBands) -> int:
-    """Words of a core's room for logits that whole tiles leave over.
+def _unused_words(wafer: Wafer, vocab_size: int, bands: TokenBands, k_split: Split, chunk: int) -> int:
+    """Words of a core's room for logits, and for the work of computing them, that whole tiles leave over.
 
-    They are reserved too: fewer tokens (a shorter prompt, a sequence that ended) then never need more SRAM than many.
+    They are reserved too: fewer tokens (a shorter prompt, a sequence that ended) then never need more SRAM than many. Many tokens go
+    through the vocabulary in more passes, whose pieces may be narrower than those of few.
     """
-    n_tokens = bands.split.max_size
-    wanted = n_tokens * Split.balanced(vocab_size, wafer.cols).max_size
+    n_tokens, n_bands = bands.split.max_size, bands.n_feature_bands
+    widest = Split.balanced(vocab_size, wafer.cols).max_size
     first, last = vocabulary_passes(wafer, vocab_size, bands)[0]
-    used = n_tokens * Split.balanced(last - first, wafer.cols).max_size
-    return max(0, min(_LOGIT_BYTES // 4, wanted) - used)
+    block = Split.balanced(last - first, wafer.cols).max_size
+    room = min(_LOGIT_BYTES // 4, n_tokens * widest)
+    piece, widest_piece = (min(max(1, chunk), -(-width // n_bands)) for width in (block, widest))
+    work = max(0, min(room, n_tokens * widest_piece) - n_tokens * piece)
+    slabs = 2 * k_split.max_size * (widest_piece - piece)
+    return max(0, room - n_tokens * block) + 3 * work + slabs  # partial, incoming and delivered sums
 
 
 def logits(
@@ -65,7 +70,7 @@ def logits(
     """
     shape = (wanted.n_tokens, head.n_out)
     out = np.broadcast_to(np.float32(0), shape) if wafer.is_dry else np.zeros(shape, np.float32)
-    unused = np.full(wafer.cols, _unused_words(wafer, head.n_out, bands))
+    unused = np.full(wafer.cols, _unused_words(wafer, head.n_out, bands, x.placement.axis1[1], chunk))
     with wafer.sram.reserved("room for more logits", np.ones(wafer.rows, np.int64), unused, 4):
         for first, last in vocabulary_passes(wafer, head.n_out, bands):
             n = last - first
