@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,6 +126,17 @@ def judge_together(
     `own_scores` (T, E) are the run's own; the decision follows from them without another rounding.
     """
     expected = routing.choose_together(own_scores.astype(np.float64), together, k, rule)
+    return _judge_exactly(topk_ids, expected, lambda token: f"by the scores of all tokens it is {expected[token].tolist()}")
+
+
+def judge_assigned(topk_ids: NDArray[np.int64], numbers: NDArray[np.int64], num_experts: int) -> LayerRouting:
+    """Judge decisions by number (hash, uniform): nothing is excused."""
+    expected = routing.assigned(numbers, num_experts, topk_ids.shape[1])
+    return _judge_exactly(topk_ids, expected, lambda token: f"number {int(numbers[token])} names {expected[token].tolist()}")
+
+
+def _judge_exactly(topk_ids: NDArray[np.int64], expected: NDArray[np.int64], reason: Callable[[int], str]) -> LayerRouting:
+    """The first decision that is not the expected one is the fault; `reason` says of a token what it should be."""
     wrong = np.argwhere(topk_ids != expected)
     out = LayerRouting()
     if len(wrong):
@@ -132,22 +144,7 @@ def judge_together(
         out.misordered = out.faulty_tokens = len(np.unique(wrong[:, 0]))
         out.fault = RoutingFault(
             token=token, slot=slot, expert=max(int(topk_ids[token, slot]), 0), gap=0.0, tolerance=0.0,
-            message=f"chose experts {topk_ids[token].tolist()}, by the scores of all tokens it is {expected[token].tolist()}",
-        )  # fmt: skip
-    return out
-
-
-def judge_assigned(topk_ids: NDArray[np.int64], numbers: NDArray[np.int64], num_experts: int) -> LayerRouting:
-    """Judge decisions by number (hash, uniform): nothing is excused."""
-    expected = routing.assigned(numbers, num_experts, topk_ids.shape[1])
-    wrong = np.argwhere(topk_ids != expected)
-    out = LayerRouting()
-    if len(wrong):
-        token, slot = (int(v) for v in wrong[0])
-        out.misordered = out.faulty_tokens = len(np.unique(wrong[:, 0]))
-        out.fault = RoutingFault(
-            token=token, slot=slot, expert=int(topk_ids[token, slot]), gap=0.0, tolerance=0.0,
-            message=f"chose experts {topk_ids[token].tolist()}, number {int(numbers[token])} names {expected[token].tolist()}",
+            message=f"chose experts {topk_ids[token].tolist()}, {reason(token)}",
         )  # fmt: skip
     return out
 
