@@ -371,7 +371,7 @@ def _experts_ffn(layer: Layer) -> Case:
     routing = route(wafer, placed, RouterWeights(streamed(_gate(layer))), layer.bands, k, MIXTRAL_ROUTING)
 
     def ours() -> Any:
-        experts_ffn(wafer, placed, routing, experts, layer.ffn, out, layer.bands, n_experts=layer.n_experts)
+        experts_ffn(wafer, placed, routing, [experts], layer.ffn, out, layer.bands, n_experts=layer.n_experts)
         return out
 
     def by_formula(v: Any, weights: Any) -> Any:

@@ -10,6 +10,7 @@ they are then taken from a buffer larger than any cache, another copy for each c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from benchmarks.racing import Call, Case, Race, Work
 from wse_emu.equivalence.tolerance import U, linear_bound
 from wse_emu.layers.linear import all_gather_bands, matmul
 from wse_emu.wafer.placement import Split, TokenBands
+from wse_kernels.experts import mesh_experts
 from wse_kernels.fma import fma
 from wse_kernels.matmul import COMBINE, STORE, SWIGLU, WEIGHT_TILE_COLS, mesh_matmul
 
@@ -156,6 +158,63 @@ SHAPES = (
     Shape("decode of two", 2, 2, 1024, 3584, 32, SWIGLU),
     Shape("decode of eight", 8, 8, 1024, 3584, 32, SWIGLU),
 )
+
+
+@pytest.mark.parametrize("n_experts", [2, 4])
+def test_experts_of_a_token(n_experts: int, race: Race, smoke: bool) -> None:
+    """The experts that a token chose, all in one driver; the peers go from one to the next. Their weights come from memory."""
+    n_in, width, n_cols = (6, 4, 3) if smoke else (1024, 2048 // n_experts, 32)
+    n_sets = 1 if smoke else max(1, COLD_BYTES // (12 * n_experts * n_in * width))
+    x, scale = normal(1, n_in), np.full(n_experts, 1 / n_experts, np.float32)
+    nets = [
+        [normal(n_in, 2 * width, seed=e, scale=n_in**-0.5), normal(width, n_in, seed=1000 + e, scale=width**-0.5)]
+        for e in range(n_sets * n_experts)
+    ]  # fmt: skip
+    gate_ups, downs = ([streamed(pair[i]).values for pair in nets] for i in (0, 1))
+    k_starts, hidden_starts = (Split.balanced(n, n_cols).offsets for n in (n_in, width))
+    starts, rows, out = np.arange(n_experts + 1), np.zeros(n_experts, np.int64), np.zeros(n_in, np.float32)
+    turn = 0
+
+    def next_set() -> slice:
+        nonlocal turn
+        turn = (turn + 1) % n_sets
+        return slice(turn * n_experts, (turn + 1) * n_experts)
+
+    def ours() -> Any:
+        some = next_set()
+        out.fill(0)
+        mesh_experts(
+            x.ravel(), 1, k_starts, starts, rows, scale, gate_ups[some], downs[some], n_in, width, SWIGLU,
+            hidden_starts, out, 1, k_starts, n_in,
+        )  # fmt: skip
+        return out.copy()
+
+    def by_formula(v: Any, some: Any, silu: Callable[[Any], Any]) -> Any:
+        total = 0
+        for gate_up, down in some:
+            y = v @ gate_up
+            total = total + (silu(y[:, ::2]) * y[:, 1::2]) @ down / n_experts
+        return total
+
+    def numpy() -> Any:
+        return by_formula(x, nets[next_set()], lambda g: g / (1 + np.exp(-g)))
+
+    def torch(t: Any, of: Any) -> Call:
+        a, copies = of(x), [[of(m) for m in pair] for pair in nets]
+        return lambda: by_formula(a, copies[next_set()], t.nn.functional.silu)
+
+    peers = {"numpy": numpy, **torch_side(torch)}
+    for name, call in {"ours": ours, **peers}.items():
+        turn = -1
+        right = by_formula(x.astype(np.float64), [[m.astype(np.float64) for m in pair] for pair in nets[:n_experts]], _silu64)
+        # Three sums behind each other, of at most 2,048 terms: their roundings add up to some sqrt(3 * 2048) * U = 5e-6 of the result.
+        assert np.abs(np.asarray(call()) - right).max() <= 5e-5 * np.abs(right).max(), name
+    words = 3 * n_experts * n_in * width
+    race(ours, peers, Work(words, 4 * words, 1))
+
+
+def _silu64(x: Any) -> Any:
+    return x / (1 + np.exp(-x))
 
 
 def place(x: F32, starts: I64) -> F32:

@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 from wse_kernels._jit import helper, kernel
 from wse_kernels.ffn import geglu_into, swiglu_into
 from wse_kernels.fma import fma
+from wse_kernels.matmul_parts import GROUPS_PER_THREAD, STREAMS, WEIGHT_TILE_COLS, thin_tiles, write_strip
 from wse_kernels.matmul_tile import (
     COLS,
     ROWS,
-    THIN_COLS,
     THIN_ROWS,
     add_tiles,
     fma_step,
-    load_thin,
     load_tile,
     read_only,
     store_tile,
@@ -46,20 +45,8 @@ COMBINE = 2
 GEGLU = 3
 """`mesh_matmul` writes ``out[out_rows[i], f] = gelu_tanh(acc[2 f]) * acc[2 f + 1]``."""
 
-WEIGHT_TILE_COLS = 128
-"""Columns of one tile of a weight matrix at rest: each tile is one C-contiguous ``(n_in, <= WEIGHT_TILE_COLS)`` block."""
-
 _K_BLOCK = 2048
 """Rows of a strip of weights that stay in the CPU's second-level cache while the rows of x pass."""
-
-_STREAMS = 4
-"""Weight tiles that a product of a few rows reads side by side: memory delivers several streams faster than one."""
-
-_THIN_BLOCK = 2
-"""Rows of a weight tile that it reads before it turns to the next tile."""
-
-_GROUPS_PER_THREAD = 4
-"""Groups of weight tiles for every thread, at least: the last one of a thread keeps nobody waiting for long."""
 
 _BLOCKS_PER_THREAD = 16
 """With this many row blocks for every thread the rows are shared out, and each is packed once; otherwise the strips."""
@@ -164,81 +151,6 @@ def _pack_strip(w: F32, w0: int, stride: int, n: int, n_in: int, b: F32) -> None
 
 
 @helper
-def _write_strip(
-    t: F32, i0: int, i1: int, j0: int, j1: int,
-    out: F32, n_out_rows: int, out_starts: I64, out_rows: I64, scale: F32, combine: bool,
-) -> None:  # fmt: skip
-    """Write the block `t` as rows i0 to i1 and columns j0 to j1 of the output, into the panels of their owners."""
-    lo, hi = 0, out_starts.shape[0] - 1  # out_starts[lo] <= j0 < out_starts[hi]
-    while hi - lo > 1:
-        mid = (lo + hi) // 2
-        if out_starts[mid] <= j0:
-            lo = mid
-        else:
-            hi = mid
-    j = j0
-    while j < j1:
-        begin, end = out_starts[lo], out_starts[lo + 1]
-        n = min(j1, end) - j
-        for i in range(i1 - i0):
-            to = n_out_rows * begin + out_rows[i0 + i] * (end - begin) + j - begin
-            if combine:
-                s = scale[i0 + i]
-                for q in range(n):
-                    out[to + q] = fma(s, t[i, j - j0 + q], out[to + q])
-            else:
-                for q in range(n):
-                    out[to + q] = t[i, j - j0 + q]
-        j += n
-        lo += 1
-
-
-@helper
-def _thin_tiles(x: F32, n_x_rows: int, k_starts: I64, rows: I64, w: F32, w0: int, n_in: int, n: int, p: F32, total: F32) -> None:
-    """A few rows times the weight tiles from ``w[w0]`` on, n columns in all, chained over all wafer columns; to `total`, -0.0 beyond.
-
-    Tiles are read side by side, each once and in the order in which it lies. `p` is scratch: the partials of the wafer column at work.
-    """
-    m = rows.shape[0]
-    for i in range(m):
-        for j in range(total.shape[1]):
-            total[i, j] = np.float32(-0.0)
-    for c in range(k_starts.shape[0] - 1):
-        k0, k1 = k_starts[c], k_starts[c + 1]
-        if k0 == k1:
-            continue
-        for i in range(m):
-            for j in range(n):
-                p[i, j] = np.float32(0.0)
-        for first in range(k0, k1, _THIN_BLOCK):
-            n_k = min(_THIN_BLOCK, k1 - first)
-            for j0 in range(0, n, WEIGHT_TILE_COLS):
-                width = min(WEIGHT_TILE_COLS, n - j0)
-                tile = w0 + j0 * n_in + first * width
-                for i in range(m):
-                    x0, p0 = n_x_rows * k0 + rows[i] * (k1 - k0) + first - k0, i * p.shape[1] + j0
-                    for j in range(0, width - THIN_COLS + 1, THIN_COLS):
-                        acc = load_thin(p, p0 + j)
-                        for k in range(n_k):
-                            acc = fma_step(acc, x, x0 + k, w, tile + k * width + j)
-                        store_tile(acc, p, p0 + j)
-                    if width % THIN_COLS:
-                        _thin_rest(x, x0, n_k, w, tile, width, p[i], j0)
-        for i in range(m):
-            for j in range(n):
-                total[i, j] = total[i, j] + p[i, j]
-
-
-@helper
-def _thin_rest(x: F32, x0: int, n_k: int, w: F32, w0: int, width: int, p: F32, p0: int) -> None:
-    """Columns of a weight tile that fill no thin tile."""
-    for k in range(n_k):
-        a = x[x0 + k]
-        for j in range(width // THIN_COLS * THIN_COLS, width):
-            p[p0 + j] = fma(a, w[w0 + k * width + j], p[p0 + j])
-
-
-@helper
 def _thin_matmul(
     tickets: I64, n_parts: int, x: F32, n_x_rows: int, k_starts: I64, rows: I64,
     w: F32, w_offset: int, n_in: int, n_out: int,
@@ -246,14 +158,14 @@ def _thin_matmul(
 ) -> None:  # fmt: skip
     """`mesh_matmul` for a few rows: groups of weight tiles, each read once for every row; `p`, `t` and `h` are scratch."""
     n_tiles = (n_out + WEIGHT_TILE_COLS - 1) // WEIGHT_TILE_COLS
-    n_groups = (n_tiles + _STREAMS - 1) // _STREAMS
+    n_groups = (n_tiles + STREAMS - 1) // STREAMS
     if n_parts > 1:
-        n_groups = max(n_groups, min(n_tiles, _GROUPS_PER_THREAD * n_parts))
+        n_groups = max(n_groups, min(n_tiles, GROUPS_PER_THREAD * n_parts))
     group = take_ticket(tickets)
     while group < n_groups:
         j0 = n_tiles * group // n_groups * WEIGHT_TILE_COLS
         j1 = min(n_tiles * (group + 1) // n_groups * WEIGHT_TILE_COLS, n_out)
-        _thin_tiles(x, n_x_rows, k_starts, rows, w, w_offset + j0 * n_in, n_in, j1 - j0, p, t)
+        thin_tiles(x, n_x_rows, k_starts, rows, w, w_offset + j0 * n_in, n_in, j1 - j0, p, t)
         block = t
         if mode in (SWIGLU, GEGLU):
             if mode == SWIGLU:
@@ -261,7 +173,7 @@ def _thin_matmul(
             else:
                 geglu_into(t, 0, h)
             block, j0, j1 = h, j0 // 2, j1 // 2
-        _write_strip(block, 0, rows.shape[0], j0, j1, out, n_out_rows, out_starts, out_rows, scale, mode == COMBINE)
+        write_strip(block, 0, rows.shape[0], j0, j1, out, n_out_rows, out_starts, out_rows, scale, mode == COMBINE)
         group = take_ticket(tickets)
 
 
@@ -274,7 +186,7 @@ def _mesh_matmul(
     """One part of `mesh_matmul`: groups of tiles by ticket, its row blocks of all strips, or its piece of the sequence of both."""
     m = rows.shape[0]
     if m <= THIN_ROWS:
-        width = _STREAMS * WEIGHT_TILE_COLS
+        width = STREAMS * WEIGHT_TILE_COLS
         _thin_matmul(
             tickets, n_parts, x, n_x_rows, k_starts, rows, w, w_offset, n_in, n_out, out, n_out_rows, out_starts, out_rows, scale, mode,
             np.empty((m, width), np.float32), np.empty((m, width), np.float32), np.empty((m, width // 2), np.float32),
@@ -317,7 +229,7 @@ def _mesh_matmul(
             else:
                 geglu_into(t[: i1 - i0], 0, h[: i1 - i0])
             block, j0, j1 = h, j0 // 2, j1 // 2
-        _write_strip(block, i0, i1, j0, j1, out, n_out_rows, out_starts, out_rows, scale, mode == COMBINE)
+        write_strip(block, i0, i1, j0, j1, out, n_out_rows, out_starts, out_rows, scale, mode == COMBINE)
 
 
 _driver = Driver(_mesh_matmul)

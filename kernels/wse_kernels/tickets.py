@@ -1,4 +1,8 @@
-"""Tickets: pieces of work that the threads at one job take as they come, so that one which began late delays nobody."""
+"""Tickets: pieces of work that the threads at one job take as they come, so that one which began late delays nobody.
+
+What a thread wrote before it took a ticket is there for whoever sees, by a ticket or by `tickets_taken`, that it was taken: threads that
+take one for each piece that they have *finished* can so wait for each other.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +30,25 @@ def take_ticket(tickets: NDArray[np.int64]) -> int:
     return number
 
 
-def _type_take_ticket(context: Any) -> Callable[..., Any]:
+def tickets_taken(tickets: NDArray[np.int64]) -> int:
+    """Return how many were taken until now."""
+    return int(tickets[0])
+
+
+def _type_of_number(context: Any) -> Callable[..., Any]:
     return lambda tickets: types.int64
 
 
 def _lower_take_ticket(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     counter = context.make_array(signature.args[0])(context, builder, args[0]).data
-    return builder.atomic_rmw("add", counter, ir.IntType(64)(1), "monotonic")
+    return builder.atomic_rmw("add", counter, ir.IntType(64)(1), "acq_rel")
 
 
-type_callable(take_ticket)(_type_take_ticket)
-_lower_builtin(take_ticket, types.Array)(_lower_take_ticket)
+def _lower_tickets_taken(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    counter = context.make_array(signature.args[0])(context, builder, args[0]).data
+    return builder.load_atomic(counter, "acquire", 8)
+
+
+for _number, _lower in ((take_ticket, _lower_take_ticket), (tickets_taken, _lower_tickets_taken)):
+    type_callable(_number)(_type_of_number)
+    _lower_builtin(_number, types.Array)(_lower)

@@ -160,6 +160,7 @@ def test_sizes_have_no_default(name: str) -> None:
         ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "beta_fast": 1, "beta_slow": 2}}, "`beta_slow` and `beta_fast` must be"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "attention_factor": 0}}, "`attention_factor` must be positive"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "attention_factor": 3.5e38}}, "must be positive, in float32"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2}, "rope_theta": 1}, "`rope_theta` must be above 1"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2}, "head_dim": 2}, "`head_dim` must be at least 4"),
         (

@@ -140,9 +140,9 @@ def test_gpt_oss_is_stretched_and_biased_unless_it_says_otherwise() -> None:
 
 def test_rules_that_break_are_errors_of_the_file() -> None:
     for config, change, message in (
-        (GRANITE, {"residual_multiplier": -1.0}, "`residual` of `scales` must be a positive finite number"),
+        (GRANITE, {"residual_multiplier": -1.0}, "`residual` of `scales` must be a positive number that float32 can hold"),
         (DOTS, {"topk_group": 5}, "`topk_group` must not exceed `n_group`"),
-        (GEMMA, {"attn_logit_softcapping": 0.0}, "`scores_cap` of `scales` must be a positive finite number"),
+        (GEMMA, {"attn_logit_softcapping": 0.0}, "`scores_cap` of `scales` must be a positive number that float32 can hold"),
     ):
         with pytest.raises(ConfigError, match=f"config.json: {message}"):
             parse_config({**config, **change})

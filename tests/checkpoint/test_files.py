@@ -29,6 +29,12 @@ def complete(directory: Path, n_shards: int = 1) -> Path:
     return directory
 
 
+def test_a_name_longer_than_the_system_takes_is_cut_in_the_message(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be opened: File name too long") as error:
+        OpenFile(tmp_path / ("9" * 5000), ConfigError)
+    assert len(str(error.value)) < 200
+
+
 def test_reads_what_is_there(tmp_path: Path) -> None:
     content = bytes(range(256)) * 9000  # more than one piece of a hash
     (tmp_path / "f").write_bytes(content)

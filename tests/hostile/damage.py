@@ -47,7 +47,7 @@ sensible = st.fixed_dictionaries(
         "factor": st.sampled_from([1, 1.0, 2.0, 7.5, 1e12, 1e308]),
         "original_max_position_embeddings": st.sampled_from([1, 2, 16, 64, 2**31]),
         "low_freq_factor": st.sampled_from([1.0, 2.0]), "high_freq_factor": st.sampled_from([1.0, 4.0]), "short_factor": factors,
-        "long_factor": factors, "attention_factor": st.sampled_from([0.5, 1.0, 1e30]), "beta_fast": st.sampled_from([1, 32]),
+        "long_factor": factors, "attention_factor": st.sampled_from([0.5, 1.0, 1e30, 3.5e38]), "beta_fast": st.sampled_from([1, 32]),
         "beta_slow": st.sampled_from([1, 1e-3]), "mscale": st.sampled_from([0.0, 1.0]), "truncate": st.booleans(),
     },
 )  # fmt: skip
@@ -388,6 +388,7 @@ LAYOUT_STEPS = st.one_of(
 def apply_to_layout(file: Path, step: tuple[Any, ...]) -> None:
     """Do one of `LAYOUT_STEPS`; times are those of now."""
     name, *arguments = step
+    (file.parent.parent / "outside").mkdir(exist_ok=True)
     _STEPS[name](file.parent, file.name, *arguments)
 
 

@@ -20,12 +20,13 @@ SECONDS = 60
 MORE_BYTES = 1 << 30
 """Address space that a case may ask for beyond what the process has."""
 
-_opened: list[str] | None = None
+_opened: list[str | bytes] | None = None
+"""Files that were opened, links followed as they were at that moment."""
 
 
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
     if _opened is not None and event == "open" and isinstance(arguments[0], (str, bytes)):
-        _opened.append(os.fsdecode(arguments[0]))
+        _opened.append(os.path.realpath(arguments[0]))
 
 
 sys.addaudithook(_hook)
@@ -85,10 +86,9 @@ def watched_opens(root: Path) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, limits)
         _opened = None
     outside = os.path.realpath(root / "outside")
-    for path in opened:
-        real = os.path.realpath(path)
-        assert real.startswith(allowed), f"opened outside of the directory: {path}"
-        assert not real.startswith(outside), f"opened through a link: {path}"
+    for path in map(os.fsdecode, opened):
+        assert path.startswith(allowed), f"opened outside of the directory: {path}"
+        assert not path.startswith(outside), f"opened through a link: {path}"
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from wse_kernels._jit import kernel
-from wse_kernels.tickets import new_tickets, take_ticket
+from wse_kernels.tickets import new_tickets, take_ticket, tickets_taken
 
 N = 200_000
 
@@ -45,3 +45,29 @@ def test_no_number_is_given_twice() -> None:
     assert (np.diff(first) > 0).all()
     assert (np.diff(second) > 0).all()
     np.testing.assert_array_equal(np.sort(np.concatenate([first, second])), np.arange(2 * N))
+
+
+def test_what_was_written_before_a_ticket_is_seen_behind_it() -> None:
+    @kernel(driver=True, cache=False)
+    def write(values: NDArray[np.int64], done: NDArray[np.int64]) -> None:
+        for i in range(values.shape[0]):
+            values[i] = i + 1
+            take_ticket(done)
+
+    @kernel(driver=True, cache=False)
+    def read(values: NDArray[np.int64], done: NDArray[np.int64]) -> int:
+        wrong = 0
+        for i in range(values.shape[0]):
+            while tickets_taken(done) <= i:
+                pass
+            wrong += values[i] != i + 1
+        return wrong
+
+    write(np.zeros(1, np.int64), new_tickets())
+    assert read(np.ones(1, np.int64), np.ones(1, np.int64)) == 0  # both are compiled
+    values, done = np.zeros(N, np.int64), new_tickets()
+    with ThreadPoolExecutor(2) as threads:
+        reader, writer = threads.submit(read, values, done), threads.submit(write, values, done)
+        writer.result()
+        assert reader.result() == 0
+    assert tickets_taken(done) == N

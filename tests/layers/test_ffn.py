@@ -106,9 +106,9 @@ def run(
         ) as routing:  # fmt: skip
             names = np.unique(routing.topk_ids) if streaming == "activated" else range(len(mix.experts))
 
-            def weights() -> Iterator[tuple[int, FfnWeights]]:
+            def weights() -> Iterator[list[tuple[int, FfnWeights]]]:
                 for expert in names:
-                    yield int(expert), mix.experts[expert].on(wafer, f"experts.{expert}.")
+                    yield [(int(expert), mix.experts[expert].on(wafer, f"experts.{expert}."))]
 
             experts_ffn(
                 wafer, x, routing, weights(), mix.width, out, bands, n_experts=len(mix.experts), chunk=mix.chunk, taps=taps

@@ -41,7 +41,7 @@ def mixture(experts: list[tuple[F32, F32]], top_k: int, rule: RoutingRule, imple
         gate = RouterWeights(streamed(wafer, normal(9, 6, n), "router"))
         with route(wafer, x, gate, bands, top_k, rule, probe=True) as routing:
             on_wafer = [(e, FfnWeights(*(streamed(wafer, w) for w in weights))) for e, weights in enumerate(experts)]
-            experts_ffn(wafer, x, routing, on_wafer, WIDTH, out, bands, n_experts=n, implementation=implementation)
+            experts_ffn(wafer, x, routing, [on_wafer], WIDTH, out, bands, n_experts=n, implementation=implementation)
         weights = np.zeros((len(X), n), np.float32)
         np.put_along_axis(weights, routing.topk_ids, routing.topk_weights, axis=1)
         assert routing.logits is not None

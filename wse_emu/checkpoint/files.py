@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import weakref
 from pathlib import Path
 from typing import Any
 
+from wse_emu.foundation.arguments import show
 from wse_emu.foundation.errors import CheckpointError, ConfigError
 
 Named = type[ConfigError] | type[CheckpointError]
@@ -49,7 +51,8 @@ class OpenFile:
                 raise error(f"{path}: a link to nothing: {os.readlink(path)}; download the file again") from None
             raise
         except OSError as e:
-            raise error(f"{path}: cannot be opened: {os.strerror(e.errno) if e.errno else e}") from e
+            name = show(str(path)) if e.errno == errno.ENAMETOOLONG else path
+            raise error(f"{name}: cannot be opened: {os.strerror(e.errno) if e.errno else e}") from e
         self._fd = fd
         self._finalizer = weakref.finalize(self, os.close, fd)
         info = os.fstat(fd)

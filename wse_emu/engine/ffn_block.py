@@ -11,7 +11,7 @@ from wse_emu.engine.forward_pass import ForwardPass
 from wse_emu.foundation.weights import layer_prefix
 from wse_emu.layers.assigned_routing import assign
 from wse_emu.layers.elementwise import gate_rows
-from wse_emu.layers.ffn import ExpertTaps, FfnWeights, dense_ffn, experts_ffn
+from wse_emu.layers.ffn import Experts, ExpertTaps, dense_ffn, experts_ffn, experts_together
 from wse_emu.layers.router import Routing, report_chosen, route
 from wse_emu.memoryx.prefetch import LayerStream
 from wse_emu.wafer.tensor import PlacedTensor
@@ -103,12 +103,13 @@ def _expert_taps(run: ForwardPass) -> ExpertTaps | None:
     return ExpertTaps(*(np.zeros((*shape, n), np.float32) for n in sizes))
 
 
-def _stream_experts(run: ForwardPass, chosen: Sequence[int], stream: LayerStream) -> Iterator[tuple[int, FfnWeights]]:
-    """Experts in ascending order; those that are not resident yet are made so one at a time."""
-    layer = run.current_layer
+def _stream_experts(run: ForwardPass, chosen: Sequence[int], stream: LayerStream) -> Iterator[Experts]:
+    """Experts in ascending order; those that are not resident yet are made so one at a time, or those together that few tokens chose."""
+    layer, size = run.current_layer, experts_together(run.bands.n_tokens)
     resident = run.options.stream_experts == "all"
-    for expert in chosen:
+    for first in range(0, len(chosen), size):
+        some = chosen[first : first + size]
         with ExitStack() as stack:
             if not resident:
-                stack.enter_context(stream.layer(run.weights.expert_names(layer, expert)))
-            yield expert, run.weights.expert(layer, expert)
+                stack.enter_context(stream.layer([name for expert in some for name in run.weights.expert_names(layer, expert)]))
+            yield [(expert, run.weights.expert(layer, expert)) for expert in some]

@@ -13,6 +13,7 @@ from wse_emu.foundation.errors import SpecError, WseError
 
 MAX_SEED = 1 << 128
 """Seeds lie below this; as large as the entropy that NumPy draws."""
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
 _SHOWN = 80
 _LONGEST_PATH = 4096
 

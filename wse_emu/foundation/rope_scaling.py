@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
+from wse_emu.foundation.arguments import MAX_FLOAT32
 from wse_emu.foundation.errors import SpecError
 
 RopeKind = Literal["linear", "dynamic", "yarn", "longrope", "llama3"]
@@ -63,8 +64,8 @@ class RopeScaling:
                 f"rotary scaling {self.kind}: `factor` times `original_max_position_embeddings` must be at most {MAX_CONTEXT} positions, "
                 f"got {self.factor!r} and {self.original_max_position_embeddings!r}"
             )
-        if self.attention_factor is not None and not 0 < self.attention_factor < math.inf:
-            raise SpecError(f"rotary scaling {self.kind}: `attention_factor` must be positive and finite, got {self.attention_factor!r}")
+        if self.attention_factor is not None and not 0 < self.attention_factor <= MAX_FLOAT32:
+            raise SpecError(f"rotary scaling {self.kind}: `attention_factor` must be positive, in float32, got {self.attention_factor!r}")
         if not 0 < self.beta_slow <= self.beta_fast < math.inf:
             raise SpecError(
                 f"rotary scaling {self.kind}: `beta_slow` and `beta_fast` must be positive, the first not larger, "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from wse_emu.foundation.arguments import MAX_FLOAT32
 from wse_emu.foundation.errors import SpecError
 
 
@@ -28,5 +28,5 @@ class Scales:
     def __post_init__(self) -> None:
         for name in ("embedding", "residual", "attention", "scores_cap", "logits", "logits_cap"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, float) and math.isfinite(value) and value > 0):
-                raise SpecError(f"`{name}` of `scales` must be a positive finite number, got {value!r}")
+            if value is not None and not (isinstance(value, float) and 0 < value <= MAX_FLOAT32):
+                raise SpecError(f"`{name}` of `scales` must be a positive number that float32 can hold, got {value!r}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -19,9 +20,10 @@ from wse_emu.layers.router import Routing
 from wse_emu.layers.stream import StreamedMatrix
 from wse_emu.wafer.kernel import Kernel
 from wse_emu.wafer.ledger import Event
-from wse_emu.wafer.placement import Split, TokenBands
+from wse_emu.wafer.placement import Ints, Split, TokenBands
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.wafer import Wafer
+from wse_kernels.experts import AT_ONCE, FEW_TOKENS, mesh_experts
 from wse_kernels.ffn import combine_rows, scale_rows
 from wse_kernels.norm import fill_zero
 from wse_kernels.routing import group_tokens, select_expert
@@ -67,6 +69,10 @@ class FfnWeights:
     def mode(self) -> int:
         """How `matmul` gates."""
         return SWIGLU if self.activation == "silu" else GEGLU
+
+
+Experts = Sequence[tuple[int, FfnWeights]]
+"""Experts by number, ascending."""
 
 
 def dense_ffn(
@@ -121,7 +127,7 @@ class ExpertTaps:
 
 
 def experts_ffn(
-    wafer: Wafer, x: PlacedTensor, routing: Routing, experts: Iterable[tuple[int, FfnWeights]], width: int, out: PlacedTensor,
+    wafer: Wafer, x: PlacedTensor, routing: Routing, experts: Iterable[Experts], width: int, out: PlacedTensor,
     bands: TokenBands, *, n_experts: int, chunk: int = DEFAULT_CHUNK, taps: ExpertTaps | None = None,
     implementation: MoeImplementation = "experimental", before: bool = False, begun: bool = False,
 ) -> None:  # fmt: skip
@@ -138,8 +144,8 @@ def experts_ffn(
     x, out : PlacedTensor, (T, hidden), float32
         `out` is written.
     routing : Routing
-    experts : iterable of (expert id, FfnWeights)
-        In ascending order; must hold every chosen expert.
+    experts : iterable of sequences of (expert id, FfnWeights)
+        In ascending order, those together whose weights are there at the same time; must hold every chosen expert.
     width : int
         Features of an expert's hidden layer.
     bands : TokenBands
@@ -167,25 +173,63 @@ def experts_ffn(
                 _mask_every_token(wafer, x, routing, experts, lists, h, out, bands, taps, chunk)
                 return
             scaled = stack.enter_context(wafer.empty("weighted tokens", x.placement)) if before else None
-            for expert, weights in experts:
-                selection = lists.selection(expert)
-                if weights.clamped is not None:
-                    slots = routing.topk_ids == expert
-                    _clamped(wafer, x, weights, h, out, bands, selection, scaled, lists.tokens(expert), slots, taps, chunk)
-                    complete = True
+            fused = wafer.cores is None and taps is None and not before and experts_together(bands.n_tokens) > 1
+            for group in experts:
+                if fused and all(weights.clamped is None for _, weights in group):
+                    _at_once(wafer, x, group, lists, h, out, bands, chunk)
                     continue
-                if scaled is None:
-                    matmul(wafer, x, weights.gate_up, h, bands, mode=weights.mode, take=selection, chunk=chunk)
-                else:
-                    _on_selected(wafer, SCALE_ROWS, selection, {"x": x, "out": scaled}, bands, compact="out")
-                    matmul(wafer, scaled, weights.gate_up, h, bands, mode=weights.mode, compact=selection, chunk=chunk)
-                    selection = replace(selection, scale=np.ones_like(selection.scale), scale_blocks=None)
-                all_gather_bands(wafer, h, bands, selection)
-                if taps is not None:
-                    _tap(wafer, h, weights, out, bands, selection, lists.tokens(expert), (routing.topk_ids == expert), taps, chunk)
-                matmul(wafer, h, weights.down, out, bands, mode=COMBINE, put=selection, chunk=chunk)
+                for expert, weights in group:
+                    selection = lists.selection(expert)
+                    if weights.clamped is not None:
+                        slots = routing.topk_ids == expert
+                        _clamped(wafer, x, weights, h, out, bands, selection, scaled, lists.tokens(expert), slots, taps, chunk)
+                        complete = True
+                        continue
+                    if scaled is None:
+                        matmul(wafer, x, weights.gate_up, h, bands, mode=weights.mode, take=selection, chunk=chunk)
+                    else:
+                        _on_selected(wafer, SCALE_ROWS, selection, {"x": x, "out": scaled}, bands, compact="out")
+                        matmul(wafer, scaled, weights.gate_up, h, bands, mode=weights.mode, compact=selection, chunk=chunk)
+                        selection = replace(selection, scale=np.ones_like(selection.scale), scale_blocks=None)
+                    all_gather_bands(wafer, h, bands, selection)
+                    if taps is not None:
+                        _tap(wafer, h, weights, out, bands, selection, lists.tokens(expert), (routing.topk_ids == expert), taps, chunk)
+                    matmul(wafer, h, weights.down, out, bands, mode=COMBINE, put=selection, chunk=chunk)
     if not complete:
         all_gather_bands(wafer, out, bands)
+
+
+def experts_together(n_tokens: int) -> int:
+    """How many experts are best streamed at a time for so many tokens: those of a few go through one driver together."""
+    return AT_ONCE if n_tokens <= FEW_TOKENS else 1
+
+
+def _at_once(
+    wafer: Wafer, x: PlacedTensor, experts: Experts, lists: _ExpertLists, h: PlacedTensor, out: PlacedTensor, bands: TokenBands, chunk: int
+) -> None:
+    """Several experts in one driver; on the wafer they come one by one, and are accounted for so."""
+    for expert, weights in experts:
+        tokens = lists.tokens(expert).tobytes()
+        program = _at_once, lists.kind, tokens, x.placement, out.placement, weights.gate_up.name, h.placement.shape, weights.mode, chunk
+        events = wafer.known_events(program)
+        if events is not None:
+            wafer.ledger.extend(events)
+            continue
+        with wafer.first_run(program):
+            selection = lists.selection(expert)
+            matmul(wafer, x, weights.gate_up, h, bands, mode=weights.mode, take=selection, chunk=chunk, elsewhere=True)
+            all_gather_bands(wafer, h, bands, selection)
+            matmul(wafer, h, weights.down, out, bands, mode=COMBINE, put=selection, chunk=chunk, elsewhere=True)
+    if wafer.is_dry:
+        return
+    for first in range(0, len(experts), AT_ONCE):
+        some = experts[first : first + AT_ONCE]
+        starts, rows, scale = lists.entries([expert for expert, _ in some])
+        mesh_experts(
+            x.flat, bands.n_tokens, x.placement.axis1[1].offsets, starts, rows, scale,
+            [w.gate_up.values for _, w in some], [w.down.values for _, w in some], x.placement.shape[1], h.placement.shape[1],
+            some[0][1].mode, h.placement.axis1[1].offsets, out.flat, bands.n_tokens, out.placement.axis1[1].offsets, out.placement.shape[1],
+        )  # fmt: skip
 
 
 def _clamped(
@@ -211,12 +255,12 @@ def _clamped(
 
 
 def _mask_every_token(
-    wafer: Wafer, x: PlacedTensor, routing: Routing, experts: Iterable[tuple[int, FfnWeights]], lists: _ExpertLists, h: PlacedTensor,
+    wafer: Wafer, x: PlacedTensor, routing: Routing, experts: Iterable[Experts], lists: _ExpertLists, h: PlacedTensor,
     out: PlacedTensor, bands: TokenBands, taps: ExpertTaps | None, chunk: int,
 ) -> None:  # fmt: skip
     """Every expert for every token; of the result, what was asked for is added. Rows of a band do so alike, and need not be gathered."""
     with wafer.empty("expert output", out.placement) as y:
-        for expert, weights in experts:
+        for expert, weights in chain.from_iterable(experts):
             _every_token(wafer, x, weights, h, y, bands, chunk)
             if taps is not None:
                 tokens, slots = np.nonzero(routing.topk_ids == expert)
@@ -286,6 +330,15 @@ class _ExpertLists:
         """Tokens that chose `expert`, ascending."""
         return self._known.tokens(expert)
 
+    @property
+    def kind(self) -> Hashable:
+        """What all entries in the ledger depend on, beside the expert and its tokens."""
+        return self._bands, self._routing.ids.placement, self._sorted
+
+    def entries(self, experts: list[int]) -> tuple[Ints, Ints, NDArray[np.float32]]:
+        """Where each of ascending experts' tokens begin (and the last one's end), the tokens, and their weights."""
+        return self._known.entries(experts)
+
     def selection(self, expert: int) -> Selection:
         """The same as a selection."""
         bands = self._bands
@@ -315,6 +368,12 @@ class _Grouped:
     def tokens(self, expert: int) -> NDArray[np.int64]:
         """Tokens that chose `expert`, ascending."""
         return self._rows[self._starts[expert] : self._starts[expert + 1]]
+
+    def entries(self, experts: list[int]) -> tuple[Ints, Ints, NDArray[np.float32]]:
+        """Where each of ascending experts' tokens begin (and the last one's end), the tokens, and their weights."""
+        starts = self._starts[[*experts, experts[-1] + 1]]
+        where = slice(int(starts[0]), int(starts[-1]))
+        return starts - starts[0], self._rows[where], self._scale[where]
 
     def selection(self, expert: int, bands: TokenBands) -> Selection:
         """The same as a selection."""

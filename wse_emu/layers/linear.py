@@ -103,6 +103,7 @@ def matmul(
     put: Selection | None = None,
     compact: Selection | None = None,
     chunk: int = DEFAULT_CHUNK,
+    elsewhere: bool = False,
 ) -> None:
     """``out = x @ weight``, chained over the wafer's columns in the order of `wse_kernels.matmul`.
 
@@ -127,6 +128,8 @@ def matmul(
         `x` and `out` both hold just these tokens, compacted. At most one of the three may be given.
     chunk : int
         Most columns of one streamed piece.
+    elsewhere : bool
+        Only account for it: a fused driver does the arithmetic. Not for cores that run one at a time.
     """
     selection = take or put or compact
     counts = (selection.counts if selection is not None else bands.split.sizes).tobytes()
@@ -134,16 +137,16 @@ def matmul(
     events = wafer.known_events(program)
     if events is None:
         with wafer.first_run(program):
-            _whole(wafer, x, weight, out, bands, mode, take, put, compact, chunk, counts)
+            _whole(wafer, x, weight, out, bands, mode, take, put, compact, chunk, counts, elsewhere)
         return
-    if not wafer.is_dry:
+    if not (wafer.is_dry or elsewhere):
         _batched(x, weight, out, bands, mode, take, put, compact)
     wafer.ledger.extend(events)
 
 
 def _whole(
     wafer: Wafer, x: PlacedTensor, weight: StreamedMatrix, out: PlacedTensor, bands: TokenBands, mode: int,
-    take: Selection | None, put: Selection | None, compact: Selection | None, chunk: int, counts: bytes,
+    take: Selection | None, put: Selection | None, compact: Selection | None, chunk: int, counts: bytes, elsewhere: bool,
 ) -> None:  # fmt: skip
     """Hold the work blocks and the code, multiply, and write down what moved."""
     unit = 2 if mode in _GATING else 1
@@ -162,7 +165,7 @@ def _whole(
     ):
         if wafer.cores is not None:
             events = _isolated(wafer, x, weight, out, bands, mode, take, put, compact, chunk, slab, part, inbox, landing)
-        elif not wafer.is_dry:
+        elif not (wafer.is_dry or elsewhere):
             _batched(x, weight, out, bands, mode, take, put, compact)
     for event in events:
         wafer.record(event)
