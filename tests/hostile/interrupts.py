@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from types import FrameType
@@ -24,11 +25,13 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         self._before = sys.getprofile()
+        gc.disable()  # what it finalizes has points of its own, now here, now there
         sys.setprofile(self._event)
         return self
 
     def __exit__(self, *error: object) -> None:
         sys.setprofile(self._before)
+        gc.enable()
 
     def _event(self, frame: FrameType, event: str, arg: Any) -> None:
         if event not in ("call", "c_return") or os.path.dirname(frame.f_code.co_filename) == _HERE:
