@@ -17,11 +17,11 @@ import pytest
 
 from benchmarks.cases import F32, Cases, composed, normal, relative, torch_call, torch_side
 from benchmarks.racing import Call, Case, Race, Work
-from wse_emu.equivalence.tolerance import U, capped_bound, clamped_glu_bound, linear_bound
+from wse_emu.equivalence.tolerance import U, capped_bound, clamped_glu_bound, linear_bound, sum_bound
 from wse_emu.foundation.routing_rule import ROUTING_PRESETS, RoutingRule
 from wse_emu.layers.router import router_code
 from wse_emu.reference.formulas import clamped_glu
-from wse_kernels import attention, elementwise, exp, ffn, formats, head_norm, log, matmul, norm, qk_norm, rope, routing
+from wse_kernels import attention, elementwise, exp, ffn, formats, head_norm, layer_norm, log, matmul, norm, qk_norm, rope, routing
 from wse_kernels import routing_together as together
 from wse_kernels.sparse_attention import attend_listed
 
@@ -473,6 +473,62 @@ def _rms_scale(smoke: bool) -> Case:
     peers = {"numpy": lambda: x * (1 / np.sqrt(total / size + EPS)) * weight, **torch_side(torch)}
     right = x.astype(np.float64) / np.sqrt(total.astype(np.float64) / n + EPS) * weight
     return Case(ours, peers, (right,), (relative(right, 8),), Work(bytes=2 * x.nbytes), parallel=False)
+
+
+@CASES.add("sum_features")
+def _sum_features(smoke: bool) -> Case:
+    x = normal(*_block(smoke))
+    s = np.empty((len(x), 1), np.float32)
+
+    def ours() -> F32:
+        layer_norm.sum_features(x, s)
+        return s
+
+    peers = {"numpy": lambda: x.sum(axis=1, keepdims=True), **torch_call(lambda t, v: v.sum(1, keepdim=True), x)}
+    right = x.astype(np.float64).sum(axis=1, keepdims=True)
+    bound = sum_bound(x.shape[1], np.abs(x).sum(axis=1, keepdims=True))
+    return Case(ours, peers, (right,), (bound,), Work(bytes=x.nbytes), parallel=False)
+
+
+@CASES.add("sum_squared_deviations")
+def _sum_squared_deviations(smoke: bool) -> Case:
+    x = normal(*_block(smoke))
+    total, size, ss = x.sum(axis=1, keepdims=True), np.float32(x.shape[1]), np.empty((len(x), 1), np.float32)
+
+    def ours() -> F32:
+        layer_norm.sum_squared_deviations(x, total, size, ss)
+        return ss
+
+    def torch(t: Any, of: Any) -> Call:
+        a, b = of(x), of(total)
+        return lambda: ((a - b / float(size)) ** 2).sum(1, keepdim=True)
+
+    peers = {"numpy": lambda: ((x - total / size) ** 2).sum(axis=1, keepdims=True), **torch_side(torch)}
+    right = ((x.astype(np.float64) - total.astype(np.float64) / size) ** 2).sum(axis=1, keepdims=True)
+    work = Work(macs=x.size, bytes=x.nbytes)
+    return Case(ours, peers, (right,), (relative(right, 2 * np.sqrt(x.shape[1]) + 4),), work, parallel=False)
+
+
+@CASES.add("layer_scale")
+def _layer_scale(smoke: bool) -> Case:
+    t, n = _block(smoke)
+    x, weight, size = normal(t, n), normal(1, n, seed=1), np.float32(n)
+    total = x.sum(axis=1, keepdims=True)
+    squares, out = ((x - total / size) ** 2).sum(axis=1, keepdims=True), np.empty_like(x)
+
+    def ours() -> F32:
+        layer_norm.layer_scale(x, total, squares, weight, size, EPS, out)
+        return out
+
+    def torch(t: Any, of: Any) -> Call:
+        a, b, c, w = of(x), of(total), of(squares), of(weight)
+        return lambda: (a - b / float(size)) * t.rsqrt(c / float(size) + float(EPS)) * w
+
+    peers = {"numpy": lambda: (x - total / size) * (1 / np.sqrt(squares / size + EPS)) * weight, **torch_side(torch)}
+    mean, scale = total.astype(np.float64) / n, weight / np.sqrt(squares.astype(np.float64) / n + EPS)
+    right = (x.astype(np.float64) - mean) * scale
+    bound = relative(right, 8) + U * np.abs(mean * scale)
+    return Case(ours, peers, (right,), (bound,), Work(bytes=2 * x.nbytes), parallel=False)
 
 
 def _heads(smoke: bool) -> tuple[int, int, int]:

@@ -21,7 +21,7 @@ import wse_emu as wse
 from benchmarks.cases import F32, Cases, composed, normal, relative, torch_call, torch_side
 from benchmarks.mesh import EPS, Layer, alternate, gathered, put, room, streamed
 from benchmarks.racing import Call, Case, Race, Work
-from wse_emu.equivalence.tolerance import U, linear_bound, rms_norm_bound
+from wse_emu.equivalence.tolerance import U, layer_norm_bound, linear_bound, rms_norm_bound
 from wse_emu.foundation.attention_pattern import FULL, AttentionPattern
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.routing_rule import MIXTRAL_ROUTING, RoutingRule
@@ -31,6 +31,7 @@ from wse_emu.layers.edges import logits
 from wse_emu.layers.elementwise import bias, cap, clip, gate_rows
 from wse_emu.layers.ffn import FfnWeights, dense_ffn, experts_ffn
 from wse_emu.layers.head_norm import head_norm
+from wse_emu.layers.layer_norm import layer_norm
 from wse_emu.layers.linear import Selection, all_gather_bands, matmul
 from wse_emu.layers.norm import add_residual, rms_norm, stream_vector
 from wse_emu.layers.qk_norm import qk_norm
@@ -116,6 +117,29 @@ def _rms_norm(layer: Layer) -> Case:
 def _mesh_rms_norm(layer: Layer) -> Case:
     size, eps, starts = np.float32(layer.hidden), np.float32(EPS), Split.balanced(layer.hidden, layer.cols).offsets
     return _norm_case(layer, lambda wafer, x, weight, out: mesh_rms_norm(x.flat, layer.n_tokens, starts, weight, size, eps, out.flat))
+
+
+@both("layer_norm")
+def _layer_norm(layer: Layer) -> Case:
+    wafer, x, weight = layer.wafer(), layer.x, normal(layer.hidden, seed=1)
+    placed, out = put(wafer, x), room(wafer, layer.n_tokens, Split.balanced(layer.hidden, layer.cols))
+
+    def ours() -> Any:
+        layer_norm(wafer, placed, "norm", weight, EPS, out, layer.bands)
+        return out
+
+    def plain(v: Any) -> Any:
+        d = v - v.mean(axis=1, keepdims=True)
+        return d / np.sqrt((d * d).mean(axis=1, keepdims=True) + v.dtype.type(EPS)) * weight
+
+    def torch(t: Any, of: Any) -> Call:
+        v, w = of(x), of(weight)
+        return lambda: t.nn.functional.layer_norm(v, (layer.hidden,), w, None, EPS)
+
+    x64 = x.astype(np.float64)
+    work = Work(macs=x.size, bytes=2 * x.nbytes + weight.nbytes, tokens=layer.n_tokens)
+    bound = layer_norm_bound(x64, weight.astype(np.float64), EPS)
+    return Case(ours, {"numpy": lambda: plain(x), **torch_side(torch)}, (plain(x64),), (bound,), work, look=gathered)
 
 
 def _norm_case(layer: Layer, act: Callable[[wse.Wafer, PlacedTensor, F32, PlacedTensor], None]) -> Case:

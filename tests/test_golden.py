@@ -215,7 +215,10 @@ def spoilt(spec: ModelSpec, theta: float) -> Iterator[tuple[str, ModelSpec]]:
         yield "rotary: scaling ignored", dataclasses.replace(spec, rope_theta=theta)
     if spec.rope_scaling is not None:
         yield "rotary: scaling ignored", dataclasses.replace(spec, rope_scaling=None)
-        if spec.rope_scaling.kind in ("yarn", "longrope"):
+        if spec.rope_scaling.short_mscale is not None:
+            plain = dataclasses.replace(spec.rope_scaling, short_mscale=1.0, long_mscale=1.0)
+            yield "rotary: `short_mscale` and `long_mscale` ignored", dataclasses.replace(spec, rope_scaling=plain)
+        elif spec.rope_scaling.kind in ("yarn", "longrope"):
             plain = dataclasses.replace(spec.rope_scaling, attention_factor=1.0)
             yield "rotary: attention factor ignored", dataclasses.replace(spec, rope_scaling=plain)
     if spec.sliding_window is not None:
@@ -226,6 +229,15 @@ def spoilt(spec: ModelSpec, theta: float) -> Iterator[tuple[str, ModelSpec]]:
     if spec.rotary.local_theta is not None:
         alike = dataclasses.replace(spec.rotary, local_theta=None)
         yield "rotary: layers with a window turn as the others", dataclasses.replace(spec, rotary=alike)
+    if spec.norm.bias:
+        yield "norms: biases ignored", dataclasses.replace(spec, norm=dataclasses.replace(spec.norm, bias=False))
+    if spec.biases.out and spec.biases.head:
+        yield "bias of the output: ignored", dataclasses.replace(spec, biases=dataclasses.replace(spec.biases, out=False))
+        yield "head: bias ignored", dataclasses.replace(spec, biases=dataclasses.replace(spec.biases, head=False))
+    if spec.routing.router_jitter_noise:
+        for row, noise in (("`router_jitter_noise` ignored", 1e9), ("band half as wide", spec.routing.router_jitter_noise / 2)):
+            rule = dataclasses.replace(spec.routing, router_jitter_noise=noise)
+            yield f"experts: {row}", dataclasses.replace(spec, routing=rule)
     if spec.clip_qkv is not None:
         yield "clip: ignored", dataclasses.replace(spec, clip_qkv=None)
     if spec.family == "granitemoe":

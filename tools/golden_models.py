@@ -106,6 +106,16 @@ GPT_OSS = COMMON | {
         "rope_type": "yarn", "factor": 5.0, "original_max_position_embeddings": 24, "beta_fast": 3.0, "beta_slow": 0.4, "truncate": False,
     },
 }  # fmt: skip
+PHIMOE = COMMON | {
+    "architectures": ["PhimoeForCausalLM"], "model_type": "phimoe", "vocab_size": 57, "hidden_size": 30, "intermediate_size": 14,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rope_theta": 500.0,
+    "max_position_embeddings": 120, "num_local_experts": 6, "num_experts_per_tok": 2, "router_jitter_noise": 0.2, "attention_bias": True,
+    "lm_head_bias": True, "sliding_window": None, "tie_word_embeddings": False,
+    "rope_scaling": {
+        "rope_type": "longrope", "factor": 5.0, "original_max_position_embeddings": 24, "short_mscale": 1.15, "long_mscale": 1.4,
+        "short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.0, 1.7, 2.9, 4.4],
+    },
+}  # fmt: skip
 ROPE = LLAMA | {
     "torch_dtype": "float32", "hidden_size": 28, "intermediate_size": 34, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "max_position_embeddings": 120, "tie_word_embeddings": False,
@@ -170,6 +180,7 @@ CHECKPOINTS: dict[str, Config] = {
         "intermediate_size": 32, "num_local_experts": 4, "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": []},
     }),
     "gpt_oss-bfloat16": _in("bfloat16", GPT_OSS, {"layer_types": ["full_attention", "sliding_attention"]}),
+    "phimoe-float32": _in("float32", PHIMOE),
 }  # fmt: skip
 """Directory under tests/golden to config.json."""
 
@@ -244,3 +255,18 @@ def has_correction(config: Config) -> bool:
 def by_sigmoid(config: Config) -> bool:
     """Whether routers take the sigmoid of their logits."""
     return config["model_type"] in ("dots1", "glm4_moe", "minimax_m2")
+
+
+def has_output_bias(config: Config) -> bool:
+    """Whether the output of attention has a bias."""
+    return config["model_type"] in ("gpt_oss", "phimoe")
+
+
+def has_layer_norm(config: Config) -> bool:
+    """Whether norms take the mean away first."""
+    return config["model_type"] in ("phimoe", "dbrx")
+
+
+def has_norm_bias(config: Config) -> bool:
+    """Whether they have a bias."""
+    return bool(config["model_type"] == "phimoe")

@@ -25,7 +25,7 @@ TOKEN_MARGIN = 2e-3
 """Least lead of a greedy token, in standard deviations of the logits."""
 
 
-EXPERTS = ("mixtral", "dots1", "minimax_m2", "gpt_oss")
+EXPERTS = ("mixtral", "dots1", "minimax_m2", "gpt_oss", "phimoe")
 """Families with experts whose names do not say so."""
 
 
@@ -135,6 +135,17 @@ def _least_gap(router: Tensor, k: int) -> float:
     return float((best[:, :-1] - best[:, 1:]).min()) if best.shape[1] > 1 else float("inf")
 
 
+def _edge_gap(logits: Tensor, noise: float) -> float:
+    """Least distance of an expert of (n, experts) from the edge of the band in which sparsemixer counts it, for either choice."""
+    gaps, left = [], logits
+    for _ in range(2):
+        best, chosen = left.max(-1, keepdim=True)
+        distance = ((best - logits) / torch.maximum(logits.abs(), best) - 2 * noise).abs()
+        gaps.append(float(distance[left > float("-inf")].min()))
+        left = left.scatter(-1, chosen, float("-inf"))
+    return min(gaps)
+
+
 def compared(block: Any, logits: Tensor) -> tuple[Tensor, Tensor | None]:
     """What a mixture compares, of logits (n, experts): scores of experts, those of closed groups minus infinity, and scores of groups."""
     router = router_of_block(block)
@@ -163,6 +174,9 @@ def _margin(model: Any, index: int, logits: Tensor, k: int) -> float:
     block = _blocks(model)[index]
     scores, groups = compared(block, logits)
     margin = _least_gap(scores, k) / (ROUTER_MARGIN if scores is logits else SCORE_MARGIN)
+    noise = getattr(router_of_block(block), "router_jitter_noise", 0.0)
+    if noise > 0:
+        margin = min(margin, _edge_gap(logits, noise) / ROUTER_MARGIN)
     return margin if groups is None else min(margin, _least_gap(groups, router_of_block(block).topk_group) / SCORE_MARGIN)
 
 

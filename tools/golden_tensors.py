@@ -10,7 +10,9 @@ from golden_models import (
     by_sigmoid,
     expert_width,
     follows_length,
+    has_norm_bias,
     has_normed_heads,
+    has_output_bias,
     is_biased,
     is_sparse,
     n_experts,
@@ -27,6 +29,7 @@ HEAD_NORMS = {"hunyuan_v1_moe": ("query_layernorm", "key_layernorm")}
 ROUTERS = {
     "mixtral": "block_sparse_moe.gate.weight",
     "minimax_m2": "block_sparse_moe.gate.weight",
+    "phimoe": "block_sparse_moe.gate.weight",
     "granitemoe": "block_sparse_moe.router.layer.weight",
     "hunyuan_v1_moe": "mlp.gate.wg.weight",
     "gpt_oss": "mlp.router.weight",
@@ -67,6 +70,11 @@ def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
     def norm(name: str, size: int, middle: float = 1.0) -> None:
         tensors[name] = middle * (1 + 0.3 * rng.standard_normal(size)) - (1 if gemma else 0)
 
+    def residual_norm(name: str) -> None:
+        norm(name + ".weight", h)
+        if has_norm_bias(config):
+            tensors[name + ".bias"] = 0.3 * rng.standard_normal(h)
+
     def bias(name: str, size: int, gain: float) -> None:
         tensors[name] = gain * rng.standard_normal(size)
 
@@ -98,7 +106,7 @@ def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
     tensors["model.embed_tokens.weight"] = rng.standard_normal((config["vocab_size"], h)) * 0.3
     for i in range(config["num_hidden_layers"]):
         p = f"model.layers.{i}."
-        norm(p + "input_layernorm.weight", h)
+        residual_norm(p + "input_layernorm")
         matrix(p + "self_attn.q_proj.weight", n_q, h, 0.3 if normed else 1.5)
         matrix(p + "self_attn.k_proj.weight", n_kv, h, 0.3 if normed else 1.5)
         matrix(p + "self_attn.v_proj.weight", n_kv, h)
@@ -110,10 +118,11 @@ def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
             for x, size in (("q", n_q), ("k", n_kv), ("v", n_kv)):
                 bias(f"{p}self_attn.{x}_proj.bias", size, 0.15 if normed else 0.5)
         matrix(p + "self_attn.o_proj.weight", h, n_q)
-        if family == "gpt_oss":
+        if has_output_bias(config):
             bias(p + "self_attn.o_proj.bias", h, 0.5)
+        if family == "gpt_oss":
             tensors[p + "self_attn.sinks"] = 1 + rng.standard_normal(config["num_attention_heads"])
-        norm(p + "post_attention_layernorm.weight", h)
+        residual_norm(p + "post_attention_layernorm")
         if gemma:
             norm(p + "pre_feedforward_layernorm.weight", h)
             norm(p + "post_feedforward_layernorm.weight", h)
@@ -130,16 +139,18 @@ def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
         elif family == "granitemoe":
             granite_experts(p + "block_sparse_moe.", n_experts(config), expert_width(config))
         else:
-            experts, matrices = ("block_sparse_moe", W123) if family in ("mixtral", "minimax_m2") else ("mlp", PROJECTIONS)
+            experts, matrices = ("block_sparse_moe", W123) if family in ("mixtral", "minimax_m2", "phimoe") else ("mlp", PROJECTIONS)
             for e in range(n_experts(config)):
                 ffn(f"{p}{experts}.experts.{e}.", *matrices, expert_width(config))
         if family in SHARED:
             ffn(p + SHARED[family], *PROJECTIONS, shared_width(config))
         if family == "qwen2_moe":
             matrix(p + "mlp.shared_expert_gate.weight", 1, h)
-    norm("model.norm.weight", h)
+    residual_norm("model.norm")
     if not config["tie_word_embeddings"]:
         matrix("lm_head.weight", config["vocab_size"], h)
+    if config.get("lm_head_bias", False):
+        bias("lm_head.bias", config["vocab_size"], 0.5)
     dtype = STORED[config["torch_dtype"]]
     plain = {name: torch.from_numpy(a).to(torch.float32).to(dtype).contiguous() for name, a in tensors.items()}
     return plain | {name: torch.from_numpy(a) for name, a in packed.items()}

@@ -30,7 +30,10 @@ MINIMAX: dict[str, Any] = {**SHAPE, "model_type": "minimax_m2", "num_local_exper
 GRANITE: dict[str, Any] = {**SHAPE, "model_type": "granitemoe", "num_local_experts": 4, "num_experts_per_tok": 2}
 GEMMA: dict[str, Any] = {**SHAPE, "model_type": "gemma2"}
 GPT_OSS: dict[str, Any] = {**SHAPE, "model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2}
-EVERY = [GPT_OSS, DOTS, GLM, HUNYUAN, ERNIE, MINIMAX, GRANITE, GEMMA]
+PHIMOE: dict[str, Any] = {**SHAPE, "model_type": "phimoe", "num_local_experts": 4}
+MSCALES = {"short_mscale": 1.1, "long_mscale": 1.3}
+LONGROPE = {"type": "longrope", "original_max_position_embeddings": 16, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6, **MSCALES}
+EVERY = [PHIMOE, GPT_OSS, DOTS, GLM, HUNYUAN, ERNIE, MINIMAX, GRANITE, GEMMA]
 
 
 def back(spec: ModelSpec) -> ModelSpec:
@@ -136,6 +139,33 @@ def test_gpt_oss_is_stretched_and_biased_unless_it_says_otherwise() -> None:
     assert back(plain) == plain
     with pytest.raises(ConfigError, match="`limit` of `clamped_experts` must be a positive finite number"):
         parse_config({**GPT_OSS, "swiglu_limit": -1})
+
+
+def test_phimoe_has_layer_norms_and_a_factor_for_each_length() -> None:
+    spec = parse_config(PHIMOE)
+    assert (spec.norm.kind, spec.norm.bias, spec.top_k, spec.rope_theta) == ("layer", True, 2, 1e6)
+    assert (spec.routing.router_jitter_noise, spec.biases) == (0.01, wse.Biases())
+    full = parse_config({**PHIMOE, "attention_bias": True, "lm_head_bias": True, "rope_scaling": LONGROPE, "sliding_window": 7})
+    assert full.biases == wse.Biases(qkv=True, out=True, head=True)
+    assert full.rope_scaling is not None
+    assert (full.rope_scaling.short_mscale, full.rope_scaling.long_mscale) == (1.1, 1.3)
+    assert back(full) == full
+    for change, message in (
+        ({"num_experts_per_tok": 3}, "`num_experts_per_tok` must be 2"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, **MSCALES}}, "rope_type 'linear' is not supported for this family"),
+        ({"rope_scaling": {k: v for k, v in LONGROPE.items() if k != "long_mscale"}}, "`long_mscale` is missing"),
+        ({"rope_scaling": {**LONGROPE, "long_mscale": 0.0}}, "`long_mscale` must be positive and finite"),
+        ({"rope_scaling": {**LONGROPE, "attention_factor": 2.0}}, "`attention_factor` must be None beside"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_config({**PHIMOE, **change})
+    with pytest.raises(ConfigError, match="'long_mscale' is not known for rope_type 'longrope'"):
+        parse_config({**GLM, "rope_scaling": LONGROPE})
+    for fields in ({"kind": "other"}, {"bias": True}):
+        with pytest.raises(wse.SpecError, match="of `norm`"):
+            wse.NormSpec(**fields)
+    with pytest.raises(wse.SpecError, match="`short_mscale` and `long_mscale` belong together"):
+        replace(full.rope_scaling, long_mscale=None)
 
 
 def test_rules_that_break_are_errors_of_the_file() -> None:

@@ -76,10 +76,28 @@ def test_rms_norm(n, size):
     assert 0.005 < ratio.max() <= 1
 
 
+@pytest.mark.parametrize("n", [2, 32, 4096])
+@pytest.mark.parametrize(("size", "middle"), [(1e-4, 0.0), (1.0, 0.3), (1e4, 0.0), (1.0, 100.0)])
+def test_layer_norm(n, size, middle):
+    x, w = (size * RNG.standard_normal((64, n)) + middle).astype(np.float32), (1 + 0.1 * RNG.standard_normal(n)).astype(np.float32)
+    b = RNG.standard_normal(n).astype(np.float32)
+    total, squares = np.zeros((2, 64, 1), np.float32)
+    for k in range(n):
+        total = total + x[:, [k]]
+    deviation = x - total / np.float32(n)
+    for k in range(n):
+        squares = squares + deviation[:, [k]] * deviation[:, [k]]
+    ours = deviation * (np.float32(1) / np.sqrt(squares / np.float32(n) + np.float32(1e-5))) * w
+    wide, w64, b64 = (a.astype(np.float64) for a in (x, w, b))
+    for value, bias in ((ours, None), (ours + b, b64)):
+        ratio = np.abs(value - formulas.layer_norm(wide, w64, bias, 1e-5)) / tolerance.layer_norm_bound(wide, w64, 1e-5, bias)
+        assert 0.005 < ratio.max() <= 1
+
+
 def test_rotary():
     x, pos = RNG.standard_normal((3000, 2, 16)).astype(np.float32), RNG.integers(0, 100_000, 3000)
     angles = pos[:, None] * 10000.0 ** -(np.arange(8) / 8)
-    for factor in (1.0, 1.3):
+    for factor in (1.0, 1.3, 1 + RNG.random((3000, 1))):
         exact = formulas.rotate(x.astype(np.float64), angles, factor)
         ratio = np.abs(formulas.rotate(x, angles, factor) - exact) / tolerance.rotary_bound(x.astype(np.float64), angles, factor)
         assert 0.3 < ratio.max() <= 1

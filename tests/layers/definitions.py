@@ -70,3 +70,14 @@ def rms_norm(x: F32, weight: F32, eps: float, offsets: Ints) -> F32:
         factor = F(1.0) / np.sqrt(dot(row, row, offsets) / F(row.size) + F(eps))
         out[i] = (row * factor) * weight
     return out
+
+
+def layer_norm(x: F32, weight: F32, eps: float, offsets: Ints) -> F32:
+    """Sum and sum of squared deviations as in `dot`, then ``((x - mean) * (1 / sqrt(squares / n + eps))) * weight``, each rounded."""
+    out = np.empty_like(x)
+    for i, row in enumerate(x):
+        n = F(row.size)
+        deviation = row - dot(row, np.ones_like(row), offsets) / n
+        factor = F(1.0) / np.sqrt(dot(deviation, deviation, offsets) / n + F(eps))
+        out[i] = (deviation * factor) * weight
+    return out

@@ -48,6 +48,14 @@ RULES = {
         **SHAPE, "model_type": "gpt_oss", "intermediate_size": 9, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 3,
         "swiglu_limit": 0.5, "swiglu_alpha": 1.5,
     },
+    "phimoe": {
+        **SHAPE, "model_type": "phimoe", "intermediate_size": 9, "num_local_experts": 4, "router_jitter_noise": 0.2, "attention_bias": True,
+        "lm_head_bias": True,
+        "rope_scaling": {
+            "type": "longrope", "original_max_position_embeddings": 40, "short_mscale": 1.1, "long_mscale": 1.3,
+            "short_factor": [1.0, 1.2, 1.5], "long_factor": [1.0, 1.9, 3.1],
+        },
+    },
     "gemma2": {
         **SHAPE, "model_type": "gemma2", "intermediate_size": 14, "sliding_window": 4, "query_pre_attn_scalar": 9,
         "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0,

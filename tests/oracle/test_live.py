@@ -212,6 +212,18 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_local_experts": 4, "num_experts_per_tok": 1, "attention_bias": False, "layer_types": ["full_attention"] * 2,
         "tie_word_embeddings": True,
     },
+    "phimoe": {
+        "hidden_size": 33, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12, "intermediate_size": 15,
+        "num_hidden_layers": 3, "num_local_experts": 7, "router_jitter_noise": 0.25, "attention_bias": True, "lm_head_bias": True,
+        "rope": {
+            "rope_type": "longrope", **STRETCHED, "short_mscale": 1.1, "long_mscale": 1.3,
+            "short_factor": [1.0, 1.1, 1.2, 1.5, 1.9, 2.2], "long_factor": [1.1, 1.6, 2.3, 3.0, 3.8, 4.5],
+        },
+    },
+    "phimoe plain, window": {
+        "hidden_size": 28, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 21, "num_local_experts": 2,
+        "router_jitter_noise": 0.02, "sliding_window": 6, "tie_word_embeddings": True,
+    },
     "llama linear": ROPE_SHAPE | {"rope": {"rope_type": "linear", "factor": 2.5}},
     "llama dynamic": ROPE_SHAPE | {"rope": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 16},
     "llama yarn": ROPE_SHAPE | {

@@ -72,6 +72,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **BASE, "model_type": "ernie4_5_moe", "hidden_size": 32, "moe_intermediate_size": 12, "moe_num_experts": 6, "moe_k": 3,
         "moe_layer_end_index": 1, "tie_word_embeddings": False,
     },
+    "phimoe": {
+        **BASE, "model_type": "phimoe", "num_local_experts": 4, "router_jitter_noise": 0.1, "attention_bias": True, "lm_head_bias": True,
+    },
     "gpt_oss": {**BASE, "model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
     "minimax_m2": {**BASE, "model_type": "minimax_m2", "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 4},
 }  # fmt: skip

@@ -166,12 +166,17 @@ def _(subject: Subject) -> None:
 
 def normalized(config: Config) -> bool:
     """Whether there are mixtures whose weights are divided by their sum."""
-    return has_sparse(config) and config.get("norm_topk_prob", True)
+    return has_sparse(config) and config.get("norm_topk_prob", True) and not by_sparsemixer(config)
+
+
+def by_sparsemixer(config: Config) -> bool:
+    """Whether each choice is weighed among the experts that are left and near it."""
+    return "router_jitter_noise" in config
 
 
 def raw(config: Config) -> bool:
     """Whether there are mixtures whose weights are not divided by their sum."""
-    return has_sparse(config) and not config.get("norm_topk_prob", True)
+    return has_sparse(config) and not normalized(config)
 
 
 def routed_scale(config: Config) -> float:
@@ -215,6 +220,27 @@ def score_exchanged(subject: Subject, score: Callable[[Tensor], Tensor]) -> None
 @mistake("experts: sigmoid in place of softmax", lambda config: has_sparse(config) and not by_sigmoid(config))
 def _(subject: Subject) -> None:
     score_exchanged(subject, torch.sigmoid)
+
+
+misread("experts: `router_jitter_noise` ignored", by_sparsemixer, lambda config: {"router_jitter_noise": 1e9})
+misread("experts: band half as wide", by_sparsemixer, lambda config: {"router_jitter_noise": config["router_jitter_noise"] / 2})
+
+
+@mistake("experts: a softmax over all of them, not sparsemixer's", by_sparsemixer)
+def _(subject: Subject) -> None:
+    weigh(subject, lambda logits, ids: logits.softmax(-1).gather(-1, ids))
+
+
+@mistake("experts: the first choice counted beside the second", by_sparsemixer)
+def _(subject: Subject) -> None:
+    noise = subject.config["router_jitter_noise"]
+
+    def weights(logits: Tensor, ids: Tensor) -> Tensor:
+        best = logits.gather(-1, ids)[..., None]
+        below = (best - logits[:, None]) / torch.maximum(logits.abs()[:, None], best)
+        return 1 / torch.exp(logits[:, None] - best).masked_fill(below > 2 * noise, 0.0).sum(-1)
+
+    weigh(subject, weights)
 
 
 @mistake("experts: softmax in place of sigmoid", by_sigmoid)

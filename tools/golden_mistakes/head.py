@@ -14,6 +14,11 @@ def _(subject: Subject) -> None:
     subject.model.lm_head.weight.copy_(subject.model.model.embed_tokens.weight)
 
 
+@mistake("head: bias ignored", lambda config: config.get("lm_head_bias", False))
+def _(subject: Subject) -> None:
+    subject.model.lm_head.bias.zero_()
+
+
 @mistake("head: a matrix of its own in place of the embedding", lambda config: config["tie_word_embeddings"])
 def _(subject: Subject) -> None:
     embedding = subject.model.model.embed_tokens.weight

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from golden_models import Config, has_normed_heads, normed_over_row
+from golden_models import Config, has_layer_norm, has_norm_bias, has_normed_heads, normed_over_row
 from torch import Tensor, nn
 
 from golden_mistakes.subject import Subject, always, is_gemma, mistake, not_gemma
@@ -80,21 +80,58 @@ def every_norm(subject: Subject, forward: Callable[[Any, Tensor], Tensor]) -> No
     offset = 1.0 if is_gemma(subject.config) else 0.0
     for name in [n for n, (_, applies) in NORMS.items() if applies(subject.config)] + list(AFTER_NORMS) * is_gemma(subject.config):
         for norm in subject.norms(name):
-            norm.forward = lambda x, norm=norm: (offset + norm.weight) * forward(norm, x)
+            added = norm.bias if has_norm_bias(subject.config) else 0.0
+            norm.forward = lambda x, norm=norm, added=added: (offset + norm.weight) * forward(norm, x) + added
+
+
+def without_mean(x: Tensor) -> Tensor:
+    """Deviations from the mean."""
+    return x - x.mean(-1, keepdim=True)
+
+
+def scaled(x: Tensor, by: Tensor, norm: Any) -> Tensor:
+    """Divide by the root of the mean of squares of `by`."""
+    return x * torch.rsqrt(by.pow(2).mean(-1, keepdim=True) + epsilon(norm))
 
 
 @mistake("norms: epsilon outside the root")
 def _(subject: Subject) -> None:
-    every_norm(subject, lambda norm, x: x / (x.pow(2).mean(-1, keepdim=True).sqrt() + epsilon(norm)))
+    start = without_mean if has_layer_norm(subject.config) else torch.clone
+    every_norm(subject, lambda norm, x: start(x) / (start(x).pow(2).mean(-1, keepdim=True).sqrt() + epsilon(norm)))
 
 
-@mistake("norms: mean subtracted")
+@mistake("norms: mean not subtracted", has_layer_norm)
 def _(subject: Subject) -> None:
-    def forward(norm: Any, x: Tensor) -> Tensor:
-        x = x - x.mean(-1, keepdim=True)
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon(norm))
+    every_norm(subject, lambda norm, x: scaled(x, x, norm))
 
-    every_norm(subject, forward)
+
+@mistake("norms: mean subtracted, but mean of squares in place of the variance", has_layer_norm)
+def _(subject: Subject) -> None:
+    every_norm(subject, lambda norm, x: scaled(without_mean(x), x, norm))
+
+
+@mistake("norms: variance of a sample, over n - 1", has_layer_norm)
+def _(subject: Subject) -> None:
+    every_norm(subject, lambda norm, x: without_mean(x) * torch.rsqrt(x.var(-1, keepdim=True) + epsilon(norm)))
+
+
+@mistake("norms: biases ignored", has_norm_bias)
+def _(subject: Subject) -> None:
+    for name in ("input_layernorm", "post_attention_layernorm", "norm"):
+        for norm in subject.norms(name):
+            norm.bias.zero_()
+
+
+@mistake("norms: bias before the weight", has_norm_bias)
+def _(subject: Subject) -> None:
+    for name in ("input_layernorm", "post_attention_layernorm", "norm"):
+        for norm in subject.norms(name):
+            norm.bias.mul_(norm.weight)
+
+
+@mistake("norms: mean subtracted", lambda config: not has_layer_norm(config))
+def _(subject: Subject) -> None:
+    every_norm(subject, lambda norm, x: scaled(without_mean(x), without_mean(x), norm))
 
 
 @mistake("norms of queries and keys: left out", has_normed_heads)

@@ -25,7 +25,18 @@ def is_scaled(config: Config) -> bool:
 
 def has_attention_factor(config: Config) -> bool:
     """Whether cosine and sine have a factor."""
-    return scaling(config).get("rope_type") in ("yarn", "longrope")
+    return scaling(config).get("rope_type") in ("yarn", "longrope") and not has_mscales(config)
+
+
+def has_mscales(config: Config) -> bool:
+    """Whether that factor is given, for the original context and beyond it."""
+    return "long_mscale" in scaling(config)
+
+
+def stretched_alike(config: Config) -> Config:
+    """Every frequency divided by one factor."""
+    own = {k: v for k, v in scaling(config).items() if has_mscales(config) and not k.endswith("_factor")}
+    return {"rope_scaling": own | {"rope_type": "linear", "factor": scaling(config)["factor"]}}
 
 
 def has_options(config: Config) -> bool:
@@ -122,7 +133,7 @@ def _(subject: Subject) -> None:
 misread("rotary: base 10000 whatever `rope_theta` says", always, lambda config: {"rope_theta": 1e4})
 misread("rotary: scaling ignored", is_scaled, lambda config: {"rope_scaling": {"rope_type": "default"}})
 misread("rotary: every frequency divided by `factor`", lambda c: is_scaled(c) and scaling(c).get("rope_type", "linear") != "linear",
-        lambda config: {"rope_scaling": {"rope_type": "linear", "factor": scaling(config)["factor"]}})  # fmt: skip
+        stretched_alike)  # fmt: skip
 
 
 misread("rotary: the base times `alpha` itself", lambda config: "alpha" in scaling(config),
@@ -142,13 +153,47 @@ misread("rotary: no frequencies between `low_freq_factor` and `high_freq_factor`
         lambda c: rescaled(high_freq_factor=scaling(c)["low_freq_factor"] * (1 + 1e-9))(c))  # fmt: skip
 
 
-@mistake("rotary: always as in the original context", follows_length)
+misread("rotary: `short_mscale` and `long_mscale` ignored", has_mscales, rescaled(short_mscale=1.0, long_mscale=1.0))
+misread("rotary: `short_mscale` at every length", has_mscales, lambda c: rescaled(long_mscale=scaling(c)["short_mscale"])(c))
+misread("rotary: `long_mscale` at every length", has_mscales, lambda c: rescaled(short_mscale=scaling(c)["long_mscale"])(c))
+
+
+@mistake("rotary: `long_factor` beyond the original context", has_mscales)
+def _(subject: Subject) -> None:
+    right, length = subject.rotary.rope_init_fn, [0]
+
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        length[0] = int(kwargs["position_ids"].max()) + 1
+
+    subject.rotary.register_forward_pre_hook(before, with_kwargs=True)
+    subject.rotary.rope_init_fn = lambda config: right(config, seq_len=length[0])
+
+
+@mistake("rotary: always as in the original context", lambda config: follows_length(config) and not has_mscales(config))
 def _(subject: Subject) -> None:
     subject.rotary.rope_type = "default"
 
 
+def factor_of_another_length(subject: Subject, longer: Callable[[], Tensor]) -> None:
+    """Take the factor of a longer sequence."""
+    kind = scaling(subject.config)
+
+    def factor(length: Tensor) -> float:
+        return float(kind["long_mscale" if int(length) > kind["original_max_position_embeddings"] else "short_mscale"])
+
+    def after(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        positions = kwargs["position_ids"]
+        ratio = factor((positions + longer()).max() + 1) / factor(positions.max() + 1)
+        return out[0] * ratio, out[1] * ratio
+
+    subject.rotary.register_forward_hook(after, with_kwargs=True)
+
+
 def by_another_length(subject: Subject, longer: Callable[[], Tensor]) -> None:
-    """Take frequencies of a longer sequence."""
+    """Take frequencies, or the factor, of a longer sequence."""
+    if has_mscales(subject.config):
+        factor_of_another_length(subject, longer)
+        return
     kind = subject.rotary.rope_type
 
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

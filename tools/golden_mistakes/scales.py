@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from golden_models import Config, is_biased
+from golden_models import Config, has_output_bias, is_biased
 
 from golden_mistakes.subject import Subject, is_gemma, misread, mistake
 
@@ -16,7 +16,7 @@ for _which in ("q", "k", "v"):
             getattr(attention, which + "_proj").bias.zero_()
 
 
-@mistake("bias of the output: ignored", lambda config: config["model_type"] == "gpt_oss")
+@mistake("bias of the output: ignored", has_output_bias)
 def _(subject: Subject) -> None:
     for attention in subject.attentions:
         attention.o_proj.bias.zero_()

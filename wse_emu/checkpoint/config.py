@@ -164,7 +164,7 @@ def parse_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | N
         raise ConfigError(f"{where}: {layers} layers of {moe.get('num_experts', 0)} experts make more than {MAX_TENSORS} tensors")
     rope = read_rope(
         fields, family.rope_theta, max_positions, head_dim, by_type=family.rope_by_type, partial=family.partial_rotary,
-        alpha=family.rope_alpha,
+        alpha=family.rope_alpha, mscales=family.rope_mscales,
     )  # fmt: skip
     window, window_layers = family.windows(fields, layers)
     with _in_published_names(where):

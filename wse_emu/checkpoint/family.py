@@ -77,6 +77,8 @@ class Family:
     """Default share of a head that is rotated; None: all of it, whatever the fields say."""
     rope_alpha: bool = False
     """Whether ``alpha`` of a "dynamic" scaling stretches the base once for all lengths (Hunyuan)."""
+    rope_mscales: bool = False
+    """Whether ``longrope`` is the only kind of scaling, with ``short_mscale`` and ``long_mscale``."""
     attention_bias: Biases | None = None
     """Biases that ``attention_bias`` gives; None: it must be false."""
     tie_word_embeddings: bool = False

@@ -67,8 +67,8 @@ def published_tensors(spec: ModelSpec) -> Iterator[tuple[str, PublishedTensor]]:
     Roles: ``"embed"``, ``"layers.N."`` followed by ``attn_norm w_q w_k w_v``, their biases ``b_q b_k b_v``, ``q_norm k_norm``, ``sinks``,
     ``w_o``, ``b_o``, ``attn_after_norm``, ``ffn_norm`` and ``w_gate w_up w_down`` (dense) or ``router``, ``router_bias``,
     ``e_score_correction_bias``, ``shared.`` and ``experts.E.`` with ``w_gate w_up w_down``, their biases ``b_gate b_up b_down``,
-    ``shared.gate``, ``ffn_after_norm``, each where the model has it, then ``"final_norm"`` and ``"lm_head"``. A
-    tied head names the embedding's tensor.
+    ``shared.gate``, ``ffn_after_norm``, each where the model has it, then ``"final_norm"``, ``"lm_head"`` and ``"lm_head_bias"``. A norm's
+    bias is named as the norm, with ``_bias``. A tied head names the embedding's tensor.
     """
     names = FAMILIES[spec.family].names
     h = spec.hidden_size
@@ -77,8 +77,11 @@ def published_tensors(spec: ModelSpec) -> Iterator[tuple[str, PublishedTensor]]:
         shapes = dict(layer_roles(spec, layer))
         for role, shape in shapes.items():
             yield layer_prefix(layer) + role, _in_layer(spec, layer, role, shape, shapes)
-    yield "final_norm", PublishedTensor(_plain(names["final_norm"]), (h,))
+    for role, shape in _norm("final_norm", spec):
+        yield role, PublishedTensor(_plain(names[role]), shape)
     yield "lm_head", PublishedTensor(_plain(names["embed" if spec.tie_word_embeddings else "lm_head"]), (spec.vocab_size, h))
+    if spec.biases.head:
+        yield "lm_head_bias", PublishedTensor(_plain(names["lm_head_bias"]), (spec.vocab_size,))
 
 
 def own_head(spec: ModelSpec) -> PublishedTensor:
@@ -90,7 +93,7 @@ def layer_roles(spec: ModelSpec, layer: int) -> Iterator[tuple[str, tuple[int, .
     """Roles of a layer's tensors and their shapes, matrices (out, in)."""
     h, d = spec.hidden_size, spec.head_dim
     q, kv = spec.num_heads * d, spec.num_kv_heads * d
-    yield "attn_norm", (h,)
+    yield from _norm("attn_norm", spec)
     yield from (("w_q", (q, h)), ("w_k", (kv, h)), ("w_v", (kv, h)))
     if spec.biases.qkv:
         yield from (("b_q", (q,)), ("b_k", (kv,)), ("b_v", (kv,)))
@@ -103,8 +106,8 @@ def layer_roles(spec: ModelSpec, layer: int) -> Iterator[tuple[str, tuple[int, .
     if spec.biases.out:
         yield "b_o", (h,)
     if spec.norm.after:
-        yield "attn_after_norm", (h,)
-    yield "ffn_norm", (h,)
+        yield from _norm("attn_after_norm", spec)
+    yield from _norm("ffn_norm", spec)
     if not spec.is_moe_layer(layer):
         yield from _ffn("", h, spec.intermediate_size)
     else:
@@ -122,7 +125,13 @@ def layer_roles(spec: ModelSpec, layer: int) -> Iterator[tuple[str, tuple[int, .
                 for name, size in (("b_gate", spec.moe_intermediate_size), ("b_up", spec.moe_intermediate_size), ("b_down", h)):
                     yield f"experts.{e}.{name}", (size,)
     if spec.norm.after:
-        yield "ffn_after_norm", (h,)
+        yield from _norm("ffn_after_norm", spec)
+
+
+def _norm(role: str, spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield role, (spec.hidden_size,)
+    if spec.norm.bias:
+        yield role + "_bias", (spec.hidden_size,)
 
 
 def _ffn(prefix: str, h: int, f: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -32,6 +32,8 @@ _EXTRA: Mapping[str, frozenset[str]] = MappingProxyType(
 """Keys that each kind knows beside the common ones."""
 _ALPHA = frozenset({"alpha", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "factor"})
 """Keys that stand beside ``alpha``, which alone counts."""
+_MSCALES = frozenset({"short_mscale", "long_mscale"})
+"""Keys that Phi-3.5-MoE has beside those of longrope."""
 
 
 class Rope(NamedTuple):
@@ -45,7 +47,7 @@ class Rope(NamedTuple):
 
 def read_rope(
     fields: Fields, default_theta: float, max_positions: int, head_dim: int, *, by_type: bool = False, partial: float | None = None,
-    alpha: bool = False,
+    alpha: bool = False, mscales: bool = False,
 ) -> Rope:  # fmt: skip
     """Rotary base, scaling and rotated part, from ``rope_theta``, ``rope_scaling``, ``rope_parameters`` and ``partial_rotary_factor``.
 
@@ -57,6 +59,8 @@ def read_rope(
         Default share of a head that is rotated; None refuses any but 1.
     alpha : bool
         Whether ``alpha`` of a "dynamic" scaling is known: it multiplies the base by ``alpha**(d / (d - 2))`` and stretches nothing else.
+    mscales : bool
+        Whether ``longrope`` is the only kind, and must have ``short_mscale`` and ``long_mscale``.
 
     Raises
     ------
@@ -77,7 +81,7 @@ def read_rope(
             stretches.append(_base_stretch(inner, dim or head_dim))
             scalings.append(None)
         else:
-            scalings.append(_scaling(fields, inner, max_positions, dim or head_dim))
+            scalings.append(_scaling(fields, inner, max_positions, dim or head_dim, mscales=mscales))
     if len(set(thetas.values())) > 1:
         raise ConfigError(f"{fields.where}: rotary bases disagree: {', '.join(f'{k} = {v}' for k, v in thetas.items())}")
     if len(set(scalings)) > 1 or len(set(stretches)) > 1 or len(stretches) not in (0, len(holders)):
@@ -127,15 +131,18 @@ def partial_config(spec: ModelSpec) -> dict[str, Any]:
     return {"partial_rotary_factor": factor if int(spec.head_dim * factor) == dim else math.nextafter(factor, 2.0)}
 
 
-def _scaling(fields: Fields, inner: Fields, max_positions: int, rotated: int) -> RopeScaling | None:
+def _scaling(fields: Fields, inner: Fields, max_positions: int, rotated: int, *, mscales: bool) -> RopeScaling | None:
     kinds = {inner.get(key) for key in ("rope_type", "type") if isinstance(inner.get(key, None), str)} or {"default"}
     kind = kinds.pop()
     if kinds or kind not in _EXTRA or any(inner.given(key) and not isinstance(inner.get(key), str) for key in ("rope_type", "type")):
         given = " and ".join(show(inner.get(key)) for key in ("rope_type", "type") if key in inner.values)
         raise ConfigError(f"{inner.where}: rope_type {given} is not supported; known are default, {', '.join(ROPE_KINDS)}")
-    extra = sorted(set(inner.values) - _COMMON - _EXTRA[kind], key=str)
+    if mscales and kind not in ("default", "longrope"):
+        raise ConfigError(f"{inner.where}: rope_type {kind!r} is not supported for this family; known are default, longrope")
+    own = _EXTRA[kind] | (_MSCALES if mscales else set())
+    extra = sorted(set(inner.values) - _COMMON - own, key=str)
     if extra:
-        known = ", ".join(sorted(_COMMON | _EXTRA[kind]))
+        known = ", ".join(sorted(_COMMON | own))
         raise ConfigError(f"{inner.where}: {show(extra[0])} is not known for rope_type {kind!r}; known are {known}")
     if kind == "default":
         return None
@@ -154,6 +161,7 @@ def _scaling(fields: Fields, inner: Fields, max_positions: int, rotated: int) ->
         values["truncate"] = inner.boolean("truncate", True)
     if kind == "longrope":
         values |= {name: inner.numbers(name, rotated // 2) for name in ("short_factor", "long_factor")}
+        values |= {name: inner.number(name) for name in ("short_mscale", "long_mscale") if mscales}
     default_factor = max_positions / original if kind in ("yarn", "longrope") else None
     factor = inner.number("factor") if inner.given("factor") or default_factor is None else max(1.0, default_factor)
     try:
@@ -169,7 +177,8 @@ def rope_config(scaling: RopeScaling | None) -> dict[str, Any] | None:
     out: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind not in ("linear", "dynamic"):
         out["original_max_position_embeddings"] = scaling.original_max_position_embeddings
-    for name in sorted(_EXTRA[scaling.kind] - set(out) - {"original_max_position_embeddings"}):
+    mscales = _MSCALES if scaling.short_mscale is not None else set()
+    for name in sorted((_EXTRA[scaling.kind] | mscales) - set(out) - {"original_max_position_embeddings"}):
         value = getattr(scaling, name)
         if value is not None:
             out[name] = list(value) if isinstance(value, tuple) else value

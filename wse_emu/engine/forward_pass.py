@@ -13,7 +13,9 @@ from wse_emu.engine.routing_trace import RoutingTrace
 from wse_emu.engine.weights import ModelWeights
 from wse_emu.foundation.taps import TapRecord
 from wse_emu.foundation.weights import layer_prefix
+from wse_emu.layers.elementwise import bias
 from wse_emu.layers.kv_cache import KVCache, Sequences
+from wse_emu.layers.layer_norm import layer_norm
 from wse_emu.layers.norm import add_residual, rms_norm
 from wse_emu.layers.router import Routing
 from wse_emu.memoryx.layout import qkv_to_published
@@ -144,7 +146,11 @@ class ForwardPass:
         """``out = norm(x)`` with the weight of that name of the current layer; without a layer, of the model."""
         full = name if self.layer is None else layer_prefix(self.layer) + name
         with self.scope(scope):
-            rms_norm(self.wafer, x, full, self.weights.vector(full), self.spec.rms_norm_eps, out, self.bands)
+            kind = self.spec.norm
+            norm = layer_norm if kind.kind == "layer" else rms_norm
+            norm(self.wafer, x, full, self.weights.vector(full), self.spec.rms_norm_eps, out, self.bands)
+            if kind.bias:
+                bias(self.wafer, out, full + "_bias", self.weights.vector(full + "_bias"), self.bands)
             self.tap(name, out)
 
     def join(self, x: PlacedTensor, y: PlacedTensor, after_norm: str, stage: str, scope: str) -> None:

@@ -22,6 +22,7 @@ from wse_emu.layers.heads import HeadLayout
 from wse_emu.layers.kv_cache import KVCache, Sequences
 from wse_emu.layers.linear import Selection
 from wse_emu.layers.rotary import place_rotary
+from wse_emu.layers.stream import StreamedVector
 from wse_emu.memoryx.prefetch import LayerStream
 from wse_emu.memoryx.store import ShapeStore, WeightStore
 from wse_emu.wafer.placement import Ints, Split, TokenBands
@@ -146,18 +147,21 @@ def _execute(run: ForwardPass, token_ids: Ints, wanted: Ints, stream: LayerStrea
     for layer in range(spec.num_layers):
         run.layer = layer
         last = layer + 1 == spec.num_layers
-        then = ("final_norm", "lm_head") if last else weights.layer_names(layer + 1)
+        then = weights.head_names if last else weights.layer_names(layer + 1)
         with stream.layer(weights.layer_names(layer), then):
             attention_block(run, x)
             ffn_block(run, x, stream)
         run.note_hidden(x)
     run.layer = None
-    with stream.layer(["final_norm", "lm_head"], weights.layer_names(0)), wafer.empty("normalised", run.place) as normal:
+    with stream.layer(weights.head_names, weights.layer_names(0)), wafer.empty("normalised", run.place) as normal:
         run.norm("final_norm", x, normal, "final_norm")
         with ledger.scope("lm_head"):
             head = weights.matrix("lm_head", spec.hidden_size, spec.vocab_size)
             selection = Selection.of_tokens(np.asarray(wanted, np.int64), run.bands.split)
-            run.result.logits = logits(wafer, normal, head, selection, run.bands, chunk=run.options.piece, cap=spec.scales.logits_cap)
+            offset = StreamedVector("lm_head_bias", weights.vector("lm_head_bias")) if spec.biases.head else None
+            run.result.logits = logits(
+                wafer, normal, head, selection, run.bands, chunk=run.options.piece, cap=spec.scales.logits_cap, bias=offset
+            )  # fmt: skip
     if run.result.taps is not None:
         run.result.taps.stages[None, "logits"] = run.result.logits
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from wse_emu.engine.options import EngineOptions
 from wse_emu.foundation.model_spec import ModelSpec
-from wse_emu.foundation.weights import layer_prefix, layer_weights, router_vectors
+from wse_emu.foundation.weights import head_weights, layer_prefix, layer_weights, router_vectors
 from wse_emu.layers.clamped_experts import ClampedWeights
 from wse_emu.layers.ffn import FfnWeights
 from wse_emu.layers.router import RouterWeights
@@ -41,6 +41,11 @@ class ModelWeights:
             names = tuple(w.name for w in layer_weights(self.spec, layer) if every or ".experts." not in w.name)
             self._layer_names[layer] = names
         return names
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """Tensors behind the last layer."""
+        return tuple(w.name for w in head_weights(self.spec))
 
     def expert_names(self, layer: int, expert: int) -> list[str]:
         """Names of one expert's matrices and biases."""

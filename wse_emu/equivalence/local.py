@@ -111,6 +111,16 @@ class StageLocal:
         return self._chosen_experts(layer, name, x)
 
     def _norm(self, x: F64, layer: int | None, name: str) -> Bounded:
+        """A norm of the residual stream."""
+        if self._spec.norm.kind == "rms":
+            return self._rms_norm(x, layer, name)
+        weight, added = self._weights.norm(layer, name), self._weights.norm_bias(layer, name)
+        bias = None if added is None else added.astype(np.float64)
+        eps = self._spec.rms_norm_eps
+        bound = tolerance.layer_norm_bound(x, weight.astype(np.float64), eps, bias)
+        return formulas.layer_norm(x, weight, bias, eps).astype(np.float64), bound
+
+    def _rms_norm(self, x: F64, layer: int | None, name: str) -> Bounded:
         norm = formulas.rms_norm(x, self._weights.norm(layer, name), self._spec.rms_norm_eps).astype(np.float64)
         return norm, tolerance.rms_norm_bound(norm, unit_offset=self._spec.norm.unit_offset)
 
@@ -118,6 +128,11 @@ class StageLocal:
         """Head, its constant divisor (each weight is divided by it and rounded) and the cap."""
         scales, head = self._spec.scales, tensors.lm_head(self._spec)
         value, bound = self._linear(x, head)
+        if self._spec.biases.head:
+            added = self._weights.raw(tensors.lm_head_bias(self._spec)).astype(np.float64)
+            value, bound = value + added, bound + tolerance.add_bound(np.abs(value + added) + bound)
+            if scales.logits != 1:
+                bound = bound + tolerance.U * np.abs(added)
         if scales.logits != 1:
             rounded = tolerance.U * tolerance.magnitude_product(x, self._weights.raw(head))
             value, bound = value / scales.logits, (bound + 2 * rounded) / scales.logits
@@ -140,7 +155,7 @@ class StageLocal:
             return rotated, tolerance.rotary_bound(x, angles, factor, interleaved=interleaved)
         assert spec.qk_norm is not None
         rows = x if spec.qk_norm.over == "head" else x.reshape(len(x), -1)
-        norm, bound = self._norm(rows, layer, name)
+        norm, bound = self._rms_norm(rows, layer, name)
         return norm.reshape(x.shape), bound.reshape(x.shape)
 
     def _chosen_experts(self, layer: int, name: str, x: F64) -> Bounded:

@@ -78,8 +78,28 @@ def rms_norm_bound(y: F64, *, unit_offset: bool = False) -> F64:
     return bound
 
 
-def rotary_bound(x: F64, angles: F64, factor: float = 1.0, *, interleaved: bool = False) -> F64:
-    """Bound of `rotate`; x (T, heads, d), angles (T, r/2) -> (T, heads, d); elements that are not rotated must stay as they are.
+def layer_norm_bound(x: F64, weight: F64, eps: float, bias: F64 | None = None) -> F64:
+    """Bound of a LayerNorm of `x` (T, n) with weight and bias (n,).
+
+    The mean is a sum and a division: known to ``e = 2 sqrt(n) u mean|x| + u |mean|``. That enters every difference as it is, and the
+    variance as ``e^2`` only, for deviations from the true mean sum to nothing. Differences are rounded (``u``, so ``2 u`` of a square),
+    their squares' sum has relative error ``2 sqrt(n) u``, division, eps as a float32 and its addition ``u`` each; the root halves all
+    that: ``(sqrt(n) + 2.5) u``. Then root, reciprocal, the difference itself and two products: ``5 u``. A bias is one more rounding.
+    """
+    n = x.shape[-1]
+    mean = x.mean(axis=-1, keepdims=True)
+    variance = ((x - mean) ** 2).mean(axis=-1, keepdims=True) + eps
+    e_mean = sum_bound(n, np.abs(x).sum(axis=-1, keepdims=True)) / n + U * np.abs(mean)
+    scale, y = np.abs(weight) / np.sqrt(variance), (x - mean) / np.sqrt(variance) * weight
+    relative = (np.sqrt(n) + 7.5) * U + 0.5 * e_mean**2 / variance
+    bound: F64 = relative * np.abs(y) + (1 + relative) * e_mean * scale + SUBNORMAL
+    return bound if bias is None else bound + add_bound(np.abs(y + bias) + bound)
+
+
+def rotary_bound(x: F64, angles: F64, factor: float | F64 = 1.0, *, interleaved: bool = False) -> F64:
+    """Bound of `rotate`; x (T, heads, d), angles (T, r/2), factor a number or (T, 1) -> (T, heads, d).
+
+    Elements that are not rotated must stay as they are.
 
     Each of the two terms meets three roundings: of the cosine or sine (times `factor`, which only scales), of the product, of the sum. An
     angle is a float64 product of a power, known to about eight units of ``2**-53``; a stretched frequency takes as many again. That shifts
@@ -90,7 +110,7 @@ def rotary_bound(x: F64, angles: F64, factor: float = 1.0, *, interleaved: bool 
     a, b = np.abs(x[..., first]), np.abs(x[..., second])
     cos, sin = np.abs(np.cos(angles))[:, None, :], np.abs(np.sin(angles))[:, None, :]
     shift = 16 * 2.0**-53 * (1 + np.abs(angles))[:, None, :] * (a + b)
-    bound = np.zeros(x.shape)
+    bound, factor = np.zeros(x.shape), np.asarray(factor)[..., None]
     bound[..., first] = factor * (3 * U * (a * cos + b * sin) + shift) + SUBNORMAL
     bound[..., second] = factor * (3 * U * (b * cos + a * sin) + shift) + SUBNORMAL
     return bound

@@ -13,3 +13,5 @@ class Biases:
     """Projections to queries, keys and values."""
     out: bool = False
     """Projection of the attention's context."""
+    head: bool = False
+    """Output projection to the vocabulary."""

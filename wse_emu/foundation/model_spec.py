@@ -21,7 +21,7 @@ from wse_emu.foundation.shared_experts import SharedExperts
 
 FAMILIES = (
     "llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "qwen2_moe", "olmoe", "granitemoe", "gemma2", "gemma3_text", "dots1", "glm4_moe",
-    "hunyuan_v1_moe", "ernie4_5_moe", "minimax_m2", "gpt_oss",
+    "hunyuan_v1_moe", "ernie4_5_moe", "minimax_m2", "gpt_oss", "phimoe",
 )  # fmt: skip
 """Model families (Hugging Face ``model_type``) that this version runs."""
 
@@ -264,10 +264,11 @@ class ModelSpec:
         experts = n_moe * self.num_experts * (3 * h * self.moe_intermediate_size + of_biases)
         if self.shared_experts is not None:
             experts += n_moe * h * (3 * self.shared_experts.intermediate_size + self.shared_experts.gated)
-        norms = (4 if self.norm.after else 2) * h
+        norms, per_norm = 4 if self.norm.after else 2, h * (1 + self.norm.bias)
         routers = n_moe * self.num_experts * self.routing.params_per_expert(h)
         vocab = self.vocab_size * h * (1 if self.tie_word_embeddings else 2)
-        return self.num_layers * (attention + norms) + dense + experts + routers + h + vocab
+        vocab += self.vocab_size * self.biases.head
+        return self.num_layers * (attention + norms * per_norm) + dense + experts + routers + per_norm + vocab
 
 
 def _holds(layers: tuple[int, ...], layer: int) -> bool:

@@ -12,10 +12,20 @@ from wse_emu.foundation.errors import SpecError
 class NormSpec:
     """Norms of the residual stream; the default is a Llama's RMSNorm in front of each half of a layer."""
 
+    kind: Literal["rms", "layer"] = "rms"
+    """RMSNorm, or LayerNorm, which takes the mean away first; norms of queries and keys are RMSNorm always."""
+    bias: bool = False
+    """Whether a LayerNorm has a bias."""
     unit_offset: bool = False
     """Whether the published weight ``w`` means ``1 + w`` (Gemma), also in norms of queries and keys."""
     after: bool = False
     """Whether the output of attention and of the feed-forward network is normalised too, before it joins the residual stream."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("rms", "layer"):
+            raise SpecError(f"`kind` of `norm` must be 'rms' or 'layer', got {self.kind!r}")
+        if self.bias and self.kind != "layer":
+            raise SpecError("`bias` of `norm` needs `kind` 'layer': an RMSNorm has none")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

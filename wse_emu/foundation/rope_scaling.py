@@ -48,6 +48,10 @@ class RopeScaling:
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
     """longrope: divisor of every pair's frequency, for sequences within the original context and beyond it."""
+    short_mscale: float | None = None
+    long_mscale: float | None = None
+    """longrope of Phi-3.5-MoE: factor of cosine and sine within the original context and beyond it. Where they are given, frequencies are
+    those of `short_factor` at every length: transformers has it so."""
 
     def __post_init__(self) -> None:
         if self.kind not in ROPE_KINDS:
@@ -83,6 +87,15 @@ class RopeScaling:
             values = getattr(self, name)
             if bool(values) != (self.kind == "longrope") or not all(0 < v < math.inf for v in values):
                 raise SpecError(f"rotary scaling {self.kind}: `{name}` must hold positive numbers with longrope, and none otherwise")
+
+        if (self.short_mscale is None) != (self.long_mscale is None) or (self.short_mscale is not None and self.kind != "longrope"):
+            raise SpecError(f"rotary scaling {self.kind}: `short_mscale` and `long_mscale` belong together, and to longrope")
+        for name in ("short_mscale", "long_mscale"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise SpecError(f"rotary scaling {self.kind}: `{name}` must be positive and finite, got {value!r}")
+        if self.short_mscale is not None and self.attention_factor is not None:
+            raise SpecError("rotary scaling longrope: `attention_factor` must be None beside `short_mscale` and `long_mscale`")
 
     @property
     def follows_length(self) -> bool:

@@ -17,10 +17,11 @@ A matrix is ``[in, out]`` so that ``x @ w``; its columns are ordered so that eve
     Column ``2 f`` is the gate's column ``f``, column ``2 f + 1`` is the up projection's.
 ``sinks`` ``(num_heads,)``, a score for every query head, where they have one
 ``b_gate_up``, the biases of those columns, and ``b_down``, where experts have them
+``attn_norm_bias`` and the like of every norm of the residual stream, ``lm_head_bias``, where they have one
 ``shared.gate`` ``(hidden, 1)``, where the shared experts' output has a gate
 
 Weights of norms are stored as they are applied: ``1 + w`` where the family means that. ``embed`` is multiplied by ``scales.embedding`` and
-``lm_head`` divided by ``scales.logits``, each product rounded to float32.
+``lm_head``, with its bias, divided by ``scales.logits``, each product rounded to float32.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def layer_weights(spec: ModelSpec, layer: int) -> list[WeightShape]:
     p = layer_prefix(layer)
     h, d = spec.hidden_size, spec.head_dim
     n_q, n_kv = spec.num_heads * d, spec.num_kv_heads * d
-    shapes: dict[str, tuple[int, ...]] = {"attn_norm": (h,), "w_qkv": (h, n_q + 2 * n_kv)}
+    shapes: dict[str, tuple[int, ...]] = {**_norm("attn_norm", spec), "w_qkv": (h, n_q + 2 * n_kv)}
     if spec.biases.qkv:
         shapes["b_qkv"] = (n_q + 2 * n_kv,)
     if spec.qk_norm is not None:
@@ -78,8 +79,8 @@ def layer_weights(spec: ModelSpec, layer: int) -> list[WeightShape]:
     if spec.biases.out:
         shapes["b_o"] = (h,)
     if spec.norm.after:
-        shapes["attn_after_norm"] = (h,)
-    shapes["ffn_norm"] = (h,)
+        shapes |= _norm("attn_after_norm", spec)
+    shapes |= _norm("ffn_norm", spec)
     if not spec.is_moe_layer(layer):
         shapes |= _ffn("", h, spec.intermediate_size)
     else:
@@ -93,8 +94,13 @@ def layer_weights(spec: ModelSpec, layer: int) -> list[WeightShape]:
         for e in range(spec.num_experts):
             shapes |= _ffn(f"experts.{e}.", h, spec.moe_intermediate_size, biased=spec.clamped_experts is not None)
     if spec.norm.after:
-        shapes["ffn_after_norm"] = (h,)
+        shapes |= _norm("ffn_after_norm", spec)
     return [WeightShape(p + name, shape) for name, shape in shapes.items()]
+
+
+def _norm(name: str, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    names = (name, name + "_bias") if spec.norm.bias else (name,)
+    return dict.fromkeys(names, (spec.hidden_size,))
 
 
 def _ffn(prefix: str, hidden: int, width: int, *, biased: bool = False) -> dict[str, tuple[int, ...]]:
@@ -107,5 +113,12 @@ def all_weights(spec: ModelSpec) -> Iterator[WeightShape]:
     yield WeightShape("embed", (spec.vocab_size, spec.hidden_size))
     for layer in range(spec.num_layers):
         yield from layer_weights(spec, layer)
-    yield WeightShape("final_norm", (spec.hidden_size,))
-    yield WeightShape("lm_head", (spec.hidden_size, spec.vocab_size))
+    yield from head_weights(spec)
+
+
+def head_weights(spec: ModelSpec) -> list[WeightShape]:
+    """Tensors behind the last layer, in the order in which they are streamed."""
+    shapes: dict[str, tuple[int, ...]] = {**_norm("final_norm", spec), "lm_head": (spec.hidden_size, spec.vocab_size)}
+    if spec.biases.head:
+        shapes["lm_head_bias"] = (spec.vocab_size,)
+    return [WeightShape(name, shape) for name, shape in shapes.items()]

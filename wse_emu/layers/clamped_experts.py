@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from wse_emu.layers.elementwise import ADD_BIAS
+from wse_emu.layers.elementwise import bias
 from wse_emu.layers.linear import COMBINE_INTO, Selection, all_gather_bands, matmul
-from wse_emu.layers.norm import stream_vector
+from wse_emu.layers.selected import panel, run_selected
 from wse_emu.layers.stream import StreamedMatrix, StreamedVector
 from wse_emu.wafer.kernel import Kernel
 from wse_emu.wafer.ledger import Event
@@ -61,8 +60,8 @@ def hidden(
     selection = take or compact
     matmul(wafer, x, gate_up, y, bands, take=take, compact=compact, chunk=chunk)
     all_gather_bands(wafer, y, bands, selection)
-    _add_bias(wafer, y, extra.b_gate_up, bands, selection)
-    _run(wafer, CLAMPED_GLU, {"y": y, "h": h}, {"alpha": extra.alpha, "limit": extra.limit}, bands, selection)
+    bias(wafer, y, extra.b_gate_up.name, extra.b_gate_up.values, bands, selection)
+    run_selected(wafer, CLAMPED_GLU, {"y": y, "h": h}, {"alpha": extra.alpha, "limit": extra.limit}, selection)
 
 
 def output(
@@ -72,7 +71,7 @@ def output(
     """``out = h @ w_down + b_down`` of all tokens, or of those that both hold compacted; complete on every row of a band."""
     matmul(wafer, h, down, out, bands, compact=selection, chunk=chunk)
     all_gather_bands(wafer, out, bands, selection)
-    _add_bias(wafer, out, extra.b_down, bands, selection)
+    bias(wafer, out, extra.b_down.name, extra.b_down.values, bands, selection)
 
 
 def combine(wafer: Wafer, y: PlacedTensor, selection: Selection, out: PlacedTensor, bands: TokenBands) -> None:
@@ -92,43 +91,6 @@ def combine(wafer: Wafer, y: PlacedTensor, selection: Selection, out: PlacedTens
         elif not wafer.is_dry and m:
             for col in split.used.tolist():
                 combine_panel = COMBINE_INTO.body
-                combine_panel(_panel(y, col, m), selection.rows, selection.scale, 0, _panel(out, col, bands.n_tokens))
+                combine_panel(panel(y, col, m), selection.rows, selection.scale, 0, panel(out, col, bands.n_tokens))
     macs = int(selection.counts.sum()) * split.total
     wafer.record(Event(None, "", "launch", COMBINE_INTO.name, count=int(rows.size * split.used.size), macs=macs))
-
-
-def _add_bias(wafer: Wafer, x: PlacedTensor, bias: StreamedVector, bands: TokenBands, selection: Selection | None) -> None:
-    with stream_vector(wafer, bias.name, bias.values, x.placement.axis1[1], bands) as b:
-        _run(wafer, ADD_BIAS, {"x": x}, {"bias": b}, bands, selection)
-
-
-def _run(
-    wafer: Wafer, kernel: Kernel, tensors: dict[str, PlacedTensor], others: dict[str, Any], bands: TokenBands, selection: Selection | None
-) -> None:
-    """Run a body on every core that holds features, and tokens; of `tensors` just the first places with a selection."""
-    if selection is None:
-        wafer.launch(kernel, **tensors, **others)
-        return
-    split = next(iter(tensors.values())).placement.axis1[1]
-    rows, m = np.flatnonzero(selection.counts), selection.n_tokens
-    with wafer.sram.code(kernel.name, kernel.code_bytes):
-        if wafer.cores is not None:
-            for row in rows.tolist():
-                for col in split.used.tolist():
-                    places = slice(0, int(selection.counts[row]))
-                    blocks = {name: tensor.held[row, col].view(places) for name, tensor in tensors.items()}
-                    extra = {n: v.held[row, col] if isinstance(v, PlacedTensor) else v for n, v in others.items()}
-                    wafer.cores.run(kernel, (row, col), {**blocks, **extra})
-        elif not wafer.is_dry and m:
-            for col in split.used.tolist():
-                blocks = {name: _panel(tensor, col, m) for name, tensor in tensors.items()}
-                extra = {n: _panel(v, col, 1) if isinstance(v, PlacedTensor) else v for n, v in others.items()}
-                kernel.body(*({**blocks, **extra}[name] for name in kernel.params))
-    wafer.record(Event(None, "", "launch", kernel.name, count=int(rows.size * split.used.size)))
-
-
-def _panel(tensor: PlacedTensor, col: int, n_rows: int) -> Any:
-    """A column's panel of a tensor that holds `n_rows` rows."""
-    split = tensor.placement.axis1[1]
-    j0, j1 = int(split.starts[col]), int(split.stops[col])
-    return tensor.flat[n_rows * j0 : n_rows * j1].reshape(n_rows, j1 - j0)

@@ -6,10 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wse_emu.foundation.weights import TILE_COLS
+from wse_emu.layers.elementwise import bias as add_bias
 from wse_emu.layers.elementwise import cap as soft_cap
 from wse_emu.layers.ffn import FILL_ZERO, read_compact
 from wse_emu.layers.linear import DEFAULT_CHUNK, Selection, matmul
-from wse_emu.layers.stream import StreamedMatrix
+from wse_emu.layers.stream import StreamedMatrix, StreamedVector
 from wse_emu.wafer import costs
 from wse_emu.wafer.placement import Split, TokenBands
 from wse_emu.wafer.tensor import PlacedTensor
@@ -21,9 +22,19 @@ _LOGIT_BYTES = 8192
 
 def vocabulary_passes(wafer: Wafer, vocab_size: int, bands: TokenBands) -> list[tuple[int, int]]:
     """Ranges of the vocabulary whose logits are on the wafer at one time: whole tiles, at least one."""
-    per_core = _LOGIT_BYTES // 4 // max(1, bands.split.max_size)
-    step = max(1, per_core * wafer.cols // TILE_COLS) * TILE_COLS
+    step = _pass_columns(wafer, bands.split.max_size)
     return [(first, min(first + step, vocab_size)) for first in range(0, vocab_size, step)]
+
+
+def _pass_columns(wafer: Wafer, n_tokens: int) -> int:
+    """Columns of the head in one pass, for a core that holds so many tokens."""
+    per_core = _LOGIT_BYTES // 4 // max(1, n_tokens)
+    return max(1, per_core * wafer.cols // TILE_COLS) * TILE_COLS
+
+
+def _pass_width(wafer: Wafer, vocab_size: int, n_tokens: int) -> int:
+    """Most of them on one column of cores."""
+    return Split.balanced(min(_pass_columns(wafer, n_tokens), vocab_size), wafer.cols).max_size
 
 
 def _unused_words(wafer: Wafer, vocab_size: int, bands: TokenBands, k_split: Split, chunk: int) -> int:
@@ -45,7 +56,7 @@ def _unused_words(wafer: Wafer, vocab_size: int, bands: TokenBands, k_split: Spl
 
 def logits(
     wafer: Wafer, x: PlacedTensor, head: StreamedMatrix, wanted: Selection, bands: TokenBands, *, chunk: int = DEFAULT_CHUNK,
-    cap: float | None = None,
+    cap: float | None = None, bias: StreamedVector | None = None,
 ) -> NDArray[np.float32]:
     """Logits of the wanted tokens, drained to the host pass by pass.
 
@@ -62,6 +73,8 @@ def logits(
         Most columns of one streamed piece.
     cap : float, optional
         They become ``cap * tanh(x / cap)``.
+    bias : StreamedVector, optional
+        (vocab,); added before that.
 
     Returns
     -------
@@ -70,15 +83,20 @@ def logits(
     """
     shape = (wanted.n_tokens, head.n_out)
     out = np.broadcast_to(np.float32(0), shape) if wafer.is_dry else np.zeros(shape, np.float32)
-    unused = np.full(wafer.cols, _unused_words(wafer, head.n_out, bands, x.placement.axis1[1], chunk))
+    words = _unused_words(wafer, head.n_out, bands, x.placement.axis1[1], chunk)
+    if bias is not None:  # as wide as it is for a single token, whose passes are the widest
+        words += _pass_width(wafer, head.n_out, 1) - _pass_width(wafer, head.n_out, bands.split.max_size)
+    unused = np.full(wafer.cols, words)
     with wafer.sram.reserved("room for more logits", np.ones(wafer.rows, np.int64), unused, 4):
         for first, last in vocabulary_passes(wafer, head.n_out, bands):
             n = last - first
             place = wafer.placement((bands.n_tokens, n), x.placement.axis0, ("col", Split.balanced(n, wafer.cols)))
             with wafer.empty("logits", place) as y:
-                if cap is not None:
-                    wafer.launch(FILL_ZERO, x=y)  # the limit is taken of the whole block
+                if cap is not None or bias is not None:
+                    wafer.launch(FILL_ZERO, x=y)  # the limit is taken of the whole block, and the bias added on all columns
                 matmul(wafer, x, head.slice(first, last), y, bands, take=wanted, chunk=chunk)
+                if bias is not None:
+                    add_bias(wafer, y, bias.name, None if bias.values is None else bias.values[first:last], bands, wanted)
                 if cap is not None:
                     soft_cap(wafer, y, cap)
                 drained = _drain(wafer, y, wanted, bands)

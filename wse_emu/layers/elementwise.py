@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from wse_emu.layers.linear import DEFAULT_CHUNK, all_gather_bands, matmul
+from wse_emu.layers.linear import DEFAULT_CHUNK, Selection, all_gather_bands, matmul
 from wse_emu.layers.norm import stream_vector
+from wse_emu.layers.selected import run_selected
 from wse_emu.layers.stream import StreamedMatrix
 from wse_emu.wafer.kernel import Kernel
 from wse_emu.wafer.moves import broadcast_row
@@ -21,7 +22,9 @@ SOFT_CAP = Kernel(body=soft_cap, params=("x", "cap"), inout=("x",), code_bytes=4
 SCALE_BY_SIGMOID = Kernel(body=scale_by_sigmoid, params=("x", "gate"), inout=("x",), code_bytes=352)
 
 
-def bias(wafer: Wafer, x: PlacedTensor, name: str, values: NDArray[np.float32] | None, bands: TokenBands) -> None:
+def bias(
+    wafer: Wafer, x: PlacedTensor, name: str, values: NDArray[np.float32] | None, bands: TokenBands, selection: Selection | None = None
+) -> None:
     """``x = x + values``; each column's part of the vector streams down its column, not kept.
 
     Parameters
@@ -33,9 +36,11 @@ def bias(wafer: Wafer, x: PlacedTensor, name: str, values: NDArray[np.float32] |
         Of the vector, in the ledger.
     values : ndarray, (n,), float32, or None with the ``dry`` executor
     bands : TokenBands
+    selection : Selection, optional
+        Tokens that `x` holds in its first places, and nothing else.
     """
     with stream_vector(wafer, name, values, x.placement.axis1[1], bands) as b:
-        wafer.launch(ADD_BIAS, x=x, bias=b)
+        run_selected(wafer, ADD_BIAS, {"x": x}, {"bias": b}, selection)
 
 
 def clip(wafer: Wafer, x: PlacedTensor, limit: float) -> None:

@@ -59,7 +59,7 @@ def _whole(
     bands: TokenBands,
 ) -> None:  # fmt: skip
     """The norm as its launches and moves."""
-    partial_place, end_place, total_place = _sum_places(x.placement)
+    partial_place, end_place, total_place = sum_places(x.placement)
     with wafer.empty("sum of squares", total_place) as total:
         with wafer.empty("partial sums of squares", partial_place) as partial, wafer.empty("row sum", end_place) as end:
             wafer.launch(SUM_SQUARES, x=x, ss=partial)
@@ -70,7 +70,7 @@ def _whole(
 
 
 @lru_cache(maxsize=1024)
-def _sum_places(x: Placement) -> tuple[Placement, Placement, Placement]:
+def sum_places(x: Placement) -> tuple[Placement, Placement, Placement]:
     """Where a row's sums lie: partial ones on every column that has features, the sum on the last of them, then on all."""
     cols, n_cols = x.axis1[1].used, x.n_cols
     splits = Split.uniform(1, n_cols, cols), Split.single(1, int(cols[-1]), n_cols), Split.everywhere(1, n_cols, cols)

@@ -69,7 +69,8 @@ def rotary_tables(spec: ModelSpec, sequences: Sequences, *, local: bool = False)
             for start, n, length in zip(sequences.start, sequences.n_new, sequences.length, strict=True)
         ]
     )
-    factor, still = attention_factor(scaling), (spec.head_dim - spec.rotary.rotated(spec.head_dim)) // 2
+    factor = np.repeat([attention_factor(scaling, int(length)) for length in sequences.length], sequences.n_new)[:, None]
+    still = (spec.head_dim - spec.rotary.rotated(spec.head_dim)) // 2
     cos, sin = (
         np.tile(np.pad((f(angle) * factor).astype(np.float32), ((0, 0), (0, still)), constant_values=end), (1, spec.num_kv_heads))
         for f, end in ((np.cos, 1), (np.sin, 0))
@@ -97,7 +98,8 @@ def frequencies(spec: ModelSpec, length: int, *, local: bool = False) -> F64:
         stretched: F64 = (spec.rope_theta * stretch ** (half / (half - 1))) ** -exponent
         return stretched
     if scaling.kind == "longrope":
-        plain /= np.array(scaling.long_factor if length > original else scaling.short_factor)
+        is_long = length > original and scaling.long_mscale is None
+        plain /= np.array(scaling.long_factor if is_long else scaling.short_factor)
         return plain
     kept = _kept_by_turns(scaling, plain) if scaling.kind == "llama3" else _kept_by_index(scaling, spec.rope_theta, half)
     return plain * (kept + (1 - kept) / scaling.factor)
@@ -129,10 +131,12 @@ def _kept_by_index(scaling: RopeScaling, theta: float, half: int) -> F64:
     return kept
 
 
-def attention_factor(scaling: RopeScaling | None) -> float:
-    """Factor of cosine and sine."""
+def attention_factor(scaling: RopeScaling | None, length: int) -> float:
+    """Factor of cosine and sine, for a sequence of `length` tokens."""
     if scaling is None or scaling.kind not in ("yarn", "longrope"):
         return 1.0
+    if scaling.short_mscale is not None and scaling.long_mscale is not None:
+        return scaling.long_mscale if length > scaling.original_max_position_embeddings else scaling.short_mscale
     if scaling.attention_factor is not None:
         return scaling.attention_factor
     stretch = math.log(scaling.factor)  # at least 0

@@ -178,7 +178,7 @@ class Layout:
             of_head = spec.rotary.pairs(spec.head_dim).reshape(-1)
             order = of_head if spec.qk_norm.over == "head" else context_order(spec) if kind == "q_norm" else key_order(spec)
             values = values[order]
-        return values
+        return self._scaled(kind, values)
 
     def _brings_own_head(self, role: str) -> bool:
         return role == "lm_head" and self._spec.tie_word_embeddings and self._own_head.name in self._tensors.names()
@@ -205,11 +205,11 @@ class Layout:
             yield self._scaled("embed", self._rows(tensor, i, min(i + step, tensor.shape[0]))).reshape(-1)
 
     def _scaled(self, role: str, values: F32) -> F32:
-        """Values of the embedding or the head with the factor that belongs to all of them; each product is rounded."""
+        """Values of the embedding or the head (and its bias) with the factor that belongs to all of them; each product is rounded."""
         scales = self._spec.scales
         if role == "embed" and scales.embedding != 1:
             return values * np.float32(scales.embedding)
-        if role == "lm_head" and scales.logits != 1:
+        if role in ("lm_head", "lm_head_bias") and scales.logits != 1:
             return values / np.float32(scales.logits)
         return values
 

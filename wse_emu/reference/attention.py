@@ -14,7 +14,7 @@ from wse_emu.reference.weights import PublishedWeights
 def attention_block(weights: PublishedWeights, layer: int, x: Floats, seq: Ints, pos: Ints) -> Iterator[tuple[str, Floats]]:
     """Stages of ``x + attention(norm(x)) @ w_o``; `x` (T, hidden), the last stage is "attn_residual"."""
     spec = weights.spec
-    norm = formulas.rms_norm(x, weights.norm(layer, "attn_norm"), spec.rms_norm_eps)
+    norm = weights.normed(layer, "attn_norm", x)
     yield "attn_norm", norm
     now: dict[str, Floats] = {}
     for name, heads in (("q", spec.num_heads), ("k", spec.num_kv_heads), ("v", spec.num_kv_heads)):
@@ -50,7 +50,7 @@ def joined(weights: PublishedWeights, layer: int, x: Floats, out: Floats, after_
     """Stages of ``x + out``, the output of half a layer, normalised and scaled before where the model does that."""
     spec = weights.spec
     if spec.norm.after:
-        out = formulas.rms_norm(out, weights.norm(layer, after_norm), spec.rms_norm_eps)
+        out = weights.normed(layer, after_norm, out)
         yield after_norm, out
     yield stage, x + out * out.dtype.type(spec.scales.residual)
 

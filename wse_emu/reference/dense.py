@@ -120,7 +120,7 @@ class DenseReference:
                 x = value if name == "attn_residual" else x
                 yield (layer, name), value
             residual = x
-            norm = formulas.rms_norm(residual, weights.norm(layer, "ffn_norm"), spec.rms_norm_eps)
+            norm = weights.normed(layer, "ffn_norm", residual)
             yield (layer, "ffn_norm"), norm
             moe = spec.is_moe_layer(layer)
             if moe:
@@ -134,9 +134,11 @@ class DenseReference:
             for name, value in joined(weights, layer, residual, x, "ffn_after_norm", "layer_out"):
                 yield (layer, name), value
                 x = value
-        x = formulas.rms_norm(x, weights.norm(None, "final_norm"), spec.rms_norm_eps)
+        x = weights.normed(None, "final_norm", x)
         yield (None, "final_norm"), x
         logits = formulas.linear(x, weights.tensor(tensors.lm_head(spec)))
+        if spec.biases.head:
+            logits = logits + weights.tensor(tensors.lm_head_bias(spec))
         if spec.scales.logits != 1:
             logits = formulas.cast(logits / spec.scales.logits, self.dtype)
         yield (None, "logits"), formulas.capped(logits, spec.scales.logits_cap)

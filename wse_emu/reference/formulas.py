@@ -30,11 +30,19 @@ def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     return out
 
 
-def rotate(x: Floats, angles: NDArray[np.float64], factor: float = 1.0, *, interleaved: bool = False) -> Floats:
+def layer_norm(x: Floats, weight: Floats, bias: Floats | None, eps: float) -> Floats:
+    """``(x - mean(x)) / sqrt(var(x) + eps) * weight + bias`` over the last axis; x (T, n), weight and bias (n,)."""
+    centred = x - np.mean(x, axis=-1, keepdims=True)
+    variance = np.mean(centred * centred, axis=-1, keepdims=True)
+    out: Floats = centred / np.sqrt(variance + x.dtype.type(eps)) * weight
+    return out if bias is None else out + bias
+
+
+def rotate(x: Floats, angles: NDArray[np.float64], factor: float | NDArray[np.float64] = 1.0, *, interleaved: bool = False) -> Floats:
     """Rotary embedding of the first elements of every head: x (T, heads, d), angles (T, r/2) -> (T, heads, d).
 
     The first r elements turn, in pairs ``(u, u + r/2)`` or, `interleaved`, ``(2 u, 2 u + 1)``; the others stay. Cosine and sine, times
-    `factor`, are taken in float64 and rounded to the dtype of `x`.
+    `factor`, a number or (T, 1), are taken in float64 and rounded to the dtype of `x`.
 
     References
     ----------

@@ -19,7 +19,7 @@ F64 = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-def rotary_angles(spec: ModelSpec, seq: Ints, pos: Ints, *, local: bool = False) -> tuple[F64, float]:
+def rotary_angles(spec: ModelSpec, seq: Ints, pos: Ints, *, local: bool = False) -> tuple[F64, F64]:
     """Angle of every rotary pair of every token, and the factor of cosine and sine.
 
     Parameters
@@ -33,7 +33,7 @@ def rotary_angles(spec: ModelSpec, seq: Ints, pos: Ints, *, local: bool = False)
     -------
     angles : ndarray, (T, rotated elements / 2), float64
         Radians.
-    factor : float
+    factor : ndarray, (T, 1), float64
     """
     d, scaling, theta = spec.head_dim if spec.rotary.dim is None else spec.rotary.dim, spec.rope_scaling, spec.rope_theta
     if local:
@@ -42,10 +42,13 @@ def rotary_angles(spec: ModelSpec, seq: Ints, pos: Ints, *, local: bool = False)
     pairs = np.arange(d // 2) * 2.0 / d
     length = np.array([pos[seq == s].max() + 1 for s in seq]) if scaling is not None and scaling.follows_length else pos + 1
     frequency = np.broadcast_to(theta**-pairs, (len(pos), d // 2))
-    factor = 1.0
+    factor = np.ones((len(pos), 1))
     if scaling is not None:
         frequency = _stretched(scaling, frequency, theta, pairs, length)
-        factor = _attention_factor(scaling)
+        factor = factor * _attention_factor(scaling)
+        if scaling.short_mscale is not None and scaling.long_mscale is not None:
+            beyond = length[:, None] > scaling.original_max_position_embeddings
+            factor = np.where(beyond, scaling.long_mscale, scaling.short_mscale)
     return pos[:, None] * frequency, factor
 
 
@@ -58,6 +61,9 @@ def _stretched(scaling: RopeScaling, plain: F64, theta: float, pairs: F64, lengt
         growth = factor * np.maximum(length, original) / original - (factor - 1)
         return (theta * growth[:, None] ** (d / (d - 2))) ** -pairs
     if scaling.kind == "longrope":
+        if scaling.short_mscale is not None:  # Phi-3.5-MoE in transformers
+            short: F64 = plain / np.array(scaling.short_factor)
+            return short
         return plain / np.where(length[:, None] > original, scaling.long_factor, scaling.short_factor)
     turns = original * plain / (2 * math.pi)
     if scaling.kind == "llama3":

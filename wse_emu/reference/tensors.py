@@ -34,6 +34,16 @@ def final_norm(spec: ModelSpec) -> Published:
     return Published("model.norm.weight", (spec.hidden_size,))
 
 
+def final_norm_bias(spec: ModelSpec) -> Published:
+    """Bias of the last norm, (hidden,)."""
+    return Published("model.norm.bias", (spec.hidden_size,))
+
+
+def lm_head_bias(spec: ModelSpec) -> Published:
+    """Bias of the output projection, (vocab,)."""
+    return Published("lm_head.bias", (spec.vocab_size,))
+
+
 def lm_head(spec: ModelSpec) -> Published:
     """Output projection, (vocab, hidden): the embedding itself where the two are tied."""
     return embed_tokens(spec) if spec.tie_word_embeddings else Published("lm_head.weight", embed_tokens(spec).shape)
@@ -60,6 +70,7 @@ _OTHER_NAMES: dict[str, dict[str, str]] = {
         "router": "mlp.gate.wg.weight",
     },
     "gpt_oss": {"router": "mlp.router.weight", "router_bias": "mlp.router.bias"},
+    "phimoe": {"router": "block_sparse_moe.gate.weight"},
     "minimax_m2": {
         "router": "block_sparse_moe.gate.weight",
         "e_score_correction_bias": "block_sparse_moe.e_score_correction_bias",
@@ -82,8 +93,8 @@ def layer_tensor(spec: ModelSpec, layer: int, role: str, expert: Expert = None) 
     ----------
     role : str
         "attn_norm", "w_q", "w_k", "w_v", "b_q", "b_k", "b_v", "q_norm", "k_norm", "w_o", "b_o", "attn_after_norm", "ffn_norm", "router",
-        "router_bias", "e_score_correction_bias", "shared_gate", "ffn_after_norm", "sinks", or "w_gate", "w_up", "w_down" (with `expert` in
-        a layer with a mixture) and an expert's "b_gate", "b_up", "b_down".
+        "router_bias", "e_score_correction_bias", "shared_gate", "ffn_after_norm", "sinks", "attn_norm_bias", "ffn_norm_bias",
+        or "w_gate", "w_up", "w_down" (with `expert` in a layer with a mixture) and an expert's "b_gate", "b_up", "b_down".
     """
     prefix = f"model.layers.{layer}."
     if role in ("b_gate", "b_up", "b_down"):
@@ -96,6 +107,7 @@ def layer_tensor(spec: ModelSpec, layer: int, role: str, expert: Expert = None) 
     whole_row = spec.qk_norm is not None and spec.qk_norm.over == "row"
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
         "attn_norm": ("input_layernorm.weight", (h,)),
+        "attn_norm_bias": ("input_layernorm.bias", (h,)),
         "w_q": ("self_attn.q_proj.weight", (n_q, h)),
         "w_k": ("self_attn.k_proj.weight", (n_kv, h)),
         "w_v": ("self_attn.v_proj.weight", (n_kv, h)),
@@ -108,6 +120,7 @@ def layer_tensor(spec: ModelSpec, layer: int, role: str, expert: Expert = None) 
         "b_o": ("self_attn.o_proj.bias", (h,)),
         "sinks": ("self_attn.sinks", (spec.num_heads,)),
         "ffn_norm": ("post_attention_layernorm.weight", (h,)),
+        "ffn_norm_bias": ("post_attention_layernorm.bias", (h,)),
         "attn_after_norm": ("", (h,)),
         "ffn_after_norm": ("", (h,)),
         "router": ("mlp.gate.weight", (spec.num_experts, h)),
@@ -131,7 +144,7 @@ def _ffn_tensor(spec: ModelSpec, layer: int, role: str, expert: Expert) -> Publi
         return Published(f"{prefix}{_SHARED[spec.family]}{role[2:]}_proj.weight", shape)
     if expert is None:
         return Published(f"{prefix}mlp.{role[2:]}_proj.weight", shape)
-    if spec.family in ("mixtral", "minimax_m2"):
+    if spec.family in ("mixtral", "minimax_m2", "phimoe"):
         matrix = {"w_gate": "w1", "w_up": "w3", "w_down": "w2"}[role]
         return Published(f"{prefix}block_sparse_moe.experts.{expert}.{matrix}.weight", shape)
     if spec.family == "gpt_oss":

@@ -42,6 +42,19 @@ class PublishedWeights:
         weight = self.tensor(tensors.final_norm(self.spec) if layer is None else tensors.layer_tensor(self.spec, layer, role))
         return weight + weight.dtype.type(1) if self.spec.norm.unit_offset else weight
 
+    def normed(self, layer: int | None, role: str, x: Floats) -> Floats:
+        """A norm of the residual stream, of `x` (T, hidden)."""
+        weight, eps = self.norm(layer, role), self.spec.rms_norm_eps
+        if self.spec.norm.kind == "rms":
+            return formulas.rms_norm(x, weight, eps)
+        return formulas.layer_norm(x, weight, self.norm_bias(layer, role), eps)
+
+    def norm_bias(self, layer: int | None, role: str) -> Floats | None:
+        """Bias of a norm of the residual stream, where it has one."""
+        if not self.spec.norm.bias:
+            return None
+        return self.tensor(tensors.final_norm_bias(self.spec)) if layer is None else self.layer(layer, role + "_bias")
+
     def tensor(self, published: tensors.Published) -> Floats:
         """A tensor in the dtype of the computation."""
         return formulas.cast(self.raw(published), self.dtype)
