@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +16,8 @@ from wse_emu.checkpoint import Checkpoint, open_checkpoint, published_names, ran
 from wse_emu.checkpoint import directory as directory_module
 from wse_emu.checkpoint.families import FAMILIES
 from wse_emu.foundation.errors import CheckpointError, ConfigError
+from wse_emu.foundation.norm_spec import NormSpec
+from wse_emu.foundation.routing_rule import RoutingRule
 from wse_emu.testing import contract_specs, write_checkpoint
 
 INDEX = "model.safetensors.index.json"
@@ -189,9 +192,21 @@ def test_missing_and_extra_tensors_are_listed_by_name(mixtral: Checkpoint, tmp_p
         open_checkpoint(write_checkpoint(mixtral, tmp_path / "c", config={**mixtral.config, "num_hidden_layers": 50}))
 
 
+OWN_RULES: dict[str, dict[str, Any]] = {
+    "phimoe": {
+        "norm": NormSpec(kind="layer", bias=True),
+        "routing": RoutingRule(
+            router_selection_nonlinearity="none", expert_weighting_nonlinearity="sparsemixer", expert_weighting_normalization=False,
+            router_jitter_noise=0.01,
+        ),
+    },
+}  # fmt: skip
+"""What families with rules of their own cannot be without."""
+
+
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.moe is not None and name != "gpt_oss"])
 def test_fused_experts_are_told_apart(family: str, tmp_path: Path) -> None:
-    spec = dataclasses.replace(contract_specs()["mixtral"], family=family)
+    spec = dataclasses.replace(contract_specs()["mixtral"], family=family, **OWN_RULES.get(family, {}))
     source = random_checkpoint(spec, seed=3)
     names = {t.name for role, t in published_names(spec).items() if ".experts." in role}
     fused = {f"model.layers.{n}.mlp.experts.gate_up_proj": np.zeros((3, 134, 20), dtype=np.float32) for n in range(2)}
