@@ -221,7 +221,7 @@ MODELS: dict[str, dict[str, Any]] = {
         },
     },
     "phimoe plain, window": {
-        "hidden_size": 28, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 21, "num_local_experts": 2,
+        "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 21, "num_local_experts": 2,
         "router_jitter_noise": 0.02, "sliding_window": 6, "tie_word_embeddings": True,
     },
     "llama linear": ROPE_SHAPE | {"rope": {"rope_type": "linear", "factor": 2.5}},

@@ -91,6 +91,7 @@ def expected_parameters(spec: ModelSpec, tensors: TensorSource, dtype: str) -> d
         if ".experts." not in role:
             own = tensor.name if spec.family == "granitemoe" else tensor.name.replace("block_sparse_moe", "mlp")
             own = own.replace(".router.layer.", ".router.").replace("mlp.moe_statics.", "mlp.gate.moe_statics.")
+            own = own.replace(".gate.", ".router.") if spec.family == "phimoe" else own
             out[own] = read(tensor.name)
     if spec.family == "gpt_oss":  # published as it is kept
         names = {t.name for role, t in published_names(spec).items() if ".experts." in role}
