@@ -21,7 +21,22 @@ from wse_emu.equivalence.tolerance import U, capped_bound, clamped_glu_bound, li
 from wse_emu.foundation.routing_rule import ROUTING_PRESETS, RoutingRule
 from wse_emu.layers.router import router_code
 from wse_emu.reference.formulas import clamped_glu
-from wse_kernels import attention, elementwise, exp, ffn, formats, head_norm, layer_norm, log, matmul, norm, qk_norm, rope, routing
+from wse_kernels import (
+    attention,
+    elementwise,
+    exp,
+    ffn,
+    formats,
+    head_norm,
+    head_slots,
+    layer_norm,
+    log,
+    matmul,
+    norm,
+    qk_norm,
+    rope,
+    routing,
+)
 from wse_kernels import routing_together as together
 from wse_kernels.sparse_attention import attend_listed
 
@@ -686,6 +701,77 @@ def _rotate_qk(smoke: bool) -> Case:
     return Case(ours, peers, (right,), (bound,), work, parallel=False)
 
 
+@CASES.add("rotate_slots")
+def _rotate_slots(smoke: bool) -> Case:
+    t, q, units = _heads(smoke)
+    before = normal(t, units * q * 2)
+    angle = np.random.default_rng(1).uniform(0, 6, (t, units))
+    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    x, split = before.copy(), before.reshape(t, units, q, 2)
+
+    def rotated(x: Any, co: Any, si: Any) -> Any:
+        out = x.clone() if hasattr(x, "clone") else x.copy()
+        a, b = x[..., 0], x[..., 1]
+        out[..., 0], out[..., 1] = a * co[:, :, None] - b * si[:, :, None], b * co[:, :, None] + a * si[:, :, None]
+        return out.reshape(t, -1)
+
+    def ours() -> F32:
+        x[...] = before
+        head_slots.rotate_slots(x, cos, sin)
+        return x
+
+    peers = {"numpy": lambda: rotated(split, cos, sin), **torch_call(lambda t, v, c, s: rotated(v, c, s), split, cos, sin)}
+    right = rotated(split.astype(np.float64), cos.astype(np.float64), sin.astype(np.float64))
+    bound = 4 * U * rotated(np.abs(split).astype(np.float64), np.abs(cos), -np.abs(sin)).max()
+    return Case(ours, peers, (right,), (bound,), Work(macs=2 * t * units * q, bytes=2 * x.nbytes), parallel=False)
+
+
+@CASES.add("take_slot")
+def _take_slot(smoke: bool) -> Case:
+    t, q, units = _heads(smoke)
+    x, out = normal(t, units * q * 2), np.empty((t, units * 2), np.float32)
+    split = x.reshape(t, units, q, 2)
+
+    def ours() -> F32:
+        head_slots.take_slot(x, 1, out)
+        return out
+
+    peers = {
+        "numpy": lambda: np.ascontiguousarray(split[:, :, 1]).reshape(t, -1),
+        **torch_call(lambda t_, v: v[:, :, 1].reshape(t, -1), split),
+    }
+    return Case(ours, peers, (split[:, :, 1].reshape(t, -1),), (0,), Work(bytes=2 * out.nbytes), parallel=False)
+
+
+@CASES.add("put_slots")
+def _put_slots(smoke: bool) -> Case:
+    t, q, units = _heads(smoke)
+    x, out = normal(t, units * 2), np.zeros((t, units * (q + 1) * 2), np.float32)
+    peer = {"numpy": out.copy().reshape(t, units, q + 1, 2)}
+
+    def ours() -> F32:
+        head_slots.put_slots(x, 1, 1, q + 1, 0, out)
+        return out
+
+    def numpy() -> F32:
+        peer["numpy"][:, :, 1] = x.reshape(t, units, 2)
+        return peer["numpy"].reshape(t, -1)
+
+    def torch(t_: Any, of: Any) -> Call:
+        store, source = of(np.zeros((t, units, q + 1, 2), np.float32)), of(x.reshape(t, units, 2))
+
+        def call() -> Any:
+            store[:, :, 1] = source
+            return store.reshape(t, -1)
+
+        return call
+
+    right = np.zeros((t, units, q + 1, 2))
+    right[:, :, 1] = x.reshape(t, units, 2)
+    peers = {"numpy": numpy, **torch_side(torch)}
+    return Case(ours, peers, (right.reshape(t, -1),), (0,), Work(bytes=2 * x.nbytes), parallel=False)
+
+
 @CASES.add("attend_listed")
 def _attend_listed(smoke: bool) -> Case:
     """Latent attention over listed keys: rows of 512 + 64, of which 512 are the value, 16 heads, 2,048 keys of 8,192."""
@@ -1072,7 +1158,7 @@ def _pack_queries(smoke: bool) -> Case:
     q_t = np.empty((2 * units, q * t), np.float32)
 
     def ours() -> Any:
-        attention.pack_queries(qkv, q, 0, 0, q_t)
+        attention.pack_queries(qkv, q, 2, 0, 0, q_t)
         return q_t
 
     right = np.array([[qkv[i, (f // 2 * (q + 2) + s) * 2 + f % 2] for s in range(q) for i in range(t)] for f in range(2 * units)])

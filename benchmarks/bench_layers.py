@@ -31,12 +31,14 @@ from wse_emu.layers.edges import logits
 from wse_emu.layers.elementwise import bias, cap, clip, gate_rows
 from wse_emu.layers.ffn import FfnWeights, dense_ffn, experts_ffn
 from wse_emu.layers.head_norm import head_norm
+from wse_emu.layers.head_products import head_products
 from wse_emu.layers.layer_norm import layer_norm
 from wse_emu.layers.linear import Selection, all_gather_bands, matmul
 from wse_emu.layers.norm import add_residual, rms_norm, stream_vector
 from wse_emu.layers.qk_norm import qk_norm
 from wse_emu.layers.rotary import ROTATE_QK, place_rotary
 from wse_emu.layers.router import RouterWeights, report_chosen, route
+from wse_emu.layers.stream import StreamedHeads
 from wse_emu.layers.tiles import move_tokens
 from wse_emu.wafer.placement import Split, TokenBands
 from wse_emu.wafer.tensor import PlacedTensor
@@ -266,6 +268,35 @@ def _matmul(layer: Layer) -> Case:
     peers = {"numpy": lambda: x @ w, **torch_call(lambda t, a, b: a @ b, x, w)}
     work = Work(macs=layer.n_tokens * w.size, bytes=x.nbytes + w.nbytes + 4 * layer.n_tokens * n_out, tokens=layer.n_tokens)
     return Case(ours, peers, (x.astype(np.float64) @ w,), (linear_bound(x, w.T),), work, look=gathered)
+
+
+@both("head_products")
+def _head_products(layer: Layer) -> Case:
+    """Every head's queries times a matrix of its own, as latent attention folds keys into queries."""
+    wafer, heads, n_in, n_out = layer.wafer(), layer.n_kv * layer.q, layer.head_dim, 4 * layer.head_dim
+    units, to = (Split.balanced(n // 2, layer.cols) for n in (n_in, n_out))
+    x, w = normal(layer.n_tokens, heads, n_in), normal(heads, n_in, n_out, seed=1, scale=n_in**-0.5)
+    in_pairs = np.ascontiguousarray(x.reshape(len(x), heads, -1, 2).transpose(0, 2, 1, 3)).reshape(len(x), -1)
+    placed, out = put(wafer, in_pairs, units.scaled(2 * heads)), room(wafer, layer.n_tokens, to.scaled(2 * heads))
+    tiles = np.concatenate([streamed(of).values for of in w])
+    tiles.flags.writeable = False
+    weights = StreamedHeads("w", heads, n_in, n_out, tiles)
+
+    def ours() -> Any:
+        head_products(wafer, placed, units, weights, out, to, heads, layer.bands)
+        return out
+
+    def look(found: Any) -> F32:
+        return gathered(found).reshape(len(x), -1, heads, 2).transpose(0, 2, 1, 3).reshape(len(x), heads, n_out)
+
+    peers = {
+        "numpy": lambda: np.matmul(x.swapaxes(0, 1), w).swapaxes(0, 1),
+        **torch_call(lambda t, a, b: t.einsum("thi,hio->tho", a, b), x, w),
+    }
+    right = np.einsum("thi,hio->tho", x.astype(np.float64), w)
+    bound = np.stack([linear_bound(x[:, head], w[head].T) for head in range(heads)], axis=1)
+    work = Work(macs=layer.n_tokens * w.size, bytes=x.nbytes + w.nbytes + 4 * right.size, tokens=layer.n_tokens)
+    return Case(ours, peers, (right,), (bound,), work, look=look)
 
 
 @both("logits")

@@ -214,7 +214,8 @@ def spoilt(spec: ModelSpec, theta: float) -> Iterator[tuple[str, ModelSpec]]:
     if stretch != 1:
         yield "rotary: scaling ignored", dataclasses.replace(spec, rope_theta=theta)
     if spec.rope_scaling is not None:
-        yield "rotary: scaling ignored", dataclasses.replace(spec, rope_scaling=None)
+        scales = spec.scales if spec.latent is None else dataclasses.replace(spec.scales, attention=None)  # it follows from the scaling
+        yield "rotary: scaling ignored", dataclasses.replace(spec, rope_scaling=None, scales=scales)
         if spec.rope_scaling.short_mscale is not None:
             plain = dataclasses.replace(spec.rope_scaling, short_mscale=1.0, long_mscale=1.0)
             yield "rotary: `short_mscale` and `long_mscale` ignored", dataclasses.replace(spec, rope_scaling=plain)
@@ -255,19 +256,31 @@ def spoilt(spec: ModelSpec, theta: float) -> Iterator[tuple[str, ModelSpec]]:
         rule = dataclasses.replace(spec.routing, expert_weighting_normalization=False, norm_epsilon=0.0, norm_min=0.0)
         yield "experts: weights not divided by their sum", dataclasses.replace(spec, routing=rule)
     elif spec.is_moe and spec.routing.expert_weighting_nonlinearity == "softmax":
-        yield "experts: weights divided by their sum (softmax after the choice)", dataclasses.replace(spec, routing=RoutingRule())
+        rule = RoutingRule(n_group=spec.routing.n_group, topk_group=spec.routing.topk_group)
+        yield "experts: weights divided by their sum (softmax after the choice)", dataclasses.replace(spec, routing=rule)
     if spec.is_moe:
         rules = {
             "experts: `routed_scaling_factor` ignored": {"routed_scaling_factor": 1.0},
             "experts: correction bias ignored": {"e_score_correction_bias": False},
             "experts: groups ignored": {"n_group": 1, "topk_group": 1},
             "experts: groups scored by their best expert, not by two": {"group_score": "max"} if spec.routing.n_group > 1 else {},
+            "experts: groups scored by two experts, not by their best": {"group_score": "top2_sum"} if spec.routing.n_group > 1 else {},
             "experts: `moe_norm_min` ignored": {"norm_min": 0.0},
         }
         for row, changes in rules.items():
             rule = dataclasses.replace(spec.routing, **changes)
             if rule != spec.routing:
                 yield row, dataclasses.replace(spec, routing=rule)
+    if spec.latent is not None:
+        other = dataclasses.replace(spec.latent, norm_eps=spec.rms_norm_eps)
+        if spec.latent.q_lora_rank is None:
+            yield "latent: `rms_norm_eps` as the norm's epsilon", dataclasses.replace(spec, latent=other)
+        else:
+            plain = dataclasses.replace(spec, scales=dataclasses.replace(spec.scales, attention=None))
+            yield "latent: scores scaled without `mscale_all_dim`", plain
+        turned = dataclasses.replace(spec.rotary, interleaved=not spec.rotary.interleaved)
+        of_halves = "halves are the pairs, not neighbours" if spec.rotary.interleaved else "neighbours are the pairs, not halves"
+        yield f"rotary: {of_halves}", dataclasses.replace(spec, rotary=turned)
     if spec.attn_sinks:
         yield "attention: sinks ignored", dataclasses.replace(spec, attn_sinks=False)
     if spec.clamped_experts is not None:

@@ -116,6 +116,26 @@ PHIMOE = COMMON | {
         "short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.0, 1.7, 2.9, 4.4],
     },
 }  # fmt: skip
+LATENT = COMMON | {
+    "vocab_size": 59, "hidden_size": 32, "intermediate_size": 26, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "kv_lora_rank": 14, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "head_dim": 8, "v_head_dim": 10,
+    "rope_theta": 500.0, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 9,
+    "first_k_dense_replace": 1, "routed_scaling_factor": 1.7, "attention_bias": False, "tie_word_embeddings": False,
+    "max_position_embeddings": 120,
+}  # fmt: skip
+LATENT_STRETCHED: Config = {
+    "q_lora_rank": 12,
+    "rope_scaling": {
+        "rope_type": "yarn", "factor": 5.0, "original_max_position_embeddings": 24, "beta_fast": 3.0, "beta_slow": 0.4, "mscale": 1.0,
+        "mscale_all_dim": 0.6,
+    },
+}  # fmt: skip
+DEEPSEEK_V2 = LATENT | {
+    "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "norm_topk_prob": False,
+}  # fmt: skip
+DEEPSEEK_V3 = LATENT | {
+    "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "norm_topk_prob": True, "n_group": 4, "topk_group": 2,
+}  # fmt: skip
 ROPE = LLAMA | {
     "torch_dtype": "float32", "hidden_size": 28, "intermediate_size": 34, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "max_position_embeddings": 120, "tie_word_embeddings": False,
@@ -181,6 +201,13 @@ CHECKPOINTS: dict[str, Config] = {
     }),
     "gpt_oss-bfloat16": _in("bfloat16", GPT_OSS, {"layer_types": ["full_attention", "sliding_attention"]}),
     "phimoe-float32": _in("float32", PHIMOE),
+    # The two ways in which queries are made, experts chosen, and (of V3) rotary pairs laid out.
+    "deepseek_v2-float32": _in("float32", DEEPSEEK_V2, {"q_lora_rank": None, "topk_method": "greedy"}),
+    "deepseek_v2-groups-bfloat16": _in(
+        "bfloat16", DEEPSEEK_V2, LATENT_STRETCHED, {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    ),
+    "deepseek_v3-float32": _in("float32", DEEPSEEK_V3, LATENT_STRETCHED, {"rope_interleave": True}),
+    "deepseek_v3-halves-float32": _in("float32", DEEPSEEK_V3, {"q_lora_rank": None, "rope_interleave": False}),
 }  # fmt: skip
 """Directory under tests/golden to config.json."""
 
@@ -247,14 +274,19 @@ def is_biased(config: Config) -> bool:
     return config["model_type"] == "qwen2_moe" or config.get("attention_bias", False)
 
 
+def is_latent(config: Config) -> bool:
+    """Whether keys and values are made of a latent."""
+    return "kv_lora_rank" in config
+
+
 def has_correction(config: Config) -> bool:
     """Whether routers have a correction bias."""
-    return config["model_type"] in ("dots1", "glm4_moe", "ernie4_5_moe", "minimax_m2")
+    return config["model_type"] in ("dots1", "glm4_moe", "ernie4_5_moe", "minimax_m2", "deepseek_v3")
 
 
 def by_sigmoid(config: Config) -> bool:
     """Whether routers take the sigmoid of their logits."""
-    return config["model_type"] in ("dots1", "glm4_moe", "minimax_m2")
+    return config["model_type"] in ("dots1", "glm4_moe", "minimax_m2", "deepseek_v3")
 
 
 def has_output_bias(config: Config) -> bool:

@@ -25,7 +25,7 @@ TOKEN_MARGIN = 2e-3
 """Least lead of a greedy token, in standard deviations of the logits."""
 
 
-EXPERTS = ("mixtral", "dots1", "minimax_m2", "gpt_oss", "phimoe")
+EXPERTS = ("mixtral", "dots1", "minimax_m2", "gpt_oss", "phimoe", "deepseek_v2", "deepseek_v3")
 """Families with experts whose names do not say so."""
 
 
@@ -150,16 +150,24 @@ def compared(block: Any, logits: Tensor) -> tuple[Tensor, Tensor | None]:
     """What a mixture compares, of logits (n, experts): scores of experts, those of closed groups minus infinity, and scores of groups."""
     router = router_of_block(block)
     holder = next((h for h in (router, block, getattr(router, "moe_statics", None)) if hasattr(h, "e_score_correction_bias")), None)
-    if holder is None:
+    if holder is None and getattr(router, "topk_method", "greedy") == "greedy":
         return logits, None
+    if holder is None:  # DeepSeek V2: a group's best expert speaks for it
+        groups = logits.unflatten(-1, (router.num_group, -1)).amax(-1)
+        return _of_open_groups(logits, groups, router.topk_group), groups
     by_softmax = hasattr(router, "moe_statics")
     scores = (logits.softmax(-1) if by_softmax else logits.sigmoid()) + holder.e_score_correction_bias.view(-1)
     n_group = getattr(router, "num_group", 1)
     if n_group == 1:
         return scores, None
     groups = scores.unflatten(-1, (n_group, -1)).topk(2, -1).values.sum(-1)
-    is_open = torch.zeros_like(groups).scatter(-1, groups.topk(router.topk_group, -1).indices, 1.0).bool()
-    return scores.unflatten(-1, (n_group, -1)).masked_fill(~is_open[..., None], float("-inf")).flatten(-2), groups
+    return _of_open_groups(scores, groups, router.topk_group), groups
+
+
+def _of_open_groups(scores: Tensor, groups: Tensor, n_open: int) -> Tensor:
+    """Scores (n, experts), minus infinity in all but the `n_open` groups of the highest score."""
+    is_open = torch.zeros_like(groups).scatter(-1, groups.topk(n_open, -1).indices, 1.0).bool()
+    return scores.unflatten(-1, (groups.shape[-1], -1)).masked_fill(~is_open[..., None], float("-inf")).flatten(-2)
 
 
 def _sorted(model: Any, index: int, logits: Tensor, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from golden_models import (
     has_normed_heads,
     has_output_bias,
     is_biased,
+    is_latent,
     is_sparse,
     n_experts,
     normed_over_row,
@@ -39,6 +40,7 @@ CORRECTIONS: dict[str, tuple[str, tuple[int, ...]]] = {
     "glm4_moe": ("mlp.gate.e_score_correction_bias", ()),
     "ernie4_5_moe": ("mlp.moe_statics.e_score_correction_bias", (1,)),
     "minimax_m2": ("block_sparse_moe.e_score_correction_bias", ()),
+    "deepseek_v3": ("mlp.gate.e_score_correction_bias", ()),
 }
 """Name, and axes in front of the experts'."""
 SHARED = {
@@ -47,6 +49,8 @@ SHARED = {
     "glm4_moe": "mlp.shared_experts.",
     "ernie4_5_moe": "mlp.shared_experts.",
     "hunyuan_v1_moe": "mlp.shared_mlp.",
+    "deepseek_v2": "mlp.shared_experts.",
+    "deepseek_v3": "mlp.shared_experts.",
 }
 
 
@@ -103,10 +107,22 @@ def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
         matrix(f"{prefix}{up}.weight", width, h, 1.5)
         matrix(f"{prefix}{down}.weight", h, width)
 
-    tensors["model.embed_tokens.weight"] = rng.standard_normal((config["vocab_size"], h)) * 0.3
-    for i in range(config["num_hidden_layers"]):
-        p = f"model.layers.{i}."
-        residual_norm(p + "input_layernorm")
+    def latent_attention(prefix: str) -> None:
+        heads, rank, short = config["num_attention_heads"], config["kv_lora_rank"], config["q_lora_rank"]
+        nope, of_value = config["qk_nope_head_dim"], config["v_head_dim"]
+        if short is None:
+            matrix(prefix + "q_proj.weight", heads * (nope + d), h, 1.5)
+        else:  # what is small before the norm shows its epsilon
+            matrix(prefix + "q_a_proj.weight", short, h, 0.1)
+            norm(prefix + "q_a_layernorm.weight", short)
+            matrix(prefix + "q_b_proj.weight", heads * (nope + d), short, 1.5)
+        matrix(prefix + "kv_a_proj_with_mqa.weight", rank + d, h, 1.5)
+        tensors[prefix + "kv_a_proj_with_mqa.weight"][:rank] *= 0.1
+        norm(prefix + "kv_a_layernorm.weight", rank)
+        matrix(prefix + "kv_b_proj.weight", heads * (nope + of_value), rank, 1.5)
+        matrix(prefix + "o_proj.weight", h, heads * of_value)
+
+    def usual_attention(p: str) -> None:
         matrix(p + "self_attn.q_proj.weight", n_q, h, 0.3 if normed else 1.5)
         matrix(p + "self_attn.k_proj.weight", n_kv, h, 0.3 if normed else 1.5)
         matrix(p + "self_attn.v_proj.weight", n_kv, h)
@@ -122,6 +138,15 @@ def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
             bias(p + "self_attn.o_proj.bias", h, 0.5)
         if family == "gpt_oss":
             tensors[p + "self_attn.sinks"] = 1 + rng.standard_normal(config["num_attention_heads"])
+
+    tensors["model.embed_tokens.weight"] = rng.standard_normal((config["vocab_size"], h)) * 0.3
+    for i in range(config["num_hidden_layers"]):
+        p = f"model.layers.{i}."
+        residual_norm(p + "input_layernorm")
+        if is_latent(config):
+            latent_attention(p + "self_attn.")
+        else:
+            usual_attention(p)
         residual_norm(p + "post_attention_layernorm")
         if gemma:
             norm(p + "pre_feedforward_layernorm.weight", h)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         UninitializedReadError,
         WseError,
     )
+    from wse_emu.foundation.latent_attention import LatentAttention
     from wse_emu.foundation.model_spec import ModelSpec
     from wse_emu.foundation.norm_spec import NormSpec, QkNorm
     from wse_emu.foundation.rotary_spec import RotarySpec
@@ -61,6 +62,7 @@ _HOME = {
     "wse_emu.foundation.biases": ("Biases",),
     "wse_emu.foundation.clamped_experts": ("ClampedExperts",),
     "wse_emu.foundation.model_spec": ("ModelSpec",),
+    "wse_emu.foundation.latent_attention": ("LatentAttention",),
     "wse_emu.foundation.norm_spec": ("NormSpec", "QkNorm"),
     "wse_emu.foundation.rotary_spec": ("RotarySpec",),
     "wse_emu.foundation.routing_rule": ("ROUTING_PRESETS", "RoutingRule"),
@@ -90,6 +92,7 @@ __all__ = [
     "ForkError",
     "InputError",
     "KernelError",
+    "LatentAttention",
     "ModelOutput",
     "ModelSpec",
     "NormSpec",

@@ -39,34 +39,39 @@ def store_kv(qkv: NDArray[np.float32], q_slots: int, row0: int, k: NDArray[np.fl
     Parameters
     ----------
     qkv : ndarray, (>= row0 + t, n_units * (q_slots + 2) * 2), float32
-        This core's block, keys already rotated.
+        This core's block, keys already rotated. ``(q_slots + 1)`` where values are part of the keys.
     q_slots : int
         Query heads for each key/value head.
     row0 : int
         First row of the block to copy.
     k, v : ndarray, (t, n_units * 2), float32
-        Rows of the cache that belong to these tokens, written. Element ``e`` of unit ``u`` is column ``2 u + e``.
+        Rows of the cache that belong to these tokens, written. Element ``e`` of unit ``u`` is column ``2 u + e``. Where values are part of
+        the keys, `v` is (t, 0).
     """
-    width = (q_slots + 2) * 2
+    has_values = v.shape[1] > 0
+    width = (q_slots + 2) * 2 if has_values else (q_slots + 1) * 2
     for i in range(k.shape[0]):
         for u in range(k.shape[1] // 2):
             j = u * width + q_slots * 2
             k[i, 2 * u] = qkv[row0 + i, j]
             k[i, 2 * u + 1] = qkv[row0 + i, j + 1]
-            v[i, 2 * u] = qkv[row0 + i, j + 2]
-            v[i, 2 * u + 1] = qkv[row0 + i, j + 3]
+            if has_values:
+                v[i, 2 * u] = qkv[row0 + i, j + 2]
+                v[i, 2 * u + 1] = qkv[row0 + i, j + 3]
 
 
 @kernel()
-def pack_queries(qkv: NDArray[np.float32], q_slots: int, row0: int, u0: int, q_t: NDArray[np.float32]) -> None:
+def pack_queries(qkv: NDArray[np.float32], q_slots: int, kv_slots: int, row0: int, u0: int, q_t: NDArray[np.float32]) -> None:
     """Transpose the queries of one key/value head into scratch.
 
     Parameters
     ----------
-    qkv : ndarray, (>= row0 + t, n_units * (q_slots + 2) * 2), float32
+    qkv : ndarray, (>= row0 + t, n_units * (q_slots + kv_slots) * 2), float32
         This core's block, queries already rotated.
     q_slots : int
         Query heads for each key/value head.
+    kv_slots : int
+        2, the key and the value of a unit; 1 where values are part of the keys.
     row0 : int
         First token (row of the block) to pack.
     u0 : int
@@ -75,7 +80,7 @@ def pack_queries(qkv: NDArray[np.float32], q_slots: int, row0: int, u0: int, q_t
         Written: element ``f = 2 u + e`` of the head's units on this core, column ``s * t + i``.
     """
     t = q_t.shape[1] // q_slots
-    width = (q_slots + 2) * 2
+    width = (q_slots + kv_slots) * 2
     for f in range(q_t.shape[0]):
         for s in range(q_slots):
             j = (u0 + f // 2) * width + s * 2 + f % 2

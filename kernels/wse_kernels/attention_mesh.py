@@ -57,7 +57,7 @@ def mesh_store_kv(
     Parameters
     ----------
     qkv : ndarray, (n_tokens * n_units * (q_slots + 2) * 2,), float32
-        Column-panel-major output of the projections, keys already rotated.
+        Column-panel-major output of the projections, keys already rotated. ``(q_slots + 1)`` where values are part of the keys.
     unit_starts : ndarray, (n_cols + 1,), int64
         First pair unit of each column; the last entry is the number of units.
     q_slots : int
@@ -68,9 +68,10 @@ def mesh_store_kv(
         The sequence's part of the caches starts at element ``kv_base`` and has room for ``cap`` tokens: column ``c`` is the C-contiguous
         ``(cap, 2 * units)`` panel at ``kv_base + cap * 2 * unit_starts[c]``. ``pos0 + nt <= cap``.
     k_cache, v_cache : ndarray, (any,), float32
-        Written at rows ``pos0`` to ``pos0 + nt``.
+        Written at rows ``pos0`` to ``pos0 + nt``. `v_cache` is (0,) where values are part of the keys.
     """
-    width = (q_slots + 2) * 2
+    has_values = v_cache.shape[0] > 0
+    width = (q_slots + 2) * 2 if has_values else (q_slots + 1) * 2
     n_tokens = qkv.shape[0] // (unit_starts[-1] * width)
     for s in range(t0.shape[0]):
         for c in range(unit_starts.shape[0] - 1):
@@ -81,8 +82,9 @@ def mesh_store_kv(
                 for _ in range(units):
                     k_cache[to] = qkv[at]
                     k_cache[to + 1] = qkv[at + 1]
-                    v_cache[to] = qkv[at + 2]
-                    v_cache[to + 1] = qkv[at + 3]
+                    if has_values:
+                        v_cache[to] = qkv[at + 2]
+                        v_cache[to + 1] = qkv[at + 3]
                     at += width
                     to += 2
 
@@ -224,11 +226,12 @@ def _cap(s_t: F32, at: int, rows: int, stride: int, cap: np.float32) -> None:
 
 
 @helper
-def _find_pieces(unit_starts: I64, half: int, pieces: I64, first_piece: I64) -> None:
+def _find_pieces(unit_starts: I64, half: int, value_half: int, pieces: I64, first_piece: I64) -> None:
     """Cut the units of every head into pieces, one for each column that holds any, west to east; head g's are first_piece[g] to [g + 1].
 
     A row of ``pieces``: first unit of the column, units of the column, first unit of the piece in the column and in the head, units of the
-    piece.
+    piece; then of those that have values, the first of the column, how many of the column and how many of the piece. Where values are the
+    first ``value_half`` units of the keys, there is one head.
     """
     n = 0
     c = 0
@@ -244,6 +247,13 @@ def _find_pieces(unit_starts: I64, half: int, pieces: I64, first_piece: I64) -> 
             pieces[n, 2] = unit - unit_starts[c]
             pieces[n, 3] = unit - head * half
             pieces[n, 4] = end - unit
+            pieces[n, 5] = pieces[n, 0]
+            pieces[n, 6] = pieces[n, 1]
+            pieces[n, 7] = pieces[n, 4]
+            if value_half < half:
+                pieces[n, 5] = min(pieces[n, 0], value_half)
+                pieces[n, 6] = max(min(end, value_half) - unit, 0)
+                pieces[n, 7] = pieces[n, 6]
             unit = end
             n += 1
     first_piece[-1] = n
@@ -251,8 +261,8 @@ def _find_pieces(unit_starts: I64, half: int, pieces: I64, first_piece: I64) -> 
 
 @kernel()
 def _attend(
-    qkv: F32, n_tokens: int, pieces: I64, q_slots: int, height: int, head: int, scale: np.float32, cap_score: np.float32, sink: F32,
-    first_range: I64, ranges: I64, t0: int, kv_base: int, cap: int, k_cache: F32, v_cache: F32,
+    qkv: F32, width: int, n_tokens: int, pieces: I64, q_slots: int, height: int, value_height: int, head: int, scale: np.float32,
+    cap_score: np.float32, sink: F32, first_range: I64, ranges: I64, t0: int, kv_base: int, cap: int, k_cache: F32, v_cache: F32,
     lane0: int, n_lanes: int, work: F32, masks: I32, context: F32, m_out: F32, denom_out: F32,
 ) -> None:  # fmt: skip
     """One task: lanes lane0 to lane0 + n_lanes of one sequence and head."""
@@ -260,10 +270,11 @@ def _attend(
     first_key, last_key = _span(first_range, ranges, t0 + lane0 // q_slots, t0 + (lane0 + n_lanes - 1) // q_slots + 1)
     span = last_key - first_key
     _admit(masks, span, first_key, first_range, ranges, t0, lane0, n_lanes, q_slots)
-    # Scratch: queries (height, lanes), outputs (height, lanes), values (_KEYS, height), denominators, maxima, scores (keys, lanes).
+    # Scratch: queries (height, lanes), outputs (value_height, lanes), values (_KEYS, value_height), denominators, maxima,
+    # scores (keys, lanes).
     outputs = height * lanes
-    values = outputs + height * lanes
-    denominators = values + _KEYS * height
+    values = outputs + value_height * lanes
+    denominators = values + _KEYS * value_height
     scores = denominators + 2 * lanes
     denom = work[denominators:]
     m = denom[lanes:]
@@ -279,12 +290,12 @@ def _attend(
         if sink.shape[0] > 0:
             m[n] = sink[head * q_slots + s]
         for c in range(pieces.shape[0]):
-            at = ((n_tokens * pieces[c, 0] + (t0 + i) * pieces[c, 1] + pieces[c, 2]) * (q_slots + 2) + s) * 2
+            at = (n_tokens * pieces[c, 0] + (t0 + i) * pieces[c, 1] + pieces[c, 2]) * width + 2 * s
             to = 2 * pieces[c, 3] * lanes + n
             for _ in range(pieces[c, 4]):
                 work[to] = qkv[at]
                 work[to + lanes] = qkv[at + 1]
-                at += 2 * (q_slots + 2)
+                at += width
                 to += 2 * lanes
 
     for begin in range(0, span, _KEYS):
@@ -327,22 +338,22 @@ def _attend(
         for c in range(pieces.shape[0]):
             for j in range(begin, end):
                 at = kv_base + (cap * pieces[c, 0] + (first_key + j) * pieces[c, 1] + pieces[c, 2]) * 2
-                to = values + (j - begin) * height + 2 * pieces[c, 3]
-                for f in range(2 * pieces[c, 4]):
+                to = values + (j - begin) * value_height + 2 * pieces[c, 3]
+                for f in range(2 * pieces[c, 7]):
                     work[to + f] = v_cache[at + f]
-        _accumulate(work, masks, outputs, values, scores, height, lanes, span, begin, end)
+        _accumulate(work, masks, outputs, values, scores, value_height, lanes, span, begin, end)
 
     for lane in range(0, lanes, WIDTH):
-        for f in range(0, height, ROWS):
+        for f in range(0, value_height, ROWS):
             at = outputs + f * lanes + lane
             store_tile(divide_tile(load_tile(work, at, lanes), denom, lane), work, at, lanes)
     for n in range(n_lanes):
         i = (lane0 + n) // q_slots
         s = lane0 + n - i * q_slots
         for c in range(pieces.shape[0]):
-            at = ((n_tokens * pieces[c, 0] + (t0 + i) * pieces[c, 1] + pieces[c, 2]) * q_slots + s) * 2
+            at = ((n_tokens * pieces[c, 5] + (t0 + i) * pieces[c, 6] + pieces[c, 2]) * q_slots + s) * 2
             of = outputs + 2 * pieces[c, 3] * lanes + n
-            for _ in range(pieces[c, 4]):
+            for _ in range(pieces[c, 7]):
                 context[at] = work[of]
                 context[at + 1] = work[of + lanes]
                 at += 2 * q_slots
@@ -360,19 +371,22 @@ def _mesh_attention(
 ) -> None:  # fmt: skip
     """One part of `mesh_attention`: every n-th task, for late queries see more keys."""
     half = head_dim // 2
-    n_tokens = qkv.shape[0] // (unit_starts[-1] * (q_slots + 2) * 2)
+    n_tokens = first_range.shape[0] - 1
     n_heads = unit_starts[-1] // half
-    pieces = np.empty((unit_starts.shape[0] - 1 + n_heads, 5), np.int64)
+    width = qkv.shape[0] // (n_tokens * unit_starts[-1])
+    value_half = context.shape[0] // (n_tokens * n_heads * q_slots * 2)
+    pieces = np.empty((unit_starts.shape[0] - 1 + n_heads, 8), np.int64)
     first_piece = np.empty(n_heads + 1, np.int64)
-    _find_pieces(unit_starts, half, pieces, first_piece)
+    _find_pieces(unit_starts, half, value_half, pieces, first_piece)
     height = (head_dim + ROWS - 1) // ROWS * ROWS
+    value_height = (2 * value_half + ROWS - 1) // ROWS * ROWS
     size = words = 0
     for s in range(nt.shape[0]):
         for lane0 in range(0, nt[s] * q_slots, _LANES):
             n_lanes = min(_LANES, nt[s] * q_slots - lane0)
             lanes = (n_lanes + WIDTH - 1) // WIDTH * WIDTH
             low, high = _span(first_range, ranges, t0[s] + lane0 // q_slots, t0[s] + (lane0 + n_lanes - 1) // q_slots + 1)
-            size = max(size, (2 * height + 2 + high - low) * lanes + _KEYS * height)
+            size = max(size, (height + value_height + 2 + high - low) * lanes + _KEYS * value_height)
             words = max(words, lanes // WIDTH * (high - low))
     work, masks = np.empty(size, np.float32), np.empty(words, np.int32)
     task = 0
@@ -382,8 +396,8 @@ def _mesh_attention(
             for head in range(n_heads):
                 if task % n_parts == part:
                     _attend(
-                        qkv, n_tokens, pieces[first_piece[head] : first_piece[head + 1]], q_slots, height, head, scale, cap_score, sink,
-                        first_range, ranges, t0[s], kv_base[s], cap[s],
+                        qkv, width, n_tokens, pieces[first_piece[head] : first_piece[head + 1]], q_slots, height, value_height, head, scale,
+                        cap_score, sink, first_range, ranges, t0[s], kv_base[s], cap[s],
                         k_cache, v_cache, lane0, n_lanes, work, masks, context, m_out, denom_out,
                     )  # fmt: skip
                 task += 1
@@ -402,7 +416,8 @@ def mesh_attention(
     Parameters
     ----------
     qkv : ndarray, (n_tokens * n_units * (q_slots + 2) * 2,), float32
-        Column-panel-major output of the projections, queries already rotated. Keys and values are read from the caches only.
+        Column-panel-major output of the projections, queries already rotated. Keys and values are read from the caches only. It may have
+        any number of elements for each unit and token, queries first.
     unit_starts : ndarray, (n_cols + 1,), int64
         First pair unit of each column; the last entry is the number of units, ``n_kv_heads * head_dim / 2``.
     q_slots : int
@@ -424,10 +439,11 @@ def mesh_attention(
     kv_base, cap : ndarray, (n_seqs,), int64
         Where a sequence lies in the caches; see `mesh_store_kv`.
     k_cache, v_cache : ndarray, (any,), float32
-        Keys (rotated) and values.
+        Keys (rotated) and values; the same array where values are the first units of the keys.
     context : ndarray, (n_tokens * n_units * q_slots * 2,), float32
         Written, column-panel-major; element ``e`` of slot ``s`` of a column's unit ``u`` is column ``(u * q_slots + s) * 2 + e`` of its
-        panel. Rows that belong to no sequence are left as they are.
+        panel. Rows that belong to no sequence are left as they are. Where values are the first units of one head's keys, it holds those
+        units only, and its size says how many.
     m_out, denom_out : ndarray, (n_tokens, n_kv_heads * q_slots), float32
         Written: maximum of the scaled scores and denominator of every query head. Pass arrays of shape (0, 0) if not wanted.
     """

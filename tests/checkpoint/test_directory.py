@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import wse_emu as wse
 from wse_emu.checkpoint import Checkpoint, open_checkpoint, published_names, random_checkpoint
 from wse_emu.checkpoint import directory as directory_module
 from wse_emu.checkpoint.families import FAMILIES
@@ -207,6 +208,9 @@ OWN_RULES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.moe is not None and name != "gpt_oss"])
 def test_fused_experts_are_told_apart(family: str, tmp_path: Path) -> None:
     spec = dataclasses.replace(contract_specs()["mixtral"], family=family, **OWN_RULES.get(family, {}))
+    if family.startswith("deepseek"):
+        latent = wse.LatentAttention(kv_lora_rank=4, q_lora_rank=3, qk_nope_head_dim=6, v_head_dim=8)
+        spec = dataclasses.replace(spec, latent=latent, num_kv_heads=spec.num_heads)
     source = random_checkpoint(spec, seed=3)
     names = {t.name for role, t in published_names(spec).items() if ".experts." in role}
     fused = {f"model.layers.{n}.mlp.experts.gate_up_proj": np.zeros((3, 134, 20), dtype=np.float32) for n in range(2)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,12 @@ GPT_OSS: dict[str, Any] = {**SHAPE, "model_type": "gpt_oss", "num_local_experts"
 PHIMOE: dict[str, Any] = {**SHAPE, "model_type": "phimoe", "num_local_experts": 4}
 MSCALES = {"short_mscale": 1.1, "long_mscale": 1.3}
 LONGROPE = {"type": "longrope", "original_max_position_embeddings": 16, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6, **MSCALES}
-EVERY = [PHIMOE, GPT_OSS, DOTS, GLM, HUNYUAN, ERNIE, MINIMAX, GRANITE, GEMMA]
+DEEPSEEK: dict[str, Any] = {
+    **DOTS, "model_type": "deepseek_v3", "num_key_value_heads": 4, "kv_lora_rank": 10, "q_lora_rank": 7, "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 12, "v_head_dim": 8,
+}  # fmt: skip
+DEEPSEEK_V2 = {**DEEPSEEK, "model_type": "deepseek_v2", "q_lora_rank": None, "topk_method": "group_limited_greedy"}
+EVERY = [PHIMOE, GPT_OSS, DOTS, GLM, HUNYUAN, ERNIE, MINIMAX, GRANITE, GEMMA, DEEPSEEK, DEEPSEEK_V2]
 
 
 def back(spec: ModelSpec) -> ModelSpec:
@@ -46,7 +52,7 @@ def test_a_spec_survives_the_way_to_a_file_and_back(config: dict[str, Any]) -> N
     assert back(spec) == spec
     plain = replace(spec, scales=replace(spec.scales, attention=None))
     assert back(plain) == plain
-    said = replace(spec, scales=replace(spec.scales, attention=12**-0.5))
+    said = replace(spec, scales=replace(spec.scales, attention=spec.query_dim**-0.5))
     assert said == plain
     with pytest.raises(wse.SpecError, match="`head_dim` must be a positive integer, got 0"):
         replace(spec, head_dim=0)
@@ -166,6 +172,40 @@ def test_phimoe_has_layer_norms_and_a_factor_for_each_length() -> None:
             wse.NormSpec(**fields)
     with pytest.raises(wse.SpecError, match="`short_mscale` and `long_mscale` belong together"):
         replace(full.rope_scaling, long_mscale=None)
+
+
+def test_deepseek_keeps_latents_and_scales_scores_by_mscale() -> None:
+    spec = parse_config(DEEPSEEK)
+    assert spec.latent == wse.LatentAttention(kv_lora_rank=10, q_lora_rank=7, qk_nope_head_dim=6, v_head_dim=8)
+    assert (spec.head_dim, spec.query_dim, spec.value_dim, spec.cached_heads) == (12, 18, 8, 1)
+    assert (spec.rotary.interleaved, spec.scales.attention) == (True, None)
+    assert not parse_config({**DEEPSEEK, "rope_interleave": False}).rotary.interleaved
+    yarn = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 1.0}
+    stretched = parse_config({**DEEPSEEK, "rope_scaling": yarn})
+    assert stretched.scales.attention == pytest.approx(18**-0.5 * (0.1 * math.log(40) + 1) ** 2)
+    assert back(stretched) == stretched
+    assert parse_config({**DEEPSEEK, "rope_scaling": {**yarn, "mscale_all_dim": 0}}).scales.attention is None
+    bare = parse_config({k: v for k, v in DEEPSEEK.items() if k in SHAPE or k in ("model_type", "moe_intermediate_size")} | {
+        "num_key_value_heads": 4, "head_dim": 64, "num_hidden_layers": 5})  # fmt: skip
+    assert bare.latent == wse.LatentAttention(kv_lora_rank=512, q_lora_rank=1536, qk_nope_head_dim=128, v_head_dim=128)
+    assert (bare.num_experts, bare.top_k, bare.dense_layers, bare.routing.n_group) == (256, 8, (0, 1, 2), 8)
+    second = parse_config(DEEPSEEK_V2)
+    assert (second.routing.n_group, second.routing.group_score, second.routing.expert_weighting_normalization) == (4, "max", False)
+    assert parse_config({**DEEPSEEK_V2, "topk_method": "greedy"}).routing.n_group == 1
+    for change, message in (
+        ({"head_dim": 10}, "`head_dim` must be `qk_rope_head_dim` \\(12\\) where it is given"),
+        ({"kv_lora_rank": 9}, "`kv_lora_rank` must be an even integer >= 2, got 9"),
+        ({"qk_rope_head_dim": 5, "head_dim": 5}, "`head_dim` must be even"),
+        ({"num_key_value_heads": 2}, "`num_key_value_heads` must be `num_attention_heads` \\(4\\) with `latent`, got 2"),
+        ({"attention_bias": True}, "`attention_bias` must be false"),
+        ({"model_type": "deepseek_v2", "topk_method": "noaux_tc"}, "`topk_method` must be 'greedy' or 'group_limited_greedy'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_config({**DEEPSEEK, **change})
+    with pytest.raises(wse.SpecError, match="`clip_qkv` does not go with `latent`"):
+        replace(spec, clip_qkv=1.0)
+    with pytest.raises(wse.SpecError, match="`q_lora_rank` must be an integer >= 1 or None, got 0"):
+        wse.LatentAttention(kv_lora_rank=2, q_lora_rank=0, qk_nope_head_dim=2, v_head_dim=2)
 
 
 def test_rules_that_break_are_errors_of_the_file() -> None:

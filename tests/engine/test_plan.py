@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import wse_emu as wse
+from wse_emu.checkpoint import parse_config
 from wse_emu.engine.options import CHUNKS, EngineOptions
 from wse_emu.engine.plan import Plan, Workload, peak_sram, plan_model, prompt_chunks, sequences_of, settle, smallest_square
 
@@ -331,6 +332,21 @@ def test_where_a_mid_size_mixture_fits(side: int, prefill_chunk: int | None, fit
     assert plan.fits == fits
     assert (plan.peak_bytes <= wse.WSE3.sram_bytes_per_core) == fits
     assert (plan.max_context >= 544) == fits
+
+
+def test_deepseek_v3_is_planned_on_the_full_wafer_in_seconds() -> None:
+    spec = parse_config(
+        {
+            "model_type": "deepseek_v3", "vocab_size": 129_280, "hidden_size": 7168, "intermediate_size": 18_432, "num_hidden_layers": 61,
+            "num_attention_heads": 128, "num_key_value_heads": 128, "moe_intermediate_size": 2048, "max_position_embeddings": 4096,
+        }
+    )  # fmt: skip
+    assert spec.n_params == 671_026_419_200
+    begin = time.perf_counter()
+    plan = plan_model(spec, rows=1170, cols=755, prompt_tokens=512, new_tokens=32)
+    assert time.perf_counter() - begin < 5
+    assert plan.fits, plan.message
+    assert plan.kv_bytes == 61 * 544 * (512 + 64) * 4
 
 
 def test_mixtral_8x7b_is_planned_on_the_full_wafer_in_seconds() -> None:

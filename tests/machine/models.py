@@ -44,6 +44,14 @@ RULES = {
         "num_experts_per_tok": 3, "n_group": 3, "topk_group": 2, "n_shared_experts": 1, "routed_scaling_factor": 1.5, "use_qk_norm": True,
         "head_dim": 8, "attention_bias": True,
     },
+    "deepseek_v3": {
+        **SHAPE, "model_type": "deepseek_v3", "num_key_value_heads": 4, "head_dim": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6,
+        "v_head_dim": 8, "kv_lora_rank": 10, "q_lora_rank": 7, "intermediate_size": 14, "moe_intermediate_size": 9, "n_routed_experts": 6,
+        "num_experts_per_tok": 3, "n_group": 3, "topk_group": 2, "n_shared_experts": 1, "first_k_dense_replace": 1,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 0.5,
+        },
+    },
     "gpt_oss": {
         **SHAPE, "model_type": "gpt_oss", "intermediate_size": 9, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 3,
         "swiglu_limit": 0.5, "swiglu_alpha": 1.5,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+import wse_emu as wse
 from wse_emu.engine.inference import Engine
 from wse_emu.engine.plan import sequences_of
 
@@ -33,6 +36,7 @@ def test_models_use_every_rule() -> None:
     assert any(spec.biases.head for spec in specs)
     assert any(spec.shared_experts is not None and spec.shared_experts.gated for spec in specs)
     assert any(spec.clip_qkv is not None for spec in specs)
+    assert any(spec.latent is not None and spec.latent.q_lora_rank is not None for spec in specs)
     assert any(spec.rotary.local_theta is not None for spec in specs)
     for name in ("embedding", "residual", "logits"):
         assert any(getattr(spec.scales, name) != 1 for spec in specs), name
@@ -101,3 +105,16 @@ def test_every_stage_is_verified(family: str, grid: tuple[int, int]) -> None:
     report = make_model(family, *grid, rules=True).verify(ids, mask)
     assert report.passed, report
     assert max(check.ratio for check in report.stages if check.kind == "local") > 0.3
+
+
+@pytest.mark.slow
+def test_latents_are_kept_in_a_window_and_for_queries_made_of_the_token() -> None:
+    ids, mask = prompt_of(LENGTHS, VOCAB)
+    spec = make_model("deepseek_v3", 1, 1, "dry", rules=True).spec
+    latent = dataclasses.replace(spec.latent, q_lora_rank=None)
+    spec = dataclasses.replace(spec, latent=latent, rotary=wse.RotarySpec()).with_attention(wse.AttentionPattern(window=3, sinks=1))
+    models = [wse.from_config(spec, seed=3, wafer=wse.Wafer(wse.WSE3, rows=3, cols=5, executor=e)) for e in ("batched", "isolated")]
+    assert_same(*(everything(model, ids, mask, 2) for model in models))
+    assert models[0].wafer.ledger.events() == models[1].wafer.ledger.events()
+    report = models[0].verify(ids, mask)
+    assert report.passed, report

@@ -224,6 +224,30 @@ MODELS: dict[str, dict[str, Any]] = {
         "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 21, "num_local_experts": 2,
         "router_jitter_noise": 0.02, "sliding_window": 6, "tie_word_embeddings": True,
     },
+    "deepseek_v2": {
+        "hidden_size": 40, "num_attention_heads": 5, "intermediate_size": 23, "num_hidden_layers": 3, "kv_lora_rank": 18,
+        "q_lora_rank": 11, "qk_nope_head_dim": 6, "qk_rope_head_dim": 10, "v_head_dim": 4, "n_routed_experts": 9,
+        "num_experts_per_tok": 4, "moe_intermediate_size": 11, "n_shared_experts": 1, "topk_method": "group_limited_greedy", "n_group": 3,
+        "topk_group": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
+        "rope": {"rope_type": "yarn", **STRETCHED, "mscale": 0.7, "mscale_all_dim": 0.7},
+    },
+    "deepseek_v2 greedy, whole queries": {
+        "hidden_size": 30, "num_attention_heads": 3, "intermediate_size": 23, "kv_lora_rank": 10, "q_lora_rank": None,
+        "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12, "n_routed_experts": 4, "num_experts_per_tok": 1,
+        "moe_intermediate_size": 13, "n_shared_experts": 2,
+    },
+    "deepseek_v3": {
+        "hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 6, "intermediate_size": 29, "num_hidden_layers": 3,
+        "kv_lora_rank": 16, "q_lora_rank": 14, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 10, "n_routed_experts": 8,
+        "num_experts_per_tok": 3, "moe_intermediate_size": 10, "n_shared_experts": 1, "n_group": 4, "topk_group": 2,
+        "first_k_dense_replace": 1, "rope": {"rope_type": "yarn", **STRETCHED, "mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+    "deepseek_v3 halves, raw, whole queries": {
+        "hidden_size": 27, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 29, "kv_lora_rank": 12,
+        "q_lora_rank": None, "qk_nope_head_dim": 4, "qk_rope_head_dim": 8, "v_head_dim": 6, "n_routed_experts": 5,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 12, "n_shared_experts": 2, "n_group": 1, "topk_group": 1,
+        "first_k_dense_replace": 0, "norm_topk_prob": False, "rope_interleave": False, "tie_word_embeddings": True,
+    },
     "llama linear": ROPE_SHAPE | {"rope": {"rope_type": "linear", "factor": 2.5}},
     "llama dynamic": ROPE_SHAPE | {"rope": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 16},
     "llama yarn": ROPE_SHAPE | {

@@ -75,6 +75,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "phimoe": {
         **BASE, "model_type": "phimoe", "num_local_experts": 4, "router_jitter_noise": 0.1, "attention_bias": True, "lm_head_bias": True,
     },
+    "deepseek_v2": {
+        **BASE, "model_type": "deepseek_v2", "num_key_value_heads": 4, "kv_lora_rank": 10, "q_lora_rank": None, "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 8, "v_head_dim": 4, "moe_intermediate_size": 12, "n_routed_experts": 6, "num_experts_per_tok": 3,
+        "n_shared_experts": 1, "first_k_dense_replace": 1,
+    },
+    "deepseek_v3": {
+        **BASE, "model_type": "deepseek_v3", "num_key_value_heads": 4, "kv_lora_rank": 10, "q_lora_rank": 7, "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 8, "v_head_dim": 4, "moe_intermediate_size": 12, "n_routed_experts": 6, "num_experts_per_tok": 3,
+        "n_shared_experts": 2, "n_group": 3, "topk_group": 2, "first_k_dense_replace": 1,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 0.5,
+        },
+    },
     "gpt_oss": {**BASE, "model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
     "minimax_m2": {**BASE, "model_type": "minimax_m2", "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 4},
 }  # fmt: skip

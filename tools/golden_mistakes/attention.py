@@ -109,7 +109,7 @@ def _(subject: Subject) -> None:
     masked_by(subject, visible)
 
 
-@mistake("attention: key heads repeated in turn, not one after another")
+@mistake("attention: key heads repeated in turn, not one after another", lambda c: c["num_attention_heads"] != c["num_key_value_heads"])
 def _(subject: Subject) -> None:
     subject.replace("repeat_kv", lambda right: lambda x, n: x.repeat(1, n, 1, 1))
 

@@ -295,7 +295,21 @@ def _(subject: Subject) -> None:
         router.num_group = router.topk_group = 1
 
 
-@mistake("experts: groups scored by their best expert, not by two", grouped)
+@mistake("experts: groups scored by two experts, not by their best", lambda config: grouped(config) and not by_sigmoid(config))
+def _(subject: Subject) -> None:
+    for router in subject.routers:
+
+        def wrong(module: Any, _a: Any, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            chance = out[0].softmax(-1).unflatten(-1, (module.num_group, -1))
+            groups = chance.topk(2, -1).values.sum(-1)
+            is_open = torch.zeros_like(groups).scatter(-1, groups.topk(module.topk_group, -1).indices, 1.0).bool()
+            chosen = chance.masked_fill(~is_open[..., None], 0.0).flatten(-2).topk(out[2].shape[-1], -1)
+            return out[0], chosen.values * routed_scale(subject.config), chosen.indices
+
+        router.register_forward_hook(wrong)
+
+
+@mistake("experts: groups scored by their best expert, not by two", lambda config: grouped(config) and by_sigmoid(config))
 def _(subject: Subject) -> None:
     config, k = subject.config, subject.config["num_experts_per_tok"]
     for router in subject.routers:

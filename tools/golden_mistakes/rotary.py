@@ -62,7 +62,7 @@ def rotate_half(x: Tensor) -> Tensor:
 
 def interleaved(config: Config) -> bool:
     """Whether neighbours are the pairs."""
-    return bool(config["model_type"] == "ernie4_5_moe")
+    return bool(config["model_type"] in ("ernie4_5_moe", "deepseek_v2") or config.get("rope_interleave", False))
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor, *, neighbours: bool, last: bool = False, part: bool = False) -> Tensor:
@@ -80,13 +80,13 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, *, neighbours: bool, last: bool 
 @mistake("rotary: neighbours are the pairs, not halves", lambda config: not interleaved(config))
 def _(subject: Subject) -> None:
     wrong = partial(turned, neighbours=True, part=rotates_part(subject.config))
-    subject.replace("apply_rotary_pos_emb", lambda right: lambda q, k, cos, sin: (wrong(q, cos, sin), wrong(k, cos, sin)))
+    subject.turn(lambda right: lambda q, k, cos, sin: (wrong(q, cos, sin), wrong(k, cos, sin)))
 
 
 @mistake("rotary: halves are the pairs, not neighbours", interleaved)
 def _(subject: Subject) -> None:
     wrong = partial(turned, neighbours=False)
-    subject.replace("apply_rotary_pos_emb", lambda right: lambda q, k, cos, sin: (wrong(q, cos, sin), wrong(k, cos, sin)))
+    subject.turn(lambda right: lambda q, k, cos, sin: (wrong(q, cos, sin), wrong(k, cos, sin)))
 
 
 def rotates_part(config: Config) -> bool:
@@ -97,7 +97,7 @@ def rotates_part(config: Config) -> bool:
 @mistake("rotary: the last part of a head turned, not the first", rotates_part)
 def _(subject: Subject) -> None:
     wrong = partial(turned, neighbours=False, last=True, part=True)
-    subject.replace("apply_rotary_pos_emb", lambda right: lambda q, k, cos, sin: (wrong(q, cos, sin), wrong(k, cos, sin)))
+    subject.turn(lambda right: lambda q, k, cos, sin: (wrong(q, cos, sin), wrong(k, cos, sin)))
 
 
 misread("rotary: the whole head turned", rotates_part, lambda config: {"partial_rotary_factor": 1.0, "rotary_dim": config["head_dim"]})
@@ -112,7 +112,7 @@ def _(subject: Subject) -> None:
 
 @mistake("rotary: turned the other way")
 def _(subject: Subject) -> None:
-    subject.replace("apply_rotary_pos_emb", lambda right: lambda q, k, cos, sin: right(q, k, cos, -sin))
+    subject.turn(lambda right: lambda q, k, cos, sin: right(q, k, cos, -sin))
 
 
 @mistake("rotary: query one position ahead of the keys")
@@ -127,7 +127,7 @@ def _(subject: Subject) -> None:
 
         return wrong
 
-    subject.replace("apply_rotary_pos_emb", wrap)
+    subject.turn(wrap)
 
 
 misread("rotary: base 10000 whatever `rope_theta` says", always, lambda config: {"rope_theta": 1e4})
@@ -146,7 +146,7 @@ def _(subject: Subject) -> None:
 
 
 misread("rotary: `beta_fast` and `beta_slow` ignored", has_options, rescaled(beta_fast=None, beta_slow=None))
-misread("rotary: `truncate` ignored", has_options, rescaled(truncate=None))
+misread("rotary: `truncate` ignored", lambda config: "truncate" in scaling(config), rescaled(truncate=None))
 misread("rotary: `mscale` and `mscale_all_dim` ignored", lambda config: "mscale" in scaling(config),
         rescaled(mscale=None, mscale_all_dim=None))  # fmt: skip
 misread("rotary: no frequencies between `low_freq_factor` and `high_freq_factor`", lambda c: "low_freq_factor" in scaling(c),

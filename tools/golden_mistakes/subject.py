@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import torch
 from golden_models import Config
 from golden_oracle import network, router_of
 from torch import nn
@@ -74,6 +75,27 @@ class Subject:
     def shared(self) -> list[Any]:
         """Shared experts of all mixtures."""
         return [getattr(m, name) for m in self.sparse for name in ("shared_expert", "shared_experts", "shared_mlp") if hasattr(m, name)]
+
+    def turn(self, wrong: Callable[[Any], Any]) -> None:
+        """Put ``wrong(right)`` in the place of the rotation, both taking queries, keys, cosines and sines, (b, t, rotated elements)."""
+        module = sys.modules[type(self.model).__module__]
+        if not hasattr(module, "apply_rotary_emb"):
+            name = "apply_rotary_pos_emb" + "_interleave" * self.config.get("rope_interleave", False)
+            self.replace(name, wrong)
+            return
+
+        def adapted(right: Any) -> Any:  # one complex number for each pair
+            def usual(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+                half = cos.shape[-1] // 2
+                return right(q, k, torch.complex(cos[..., :half], sin[..., :half]))
+
+            def call(q: Any, k: Any, freqs: Any) -> Any:
+                parts = (torch.cat((part, part), -1) for part in (freqs.real, freqs.imag))
+                return wrong(usual)(q, k, *parts)
+
+            return call
+
+        self.replace("apply_rotary_emb", adapted)
 
     def replace(self, name: str, wrong: Callable[[Any], Any]) -> None:
         """Put ``wrong(right)`` in the place of a function of the family's module."""

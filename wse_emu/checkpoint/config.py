@@ -83,6 +83,12 @@ def _activation(fields: Fields, family: Family) -> Activation:
 
 
 def _head_dim(fields: Fields, family: Family, hidden: int, heads: int) -> int:
+    name = family.head_dim_field
+    if name != "head_dim":
+        dim = fields.integer(name, family.head_dim)
+        if fields.given("head_dim") and fields.integer("head_dim") != dim:
+            raise fields.fail("head_dim", f"must be `{name}` ({dim}) where it is given")
+        return dim
     if fields.given("head_dim"):
         return fields.integer("head_dim")
     if family.head_dim is not None and "head_dim" not in fields.values:

@@ -59,6 +59,8 @@ class Family:
     """Default; None is as many as query heads."""
     head_dim: int | None = None
     """Default; None follows from ``hidden_size``."""
+    head_dim_field: str = "head_dim"
+    """Field that holds it; where that is another one, ``head_dim`` itself may only say the same."""
     max_position_embeddings: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e4

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from wse_emu.checkpoint.families import FAMILIES
 from wse_emu.checkpoint.naming import Part
+from wse_emu.foundation.latent_attention import LatentAttention
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.weights import layer_prefix, router_vectors
 
@@ -64,11 +65,12 @@ def read_part(source: TensorSource, tensor: PublishedTensor, start: int, stop: i
 def published_tensors(spec: ModelSpec) -> Iterator[tuple[str, PublishedTensor]]:
     """Canonical role and published tensor of every weight, embedding first, head last.
 
-    Roles: ``"embed"``, ``"layers.N."`` followed by ``attn_norm w_q w_k w_v``, their biases ``b_q b_k b_v``, ``q_norm k_norm``, ``sinks``,
-    ``w_o``, ``b_o``, ``attn_after_norm``, ``ffn_norm`` and ``w_gate w_up w_down`` (dense) or ``router``, ``router_bias``,
-    ``e_score_correction_bias``, ``shared.`` and ``experts.E.`` with ``w_gate w_up w_down``, their biases ``b_gate b_up b_down``,
-    ``shared.gate``, ``ffn_after_norm``, each where the model has it, then ``"final_norm"``, ``"lm_head"`` and ``"lm_head_bias"``. A norm's
-    bias is named as the norm, with ``_bias``. A tied head names the embedding's tensor.
+    Roles: ``"embed"``, ``"layers.N."`` followed by ``attn_norm w_q w_k w_v``, their biases ``b_q b_k b_v``, ``q_norm k_norm``, ``sinks``
+    (with latent attention ``w_q``, or ``w_q_a q_a_norm w_q_b``, then ``w_kv_a kv_a_norm w_kv_b``), ``w_o``, ``b_o``,
+    ``attn_after_norm``, ``ffn_norm`` and ``w_gate w_up w_down`` (dense) or ``router``, ``router_bias``, ``e_score_correction_bias``,
+    ``shared.`` and ``experts.E.`` with ``w_gate w_up w_down``, their biases ``b_gate b_up b_down``, ``shared.gate``,
+    ``ffn_after_norm``, each where the model has it, then ``"final_norm"``, ``"lm_head"`` and ``"lm_head_bias"``. A norm's bias is named as
+    the norm, with ``_bias``. A tied head names the embedding's tensor.
     """
     names = FAMILIES[spec.family].names
     h = spec.hidden_size
@@ -94,7 +96,11 @@ def layer_roles(spec: ModelSpec, layer: int) -> Iterator[tuple[str, tuple[int, .
     h, d = spec.hidden_size, spec.head_dim
     q, kv = spec.num_heads * d, spec.num_kv_heads * d
     yield from _norm("attn_norm", spec)
-    yield from (("w_q", (q, h)), ("w_k", (kv, h)), ("w_v", (kv, h)))
+    if spec.latent is not None:
+        yield from _latent(spec, spec.latent)
+        q = spec.num_heads * spec.value_dim
+    else:
+        yield from (("w_q", (q, h)), ("w_k", (kv, h)), ("w_v", (kv, h)))
     if spec.biases.qkv:
         yield from (("b_q", (q,)), ("b_k", (kv,)), ("b_v", (kv,)))
     if spec.qk_norm is not None:
@@ -132,6 +138,16 @@ def _norm(role: str, spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield role, (spec.hidden_size,)
     if spec.norm.bias:
         yield role + "_bias", (spec.hidden_size,)
+
+
+def _latent(spec: ModelSpec, latent: LatentAttention) -> Iterator[tuple[str, tuple[int, ...]]]:
+    h, heads, rank, short = spec.hidden_size, spec.num_heads, latent.kv_lora_rank, latent.q_lora_rank
+    if short is None:
+        yield "w_q", (heads * spec.query_dim, h)
+    else:
+        yield from (("w_q_a", (short, h)), ("q_a_norm", (short,)), ("w_q_b", (heads * spec.query_dim, short)))
+    yield from (("w_kv_a", (rank + spec.head_dim, h)), ("kv_a_norm", (rank,)))
+    yield "w_kv_b", (heads * (latent.qk_nope_head_dim + latent.v_head_dim), rank)
 
 
 def _ffn(prefix: str, h: int, f: int) -> Iterator[tuple[str, tuple[int, ...]]]:

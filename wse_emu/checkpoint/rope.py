@@ -90,6 +90,17 @@ def read_rope(
     return Rope(theta, scalings[0] if scalings else None, None if dim == head_dim else dim)
 
 
+def yarn_mscale(fields: Fields) -> float:
+    """``1 + 0.1 mscale_all_dim ln(factor)`` of a stretched rotation, by whose square DeepSeek scales the scores; 1 without that key."""
+    for holder in (fields.object("rope_scaling"), fields.object("rope_parameters")):
+        if holder is None or holder.get("rope_type", holder.get("type", "default")) == "default":
+            continue
+        share = holder.number("mscale_all_dim") if holder.given("mscale_all_dim") else 0.0
+        factor = holder.number("factor") if holder.given("factor") and share else 1.0
+        return 1.0 if factor <= 1 else 0.1 * share * math.log(factor) + 1.0
+    return 1.0
+
+
 def _inner(fields: Fields, name: str, by_type: bool) -> Fields | None:
     inner = fields.object(name)
     return (inner.object("full_attention") or inner) if inner is not None and by_type else inner

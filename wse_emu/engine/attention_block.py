@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import numpy as np
 
 from wse_emu.engine.forward_pass import AttentionTile, ForwardPass
+from wse_emu.engine.latent_projection import latent_queries, latent_values, tap_mixed, value_units
 from wse_emu.foundation.taps import TapRecord
 from wse_emu.foundation.weights import layer_prefix
 from wse_emu.layers.attention import attention
@@ -68,14 +69,12 @@ def _attention_block(run: ForwardPass, x: PlacedTensor) -> None:
         )
         with wafer.empty("normalised", run.place) as normal:
             run.norm("attn_norm", x, normal, "attention_norm")
-            with run.scope("qkv"):
-                w_qkv = weights.matrix(prefix + "w_qkv", spec.hidden_size, heads.qkv.total)
-                matmul(wafer, normal, w_qkv, qkv, bands, chunk=chunk)
-                all_gather_bands(wafer, qkv, bands)
-                if spec.biases.qkv:
-                    bias(wafer, qkv, prefix + "b_qkv", weights.vector(prefix + "b_qkv"), bands)
-                run.tap_qkv(qkv, "", "qkv")
-        _prepare(run, qkv)
+            if spec.latent is None:
+                _project(run, normal, qkv)
+            else:
+                latent_queries(run, normal, qkv)
+        if spec.latent is None:
+            _prepare(run, qkv)
         with run.scope("kv_cache"):
             run.cache.append(layer, qkv, run.sequences, bands)
         context = stack.enter_context(
@@ -90,18 +89,38 @@ def _attention_block(run: ForwardPass, x: PlacedTensor) -> None:
             )  # fmt: skip
             if record is not None and statistics is not None:
                 record.stages[layer, "attn_max"], record.stages[layer, "attn_denominator"] = statistics
-                record.stages[layer, "attn_context"] = context_to_published(wafer.drain(context, kind="probe"), spec)
+                if spec.latent is None:
+                    record.stages[layer, "attn_context"] = context_to_published(wafer.drain(context, kind="probe"), spec)
+                else:
+                    tap_mixed(run, context)
         with run.scope("kv_cache"):
             run.cache.forget(layer, run.sequences, bands)
+        if spec.latent is not None:
+            n_values, split = spec.num_heads * spec.value_dim, value_units(run).scaled(2 * spec.num_heads)
+            mixed = context
+            context = stack.enter_context(wafer.empty("values of all heads", wafer.placement((n, n_values), rows, ("col", split))))
+            latent_values(run, mixed, context)
         with wafer.empty("attention output", run.place) as y:
             with run.scope("attention_out"):
-                w_o = weights.matrix(prefix + "w_o", heads.context.total, spec.hidden_size)
+                w_o = weights.matrix(prefix + "w_o", spec.num_heads * spec.value_dim, spec.hidden_size)
                 matmul(wafer, context, w_o, y, bands, chunk=chunk)
                 all_gather_bands(wafer, y, bands)
                 if spec.biases.out:
                     bias(wafer, y, prefix + "b_o", weights.vector(prefix + "b_o"), bands)
                 run.tap("attn_out", y)
             run.join(x, y, "attn_after_norm", "attn_residual", "attention_out")
+
+
+def _project(run: ForwardPass, normal: PlacedTensor, qkv: PlacedTensor) -> None:
+    """Queries, keys and values of every head, with their biases."""
+    spec, weights, name = run.spec, run.weights, layer_prefix(run.current_layer)
+    with run.scope("qkv"):
+        w_qkv = weights.matrix(name + "w_qkv", spec.hidden_size, run.heads.qkv.total)
+        matmul(run.wafer, normal, w_qkv, qkv, run.bands, chunk=run.options.piece)
+        all_gather_bands(run.wafer, qkv, run.bands)
+        if spec.biases.qkv:
+            bias(run.wafer, qkv, name + "b_qkv", weights.vector(name + "b_qkv"), run.bands)
+        run.tap_qkv(qkv, "", "qkv")
 
 
 def _prepare(run: ForwardPass, qkv: PlacedTensor) -> None:

@@ -56,10 +56,7 @@ class Engine:
                 "`moe_implementation` 'functional' computes every expert for every token, which has no weight to multiply its input by: "
                 "with `probability_before_ffn` use 'experimental' or 'optimized'"
             )
-        self.heads = HeadLayout(
-            self.spec.num_kv_heads, self.spec.queries_per_kv, self.spec.head_dim, wafer.cols, self.spec.attention_scale,
-            self.spec.scales.scores_cap,
-        )  # fmt: skip
+        self.heads = _heads(self.spec, wafer.cols)
         self.weights = ModelWeights(store, self.spec, self.options, shapes_only=wafer.is_dry)
         self._stream: LayerStream | None = None
 
@@ -123,6 +120,11 @@ class Engine:
         }  # fmt: skip
         starts = {name: Split.balanced(n, self.wafer.cols).starts for name, n in widths.items() if n}
         starts["heads"] = self.heads.context.starts
+        latent = self.spec.latent
+        if latent is not None:
+            starts["values"] = Split.balanced(latent.v_head_dim // 2, self.wafer.cols).scaled(2 * self.spec.num_heads).starts
+            if latent.q_lora_rank is not None:
+                starts["query_a"] = Split.balanced(latent.q_lora_rank, self.wafer.cols).starts
         sequences, rows = run.sequences, run.bands.split.owner
         in_attention = np.concatenate([tile.run.bands.split.owner for tile in run.tiles]) if run.tiles else rows
         return TapRecord(
@@ -164,6 +166,15 @@ def _execute(run: ForwardPass, token_ids: Ints, wanted: Ints, stream: LayerStrea
             )  # fmt: skip
     if run.result.taps is not None:
         run.result.taps.stages[None, "logits"] = run.result.logits
+
+
+def _heads(spec: ModelSpec, n_cols: int) -> HeadLayout:
+    """How a model's heads lie over columns; latents and rotary keys are the keys of one head that all queries share."""
+    scale, cap, latent = spec.attention_scale, spec.scales.scores_cap, spec.latent
+    if latent is None:
+        return HeadLayout(spec.num_kv_heads, spec.queries_per_kv, spec.head_dim, n_cols, scale, cap)
+    rank = latent.kv_lora_rank
+    return HeadLayout(1, spec.num_heads, rank + spec.head_dim, n_cols, scale, cap, value_dim=rank)
 
 
 def shape_engine(wafer: Wafer, spec: ModelSpec, options: EngineOptions | None = None) -> Engine:

@@ -13,7 +13,7 @@ from wse_emu.foundation.weights import head_weights, layer_prefix, layer_weights
 from wse_emu.layers.clamped_experts import ClampedWeights
 from wse_emu.layers.ffn import FfnWeights
 from wse_emu.layers.router import RouterWeights
-from wse_emu.layers.stream import StreamedMatrix, StreamedVector
+from wse_emu.layers.stream import StreamedHeads, StreamedMatrix, StreamedVector
 from wse_emu.memoryx.store import WeightStore
 
 
@@ -56,6 +56,10 @@ class ModelWeights:
     def matrix(self, name: str, n_in: int, n_out: int) -> StreamedMatrix:
         """A matrix of the store, on its way to the wafer."""
         return StreamedMatrix(name, n_in, n_out, None if self.shapes_only else self.store.tiles(name))
+
+    def heads(self, name: str, n_in: int, n_out: int) -> StreamedHeads:
+        """A matrix for every query head."""
+        return StreamedHeads(name, self.spec.num_heads, n_in, n_out, None if self.shapes_only else self.store.tiles(name))
 
     def vector(self, name: str) -> NDArray[np.float32] | None:
         """A vector of the store; None where only shapes are streamed."""

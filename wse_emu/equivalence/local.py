@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from wse_emu.equivalence import tolerance
+from wse_emu.equivalence import local_latent, tolerance
+from wse_emu.equivalence.local_latent import latent_stage
 from wse_emu.equivalence.routing_bounds import expert_weights_bound, together_scores
 from wse_emu.equivalence.stages import attended, inputs_of, of_heads
 from wse_emu.foundation.model_spec import ModelSpec
@@ -63,12 +64,16 @@ class StageLocal:
 
     def _check_in_layer(self, layer: int, name: str) -> Bounded:
         spec = self._spec
-        if name in ("attn_max", "attn_denominator", "attn_context"):
+        mixed = "attn_context" if spec.latent is None else "attn_latent"
+        if name in ("attn_max", "attn_denominator", mixed):
             if self._attention is None or self._attention[0] != layer:
                 self._attention = (layer, self._attend(layer))
             return self._attention[1][name]
         inputs = self._inputs(layer, name)
         x = inputs[0]
+        of_latent = latent_stage(self._record, spec, self._weights, layer, name, inputs)
+        if of_latent is not None:
+            return of_latent
         if name in ("q", "k", "v", "attn_out", "router_logits", "shared_gate"):
             role = {"q": "w_q", "k": "w_k", "v": "w_v", "attn_out": "w_o", "router_logits": "router", "shared_gate": "shared_gate"}[name]
             value, bound = self._linear(x, tensors.layer_tensor(spec, layer, role))
@@ -184,12 +189,17 @@ class StageLocal:
     def _attend(self, layer: int) -> dict[str, Bounded]:
         """Maximum, denominator and context, each from the stages before it; a stage whose inputs lack a part is not to be asked for."""
         spec, stages, seq, pos = self._spec, self._record.stages, self._record.seq, self._record.pos
-        of_q, of_k, of_v = attended(spec, layer)
-        q, k = (stages[layer, n].astype(np.float64) for n in (of_q, of_k))
-        v, own_max, own_den = (self._own(layer, n) for n in (of_v, "attn_max", "attn_denominator"))
-        group, scale = spec.queries_per_kv, spec.attention_scale
+        own_max, own_den = (self._own(layer, n) for n in ("attn_max", "attn_denominator"))
+        v: F64 | None
+        if spec.latent is None:
+            of_q, of_k, of_v = attended(spec, layer)
+            q, k = (stages[layer, n].astype(np.float64) for n in (of_q, of_k))
+            v = self._own(layer, of_v)
+        else:
+            q, k, v = local_latent.attended(self._record, layer)
+        group, scale = spec.num_heads // spec.cached_heads, spec.attention_scale
         sinks = self._vector(layer, "sinks") if spec.attn_sinks else None
-        shapes = {"attn_max": q.shape[:2], "attn_denominator": q.shape[:2], "attn_context": q.shape}
+        shapes = {"attn_max": q.shape[:2], "attn_denominator": q.shape[:2], "attn_context": (*q.shape[:2], 0 if v is None else v.shape[2])}
         out: dict[str, Bounded] = {name: (np.full(shape, np.nan), np.full(shape, np.nan)) for name, shape in shapes.items()}
         for s in np.unique(seq):
             t = np.flatnonzero(seq == s)
@@ -221,9 +231,10 @@ class StageLocal:
                     p, e_p = p[:, 1:], e_p[:, 1:]
                 out["attn_context"][0][t, head] = p @ vh / den[:, None]
                 out["attn_context"][1][t, head] = tolerance.context_bound(p, e_p, vh, den, n)
-        value, bound = out["attn_context"]
-        out["attn_context"] = (value.reshape(len(q), -1), bound.reshape(len(q), -1))
-        return out
+        value, bound = out.pop("attn_context")
+        if spec.latent is not None:
+            return out | {"attn_latent": (value, bound)}
+        return out | {"attn_context": (value.reshape(len(q), -1), bound.reshape(len(q), -1))}
 
     def _glu(self, layer: int, x: F64, expert: tensors.Expert) -> Bounded:
         gate, e_gate = self._linear(x, tensors.layer_tensor(self._spec, layer, "w_gate", expert))

@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wse_emu.foundation.latent_attention import LatentAttention
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.taps import Stage, TapRecord
 
 PROJECTED = ("attn_norm", "q", "k", "v")
+LATENT = ("latent_a", "latent", "query_rope", "rope_key", "query_latent")
+"""Of latent attention, before attention itself; queries come first."""
 ATTENTION = ("attn_max", "attn_denominator", "attn_context", "attn_out")
 ROUTER = ("router_logits", "topk_ids", "topk_weights")
 ROUTER_OF_ALL = ("router_logits", "router_scores", "topk_ids", "topk_weights")
@@ -25,6 +28,13 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
     "q": ("attn_norm",),
     "k": ("attn_norm",),
     "v": ("attn_norm",),
+    "query_a": ("attn_norm",),
+    "query_a_norm": ("query_a",),
+    "latent_a": ("attn_norm",),
+    "latent": ("latent_a",),
+    "query_rope": ("query",),
+    "rope_key": ("latent_a",),
+    "query_latent": ("query",),
     "attn_out": ("attn_context",),
     "attn_after_norm": ("attn_out",),
     "ffn_norm": ("attn_residual",),
@@ -57,15 +67,20 @@ def expected_stages(spec: ModelSpec) -> list[Stage]:
     """Every stage of a forward pass, in the order in which they run."""
     out: list[Stage] = [(None, "embedding")]
     for layer in range(spec.num_layers):
-        names = [*PROJECTED]
-        for suffix in spec.qkv_suffixes(layer):
+        names = [*PROJECTED] if spec.latent is None else [*_latent(spec.latent)]
+        for suffix in spec.qkv_suffixes(layer) if spec.latent is None else ():
             names += [name + suffix for name in ("qkv" if suffix == "_clip" else "qk")]
         after = spec.norm.after
-        names += [*ATTENTION, *(["attn_after_norm"] if after else []), "attn_residual", "ffn_norm"]
+        names += ATTENTION if spec.latent is None else (*ATTENTION[:2], "attn_latent", *ATTENTION[2:])
+        names += [*(["attn_after_norm"] if after else []), "attn_residual", "ffn_norm"]
         names += _mixture(spec) if spec.is_moe_layer(layer) else ["ffn_hidden"]
         names += ["ffn_out", *(["ffn_after_norm"] if after else []), "layer_out"]
         out.extend((layer, name) for name in names)
     return [*out, (None, "final_norm"), (None, "logits")]
+
+
+def _latent(latent: LatentAttention) -> tuple[str, ...]:
+    return ("attn_norm", *(() if latent.q_lora_rank is None else ("query_a", "query_a_norm")), "query", *LATENT)
 
 
 def _mixture(spec: ModelSpec) -> list[str]:
@@ -85,6 +100,8 @@ def stage_shape(spec: ModelSpec, name: str, n_tokens: int) -> tuple[int, ...]:
     """Shape of a stage's value; the first axis is the tokens."""
     if name in HIDDEN and name != "expert_out":
         return (n_tokens, spec.hidden_size)
+    if spec.latent is not None and name in (*_latent(spec.latent), "attn_latent"):
+        return (n_tokens, *_latent_shape(spec, spec.latent, name))
     if of_heads(name):
         return (n_tokens, spec.num_heads if name[0] == "q" else spec.num_kv_heads, spec.head_dim)
     shared = 0 if spec.shared_experts is None else spec.shared_experts.intermediate_size
@@ -93,7 +110,7 @@ def stage_shape(spec: ModelSpec, name: str, n_tokens: int) -> tuple[int, ...]:
         *{
             "attn_max": (spec.num_heads,),
             "attn_denominator": (spec.num_heads,),
-            "attn_context": (spec.num_heads * spec.head_dim,),
+            "attn_context": (spec.num_heads * spec.value_dim,),
             "router_logits": (spec.num_experts,),
             "router_scores": (spec.num_experts,),
             "topk_ids": (spec.n_slots,),
@@ -106,6 +123,21 @@ def stage_shape(spec: ModelSpec, name: str, n_tokens: int) -> tuple[int, ...]:
             "logits": (spec.vocab_size,),
         }[name],
     )
+
+
+def _latent_shape(spec: ModelSpec, latent: LatentAttention, name: str) -> tuple[int, ...]:
+    rank, rope, heads = latent.kv_lora_rank, spec.head_dim, spec.num_heads
+    if name in ("query_a", "query_a_norm"):
+        return (latent.q_lora_rank or 0,)
+    return {
+        "query": (heads, spec.query_dim),
+        "latent_a": (rank + rope,),
+        "latent": (rank,),
+        "query_rope": (heads, rope),
+        "rope_key": (rope,),
+        "query_latent": (heads, rank),
+        "attn_latent": (heads, rank),
+    }[name]
 
 
 def of_heads(name: str) -> bool:
@@ -148,6 +180,8 @@ def _inputs_in_layer(spec: ModelSpec, layer: int, name: str) -> tuple[str, ...]:
             return ("ffn_hidden",)
         shared = () if spec.shared_experts is None else ("shared_out", *(("shared_gate",) if spec.shared_experts.gated else ()))
         return ("topk_ids", "topk_weights", "expert_out", *shared)
+    if spec.latent is not None and name not in ("attn_residual", "layer_out", "ffn_out"):
+        return _inputs_of_latent(spec.latent, name)
     q, k, v = attended(spec, layer)
     if name in ATTENTION:
         return {"attn_max": (q, k), "attn_denominator": (q, k, "attn_max"), "attn_context": (q, k, v, "attn_max", "attn_denominator")}[name]
@@ -155,6 +189,16 @@ def _inputs_in_layer(spec: ModelSpec, layer: int, name: str) -> tuple[str, ...]:
     steps = [s for s in spec.qkv_suffixes(layer) if head != "v" or s == "_clip"]
     at = steps.index("_" + suffix)
     return (head + (steps[at - 1] if at else ""),)
+
+
+def _inputs_of_latent(latent: LatentAttention, name: str) -> tuple[str, ...]:
+    """The same in latent attention."""
+    if name == "query":
+        return ("attn_norm" if latent.q_lora_rank is None else "query_a_norm",)
+    if name == "attn_context":
+        return ("attn_latent",)
+    read = ("query_latent", "query_rope", "latent", "rope_key")
+    return {"attn_max": read, "attn_denominator": (*read, "attn_max"), "attn_latent": (*read, "attn_max", "attn_denominator")}[name]
 
 
 def expert_of(name: str, element: tuple[int, ...], topk_ids: NDArray[np.int64] | None, token: int) -> int | None:
@@ -173,7 +217,7 @@ def core_of(record: TapRecord, spec: ModelSpec, name: str, token: int, element: 
     A row follows from the token; a column from the axis of the stage. Scores' maxima and denominators belong to a whole head: their column
     is the first that holds a part of it. Router stages have a row only: their tokens are spread over its cores.
     """
-    in_attention = of_heads(name) or name in (*ATTENTION, "attn_norm", "attn_after_norm")
+    in_attention = of_heads(name) or (name != "attn_residual" and name.startswith(("attn_", "query", "latent", "rope_key")))
     rows = record.row_in_attention if in_attention and record.row_in_attention is not None else record.row_of_token
     row = None if rows is None else int(rows[token])
     found = _axis_index(spec, name, element)
@@ -192,10 +236,30 @@ def _axis_index(spec: ModelSpec, name: str, element: tuple[int, ...]) -> tuple[s
         return name.removesuffix("_hidden"), element[-1]
     if name == "logits":
         return "vocab", element[0]
+    if spec.latent is not None:
+        return _axis_of_latent(spec, spec.latent, name, element)
     if of_heads(name) or name in ("attn_context", "attn_max", "attn_denominator"):
         head, i = element if len(element) == 2 else divmod(element[0], d) if name == "attn_context" else (element[0], 0)
         unit, half = (int(x) for x in np.argwhere(spec.rotary.pairs(d) == i)[0])
         if name[0] in "kv":
             return "heads", (head * d // 2 + unit) * group * 2
         return "heads", ((head // group * d // 2 + unit) * group + head % group) * 2 + half
+    return None
+
+
+def _axis_of_latent(spec: ModelSpec, latent: LatentAttention, name: str, element: tuple[int, ...]) -> tuple[str, int] | None:
+    """The same in latent attention: "heads" are the pair units of the latent, each with all heads."""
+    rank, heads = latent.kv_lora_rank, spec.num_heads
+    if name in ("query_a", "query_a_norm"):
+        return "query_a", element[0]
+    if name in ("attn_max", "attn_denominator"):
+        return "heads", 0
+    if name in ("query_latent", "attn_latent"):
+        head, i = element
+        return "heads", (i // 2 * heads + head) * 2 + i % 2
+    if name in ("latent", "latent_a") and element[0] < rank:
+        return "heads", element[0] // 2 * heads * 2
+    if name == "attn_context":
+        head, i = divmod(element[0], latent.v_head_dim)
+        return "values", (i // 2 * heads + head) * 2 + i % 2
     return None

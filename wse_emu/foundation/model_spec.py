@@ -12,6 +12,7 @@ from wse_emu.foundation.attention_pattern import FULL, AttentionPattern
 from wse_emu.foundation.biases import Biases
 from wse_emu.foundation.clamped_experts import ClampedExperts
 from wse_emu.foundation.errors import SpecError
+from wse_emu.foundation.latent_attention import LatentAttention
 from wse_emu.foundation.norm_spec import NormSpec, QkNorm
 from wse_emu.foundation.rope_scaling import RopeScaling
 from wse_emu.foundation.rotary_spec import RotarySpec
@@ -21,7 +22,8 @@ from wse_emu.foundation.shared_experts import SharedExperts
 
 FAMILIES = (
     "llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "qwen2_moe", "olmoe", "granitemoe", "gemma2", "gemma3_text", "dots1", "glm4_moe",
-    "hunyuan_v1_moe", "ernie4_5_moe", "minimax_m2", "gpt_oss", "phimoe",
+    "hunyuan_v1_moe", "ernie4_5_moe", "minimax_m2", "gpt_oss", "phimoe", "deepseek_v2",
+    "deepseek_v3",
 )  # fmt: skip
 """Model families (Hugging Face ``model_type``) that this version runs."""
 
@@ -43,6 +45,7 @@ class ModelSpec:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    """With `latent`, the elements of the rotary key."""
     rms_norm_eps: float
     rope_theta: float
     max_position_embeddings: int
@@ -53,6 +56,8 @@ class ModelSpec:
     norm: NormSpec = field(default_factory=NormSpec)
     qk_norm: QkNorm | None = None
     """Norm of queries and keys; None is none."""
+    latent: LatentAttention | None = None
+    """Keys and values made of one latent a token; None: of the token itself."""
     biases: Biases = field(default_factory=Biases)
     scales: Scales = field(default_factory=Scales)
     attn_sinks: bool = False
@@ -96,7 +101,7 @@ class ModelSpec:
             value = getattr(self, name)
             if type(value) is not int or value <= 0:
                 raise SpecError(f"`{name}` must be a positive integer, got {value!r}")
-        if self.scales.attention == self.head_dim**-0.5:  # one way to say it
+        if self.scales.attention == self.query_dim**-0.5:  # one way to say it
             object.__setattr__(self, "scales", replace(self.scales, attention=None))
         if self.num_heads % self.num_kv_heads:
             raise SpecError(f"`num_heads` must be a multiple of `num_kv_heads`, got {self.num_heads} and {self.num_kv_heads}")
@@ -141,7 +146,21 @@ class ModelSpec:
             if factors and len(factors) != half:
                 raise SpecError(f"rotary scaling: `{name}` must hold {half} numbers (half of what is rotated), holds {len(factors)}")
 
+    def _check_latent(self) -> None:
+        if self.num_kv_heads != self.num_heads:
+            raise SpecError(f"`num_kv_heads` must be `num_heads` ({self.num_heads}) with `latent`, got {self.num_kv_heads}")
+        without = {
+            "qk_norm": self.qk_norm, "clip_qkv": self.clip_qkv, "attn_sinks": self.attn_sinks or None, "dim of rotary": self.rotary.dim,
+            "skipped_layers of rotary": self.rotary.skipped_layers or None, "local_theta of rotary": self.rotary.local_theta,
+            "qkv of biases": self.biases.qkv or None,
+        }  # fmt: skip
+        for name, value in without.items():
+            if value is not None:
+                raise SpecError(f"`{name}` does not go with `latent`, got {value!r}")
+
     def _check_rules(self) -> None:
+        if self.latent is not None:
+            self._check_latent()
         if self.rotary.rotated(self.head_dim) > self.head_dim:
             raise SpecError(f"`dim` of `rotary` must be at most `head_dim` ({self.head_dim}), got {self.rotary.dim}")
         if self.rotary.skipped_layers and self.rotary.skipped_layers[-1] >= self.num_layers:
@@ -229,6 +248,21 @@ class ModelSpec:
         """Query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
 
+    @property
+    def query_dim(self) -> int:
+        """Elements of a query and of the key that it meets."""
+        return self.head_dim if self.latent is None else self.latent.qk_nope_head_dim + self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Elements of a head's value, and of what attention gives for it."""
+        return self.head_dim if self.latent is None else self.latent.v_head_dim
+
+    @property
+    def cached_heads(self) -> int:
+        """Key/value heads as the cache keeps them: one with `latent`."""
+        return self.num_kv_heads if self.latent is None else 1
+
     def qkv_suffixes(self, layer: int) -> tuple[str, ...]:
         """What happens to queries and keys after their projection, in order, of "_norm", "_clip" and "_rope"; to values only "_clip"."""
         norm = () if self.qk_norm is None else ("_norm",)
@@ -248,13 +282,14 @@ class ModelSpec:
     @property
     def attention_scale(self) -> float:
         """Factor of the scores."""
-        return float(self.head_dim**-0.5) if self.scales.attention is None else self.scales.attention
+        return float(self.query_dim**-0.5) if self.scales.attention is None else self.scales.attention
 
     @property
     def n_params(self) -> int:
         """Number of parameters; a tied embedding counts once."""
         h, n_q, n_kv = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        attention = 2 * h * (n_q + n_kv) + self.biases.qkv * (n_q + 2 * n_kv) + self.biases.out * h
+        attention = 2 * h * (n_q + n_kv) if self.latent is None else self.latent.params(h, self.num_heads, self.head_dim)
+        attention += self.biases.qkv * (n_q + 2 * n_kv) + self.biases.out * h
         if self.qk_norm is not None:
             attention += 2 * self.head_dim if self.qk_norm.over == "head" else n_q + n_kv
         attention += self.num_heads * self.attn_sinks

@@ -17,7 +17,7 @@ class Scales:
     residual: float = 1.0
     """Times the output of attention and of the feed-forward network, before it joins the residual stream."""
     attention: float | None = None
-    """Times the scores; None is ``1 / sqrt(head_dim)``."""
+    """Times the scores; None is one by the root of a query's elements."""
     scores_cap: float | None = None
     """The scaled scores ``x`` become ``cap * tanh(x / cap)``; None leaves them."""
     logits: float = 1.0

@@ -13,6 +13,18 @@ A matrix is ``[in, out]`` so that ``x @ w``; its columns are ordered so that eve
     the rows of ``w_o`` and ``(num_kv_heads * head_dim,)`` in the order of the keys in ``w_qkv``.
 ``w_o`` ``(num_kv_heads * head_dim/2 * q * 2, hidden)``
     Row ``((g * d/2 + u) * q + s) * 2 + e`` is row ``(g * q + s) * d + u + e * d/2`` of the published matrix (transposed).
+With `LatentAttention` there are, in place of ``w_qkv``, ``n`` being ``hidden`` or ``q_lora_rank``:
+
+``w_q_a`` ``(hidden, q_lora_rank)`` and ``q_a_norm``, where queries are made of a short vector
+``w_q_nope`` ``(n, num_heads * nope)``, ``w_q_rope`` ``(n, num_heads * rope)``
+    Column ``(u * num_heads + s) * 2 + e`` is element ``2 u + e`` of head ``s``'s query, counted from the first that is (not) rotated; of
+    those that are, element ``RotarySpec.pairs[u, e]``.
+``w_kv_a`` ``(hidden, kv_lora_rank)`` and ``kv_a_norm``; ``w_k_rope`` ``(hidden, rope)``, column ``2 u + e`` as in ``w_q_rope``
+``w_uk`` ``(num_heads, nope, kv_lora_rank)``, ``w_uv`` ``(num_heads, kv_lora_rank, v_head_dim)``
+    One matrix for each head, in its order as published; both are parts of the published ``kv_b_proj``.
+``w_o`` ``(num_heads * v_head_dim, hidden)``
+    Row ``(u * num_heads + s) * 2 + e`` is row ``s * v_head_dim + 2 u + e`` of the published matrix (transposed).
+
 ``w_gate_up`` ``(hidden, 2 * intermediate)``
     Column ``2 f`` is the gate's column ``f``, column ``2 f + 1`` is the up projection's.
 ``sinks`` ``(num_heads,)``, a score for every query head, where they have one
@@ -29,6 +41,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from wse_emu.foundation.latent_attention import LatentAttention
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.routing_rule import RoutingRule
 
@@ -38,7 +51,7 @@ TILE_COLS = 128
 
 @dataclass(frozen=True, slots=True)
 class WeightShape:
-    """One tensor of the wafer layout: its canonical name and its shape, ``(n_in, n_out)`` or ``(n,)``."""
+    """One tensor of the wafer layout: its canonical name and its shape, ``(n_in, n_out)``, ``(n,)`` or ``(heads, n_in, n_out)``."""
 
     name: str
     shape: tuple[int, ...]
@@ -68,14 +81,15 @@ def layer_weights(spec: ModelSpec, layer: int) -> list[WeightShape]:
     p = layer_prefix(layer)
     h, d = spec.hidden_size, spec.head_dim
     n_q, n_kv = spec.num_heads * d, spec.num_kv_heads * d
-    shapes: dict[str, tuple[int, ...]] = {**_norm("attn_norm", spec), "w_qkv": (h, n_q + 2 * n_kv)}
+    shapes: dict[str, tuple[int, ...]] = _norm("attn_norm", spec)
+    shapes |= {"w_qkv": (h, n_q + 2 * n_kv)} if spec.latent is None else _latent(spec, spec.latent)
     if spec.biases.qkv:
         shapes["b_qkv"] = (n_q + 2 * n_kv,)
     if spec.qk_norm is not None:
         shapes |= {"q_norm": (d,), "k_norm": (d,)} if spec.qk_norm.over == "head" else {"q_norm": (n_q,), "k_norm": (n_kv,)}
     if spec.attn_sinks:
         shapes["sinks"] = (spec.num_heads,)
-    shapes["w_o"] = (n_q, h)
+    shapes["w_o"] = (spec.num_heads * spec.value_dim, h)
     if spec.biases.out:
         shapes["b_o"] = (h,)
     if spec.norm.after:
@@ -101,6 +115,17 @@ def layer_weights(spec: ModelSpec, layer: int) -> list[WeightShape]:
 def _norm(name: str, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     names = (name, name + "_bias") if spec.norm.bias else (name,)
     return dict.fromkeys(names, (spec.hidden_size,))
+
+
+def _latent(spec: ModelSpec, latent: LatentAttention) -> dict[str, tuple[int, ...]]:
+    h, heads, rank = spec.hidden_size, spec.num_heads, latent.kv_lora_rank
+    n = h if latent.q_lora_rank is None else latent.q_lora_rank
+    short: dict[str, tuple[int, ...]] = {} if latent.q_lora_rank is None else {"w_q_a": (h, n), "q_a_norm": (n,)}
+    return short | {
+        "w_q_nope": (n, heads * latent.qk_nope_head_dim), "w_q_rope": (n, heads * spec.head_dim), "w_kv_a": (h, rank),
+        "w_k_rope": (h, spec.head_dim), "kv_a_norm": (rank,), "w_uk": (heads, latent.qk_nope_head_dim, rank),
+        "w_uv": (heads, rank, latent.v_head_dim),
+    }  # fmt: skip
 
 
 def _ffn(prefix: str, hidden: int, width: int, *, biased: bool = False) -> dict[str, tuple[int, ...]]:

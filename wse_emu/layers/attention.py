@@ -48,7 +48,7 @@ def attention(
     wafer : Wafer
     qkv : PlacedTensor, (T, n_qkv), float32
         Queries rotated, complete on every row of the token's band.
-    context : PlacedTensor, (T, num_heads * head_dim), float32
+    context : PlacedTensor, (T, num_heads * value width), float32
         Written, in the wafer layout's order.
     cache : KVCache
         Holds the keys and values of all tokens, the new ones included.
@@ -115,8 +115,8 @@ def _streamed(wafer: Wafer, sink: StreamedVector | None, heads: HeadLayout, band
 
 def _tile_size(heads: HeadLayout, rows_per_core: int) -> tuple[int, int]:
     """Tokens of a query tile, and the words of a core's room for its work blocks: whole, so that fewer keys never need more of it."""
-    features = 2 * heads.max_part_units
+    features, values = 2 * heads.max_part_units, 2 * heads.value_units.max_size if heads.values_in_keys else 2 * heads.max_part_units
     # Packed queries, own and incoming scores, maximum, denominator and output (own and incoming), context.
-    per_token = heads.queries_per_kv * (features + 2 * rows_per_core + 2 + 2 * (1 + features) + features)
+    per_token = heads.queries_per_kv * (features + 2 * rows_per_core + 2 + 2 * (1 + values) + values)
     n = min(_MAX_TILE_TOKENS, max(1, _WORK_BYTES // 4 // per_token))
     return n, min(_MAX_TILE_TOKENS * per_token, max(_WORK_BYTES // 4, per_token)) + _WORDS_PER_KEY * rows_per_core

@@ -66,6 +66,7 @@ class _TileRun:
     ) -> None:  # fmt: skip
         assert wafer.cores is not None
         self.cores, self.cache, self.layer, self.slot, self.parts = wafer.cores, cache, layer, slot, parts
+        self.value_parts = [part for part in parts if part.n_values]
         self.rows_held: list[int] = []
         """Tokens that each row of cores holds."""
         self.sinks: PlacedTensor | None = None
@@ -97,8 +98,9 @@ class _TileRun:
         count.macs += done if self.cores.interpreted else done + macs
 
     def kept(self, which: int, core: tuple[int, int]) -> Block:
-        """Keys (0) or values (1) of the sequence on a core that holds some."""
-        return self.cache.block(self.layer, self.slot, *core)[which].view(slice(0, self.rows_held[core[0]]))
+        """Keys (0) or values (1) of the sequence on a core that holds some; the keys where values are part of them."""
+        blocks = self.cache.block(self.layer, self.slot, *core)
+        return blocks[min(which, len(blocks) - 1)].view(slice(0, self.rows_held[core[0]]))
 
     def sink(self, core: tuple[int, int]) -> Any:
         """Sinks of the head's query heads on a core."""
@@ -126,7 +128,10 @@ class _TileRun:
             home = self.borrow((row, part.col), "packed queries", 2 * part.n_units, self.n_columns)
             self.run(
                 PACK_QUERIES, (row, part.col),
-                {"qkv": qkv.held[row, part.col], "q_slots": self.q_slots, "row0": row0, "u0": part.first_unit, "q_t": home},
+                {
+                    "qkv": qkv.held[row, part.col], "q_slots": self.q_slots, "kv_slots": self.cache.heads.kv_slots, "row0": row0,
+                    "u0": part.first_unit, "q_t": home,
+                },
             )  # fmt: skip
             self.queries[row, part.col] = home
             away = []
@@ -189,12 +194,12 @@ class _TileRun:
     def accumulate(self, maxima: dict[tuple[int, int], Block]) -> dict[int, tuple[Block, Block]]:
         """Denominator and output of every part, handed from row to row; they end on the last row of keys."""
         ends: dict[int, tuple[Block, Block]] = {}
-        for part in self.parts:
+        for part in self.value_parts:
             state: tuple[Block, Block] | None = None
             for visit in self.visits:
                 core = (visit.row, part.col)
                 denominator = self.borrow(core, "denominators", self.n_columns)
-                output = self.borrow(core, "outputs", 2 * part.n_units, self.n_columns)
+                output = self.borrow(core, "outputs", 2 * part.n_values, self.n_columns)
                 if state is None:
                     self.run(START_DENOMINATOR, core, {"sink": self.sink(core), "m": maxima[core], "denom": denominator})
                     output.write(0.0)
@@ -208,7 +213,7 @@ class _TileRun:
                         "s_t": self.scores[core], "q_slots": self.q_slots, "keys": keys, "admitted": admitted, "m": maxima[core],
                         "v": self.kept(1, core), "f0": 2 * part.first_unit, "denom": denominator, "o_t": output,
                     },
-                    macs=visit.n_pairs * self.q_slots * 2 * part.n_units,
+                    macs=visit.n_pairs * self.q_slots * 2 * part.n_values,
                 )  # fmt: skip
                 state = (denominator, output)
             assert state is not None
@@ -219,13 +224,13 @@ class _TileRun:
         """Divide, and send the tile's context to all rows that hold its tokens."""
         q_slots, t = self.q_slots, self.n_tokens
         last = self.visits[-1].row
-        for part in self.parts:
+        for part in self.value_parts:
             core = (last, part.col)
             denominator, output = ends[part.col]
-            done = self.borrow(core, "finished context", t, 2 * part.n_units * q_slots)
+            done = self.borrow(core, "finished context", t, 2 * part.n_values * q_slots)
             self.run(FINISH, core, {"o_t": output, "denom": denominator, "q_slots": self.q_slots, "row0": 0, "u0": 0, "context": done})
             first = 2 * part.first_unit * q_slots
-            where = (slice(row0, row0 + t), slice(first, first + 2 * part.n_units * q_slots))
+            where = (slice(row0, row0 + t), slice(first, first + 2 * part.n_values * q_slots))
             targets = [context.held[row + i, part.col] for i in range(n_replicas)]
             for target in targets:
                 if target.core == core:

@@ -17,7 +17,7 @@ from wse_kernels.attention import (
     start_max,
 )
 
-PACK_QUERIES = Kernel(body=pack_queries, params=("qkv", "q_slots", "row0", "u0", "q_t"), out=("q_t",), code_bytes=224)
+PACK_QUERIES = Kernel(body=pack_queries, params=("qkv", "q_slots", "kv_slots", "row0", "u0", "q_t"), out=("q_t",), code_bytes=224)
 PARTIAL_SCORES = Kernel(
     body=partial_scores,
     params=("k", "f0", "keys", "q_t", "s_t"),

@@ -130,6 +130,7 @@ def _events(heads: HeadLayout, n_rows: int, bands: TokenBands, admitted: KeyRang
     low, high, rows = visits.low, visits.high, visits.n_rows
     width = 2 * heads.units.max_size
     total_width = 2 * heads.units.total
+    v_parts, v_width, v_total = heads.n_value_parts, 2 * heads.value_units.max_size, 2 * heads.value_units.total
     spans = np.array([p[-1].col - p[0].col for p in heads.heads])
     cut = [p for p in heads.heads if len(p) > 1]
     gap = max((int(np.diff([part.col for part in p]).max()) for p in cut), default=0)
@@ -189,14 +190,14 @@ def _events(heads: HeadLayout, n_rows: int, bands: TokenBands, admitted: KeyRang
         "broadcast", "maxima", int(several.sum()) * parts, returned, high, [low], total=parts, widest=heads_here,
         hops=int((high - low)[several].max(initial=0)),
     )  # fmt: skip
-    accumulators = handed("accumulators", 2 * parts, parts + total_width, heads_here + width)
+    accumulators = handed("accumulators", 2 * v_parts, v_parts + v_total, heads_here + v_width)
 
     bottom = visits.row + bands.n_feature_bands - 1
     leaves = ~((bottom == visits.row) & (high == visits.row))
     top, end = np.minimum(high, visits.row), np.maximum(high, bottom)
     far = np.where(leaves, np.maximum(high - top, end - high), 0)
     answers = column(
-        "send", "context", int(leaves.sum()) * parts, np.where(leaves, q, 0), high, [top, end], total=total_width, widest=width,
+        "send", "context", int(leaves.sum()) * v_parts, np.where(leaves, q, 0), high, [top, end], total=v_total, widest=v_width,
         hops=int(far.max(initial=0)),
     )  # fmt: skip
     n_tiles, n_visits = int(q.size), int(rows.sum()) * parts
@@ -213,9 +214,11 @@ def _events(heads: HeadLayout, n_rows: int, bands: TokenBands, admitted: KeyRang
         Event(None, "", "launch", SCORE_MAX.name, count=n_visits),
         maxima,
         maxima_back,
-        Event(None, "", "launch", START_DENOMINATOR.name, count=n_tiles * parts),
-        Event(None, "", "launch", ACCUMULATE.name, count=n_visits, macs=admitted.n_admitted * n_heads * heads.head_dim),
+        Event(None, "", "launch", START_DENOMINATOR.name, count=n_tiles * v_parts),
+        Event(
+            None, "", "launch", ACCUMULATE.name, count=int(rows.sum()) * v_parts, macs=admitted.n_admitted * n_heads * heads.value_width
+        ),
         accumulators,
-        Event(None, "", "launch", FINISH.name, count=n_tiles * parts),
+        Event(None, "", "launch", FINISH.name, count=n_tiles * v_parts),
         answers,
     ]

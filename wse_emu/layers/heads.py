@@ -18,6 +18,8 @@ class Part(NamedTuple):
     first_unit: int
     """First of the head's pair units among those of the column."""
     n_units: int
+    n_values: int
+    """Those of them that have values, the first ones."""
 
 
 @dataclass(frozen=True)
@@ -32,21 +34,53 @@ class HeadLayout:
     """Factor of the scores; None is ``1 / sqrt(head_dim)``."""
     score_cap: float | None = None
     """Soft cap of the scaled scores; None is none."""
+    value_dim: int | None = None
+    """Where values are the first elements of the one key/value head's keys, how many of them; None: they lie by themselves."""
 
     @cached_property
     def units(self) -> Split:
         """Pair units of all heads over columns."""
         return head_split(self.n_kv_heads, self.head_dim // 2, self.n_cols)
 
+    @property
+    def values_in_keys(self) -> bool:
+        """Whether values are part of the keys."""
+        return self.value_dim is not None
+
+    @property
+    def kv_slots(self) -> int:
+        """Slots of a pair unit beside its queries: its key and its value, or its key alone."""
+        return 1 if self.values_in_keys else 2
+
+    @property
+    def value_width(self) -> int:
+        """Elements of a head's value."""
+        return self.head_dim if self.value_dim is None else self.value_dim
+
+    @cached_property
+    def value_units(self) -> Split:
+        """Pair units that have values, over columns."""
+        return self.units if self.value_dim is None else self._within(0, self.value_dim // 2)
+
+    @cached_property
+    def rotary_units(self) -> Split:
+        """Pair units that rotary tables are made for, over columns: all, or those that have no values."""
+        return self.units if self.value_dim is None else self._within(self.value_dim // 2, self.units.total)
+
+    def _within(self, begin: int, end: int) -> Split:
+        """Units begin to end, where they lie."""
+        starts, stops = (np.clip(edges, begin, end) - begin for edges in (self.units.starts, self.units.stops))
+        return Split(end - begin, starts, stops)
+
     @cached_property
     def qkv(self) -> Split:
-        """Columns of ``w_qkv`` over columns of cores."""
-        return self.units.scaled(2 * (self.queries_per_kv + 2))
+        """Queries, keys and values (columns of ``w_qkv``) over columns of cores."""
+        return self.units.scaled(2 * (self.queries_per_kv + self.kv_slots))
 
     @cached_property
     def context(self) -> Split:
-        """Elements of all query heads over columns of cores (the rows of ``w_o``)."""
-        return self.units.scaled(2 * self.queries_per_kv)
+        """Elements of what attention gives for all query heads over columns of cores (the rows of ``w_o``)."""
+        return self.value_units.scaled(2 * self.queries_per_kv)
 
     @cached_property
     def keys(self) -> Split:
@@ -64,7 +98,8 @@ class HeadLayout:
                 low = max(int(self.units.starts[col]), head * half)
                 high = min(int(self.units.stops[col]), (head + 1) * half)
                 if low < high:
-                    parts.append(Part(col, low - int(self.units.starts[col]), high - low))
+                    values = high - low if self.value_dim is None else max(min(high, self.value_dim // 2) - low, 0)
+                    parts.append(Part(col, low - int(self.units.starts[col]), high - low, values))
             out.append(tuple(parts))
         return tuple(out)
 
@@ -72,6 +107,11 @@ class HeadLayout:
     def n_parts(self) -> int:
         """Parts of all heads."""
         return sum(len(parts) for parts in self.heads)
+
+    @cached_property
+    def n_value_parts(self) -> int:
+        """Parts of all heads that have values."""
+        return sum(part.n_values > 0 for parts in self.heads for part in parts)
 
     @cached_property
     def parts(self) -> Split:

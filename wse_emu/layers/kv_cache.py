@@ -7,6 +7,8 @@ A layer whose pattern of attention forgets (windows, chunks) keeps what its last
 oldest makes room for the newest. Where a pass brings more tokens than one it holds more while that layer attends, and gives the SRAM back
 after. Keys keep the rotation of their absolute positions.
 
+Where values are part of the keys (multi-head latent attention), keys alone are kept.
+
 References
 ----------
 He et al., "WaferLLM", OSDI 2025, section 5: shift-based growth of the cache against concat-based growth.
@@ -121,7 +123,7 @@ class KVCache:
         self._reserved: list[Reservation] = []
         self._k: list[NDArray[np.float32]] = []
         self._v: list[NDArray[np.float32]] = []
-        self._blocks: list[dict[tuple[int, int, int], tuple[Block, Block]]] = []
+        self._blocks: list[dict[tuple[int, int, int], tuple[Block, ...]]] = []
         self._plans: list[_AppendPlan] = []
         self._attention: list[tuple[Sequences, dict[AttentionPattern, AttentionPlan]]] = []
         try:
@@ -140,11 +142,11 @@ class KVCache:
         elif not self.wafer.is_dry:
             size = int(self.capacity.sum()) * 2 * self.heads.units.total
             self._k.append(np.empty(size, np.float32))
-            self._v.append(np.empty(size, np.float32))
+            self._v.append(np.empty(0 if self.heads.values_in_keys else size, np.float32))
 
     def _allocate(self, layer: int) -> Reservation:
         rows = np.full(self.wafer.rows, int(self._rows[layer].sum()), np.int64)
-        return self.wafer.sram.allocate(f"keys and values of layer {layer}", rows, self.heads.units.sizes * 4, 4)
+        return self.wafer.sram.allocate(f"keys and values of layer {layer}", rows, self.heads.units.sizes * 2 * self.heads.kv_slots, 4)
 
     def _carve(self, layer: int, s: int) -> None:
         """Blocks of one sequence on all cores."""
@@ -153,8 +155,8 @@ class KVCache:
             shape = (int(self._rows[layer][s]), 2 * int(self.heads.units.sizes[col]))
             for row in range(self.wafer.rows):
                 arena = self.wafer.cores.arena(row, col)
-                pair = arena.allocate("keys", shape, np.float32), arena.allocate("values", shape, np.float32)
-                self._blocks[layer][s, row, col] = pair
+                names = ("keys", "values")[: self.heads.kv_slots]
+                self._blocks[layer][s, row, col] = tuple(arena.allocate(name, shape, np.float32) for name in names)
 
     def _resize(self, layer: int, sequences: Sequences, held: Seq[int]) -> None:
         """Make room for so many keys of each of some sequences; what lay in their blocks is elsewhere then."""
@@ -202,7 +204,7 @@ class KVCache:
     def n_bytes(self) -> int:
         """Bytes of the keys and values held now, in all layers."""
         held = {p: sum(n_keys_of(p.held_after(n)) for n in self.lengths.tolist()) for p in set(self._patterns)}
-        return sum(held[p] for p in self._patterns[: len(self._reserved)]) * 4 * self.heads.units.total * 4
+        return sum(held[p] for p in self._patterns[: len(self._reserved)]) * 2 * self.heads.kv_slots * self.heads.units.total * 4
 
     def attention_plan(self, sequences: Sequences, pattern: AttentionPattern, make: Callable[[], AttentionPlan]) -> AttentionPlan:
         """What attention over the newest sequences asks for: the same in all layers with one pattern, so made once."""
@@ -225,12 +227,13 @@ class KVCache:
         return Split.balanced(length, self.wafer.rows)
 
     def buffers(self, layer: int, sequences: Sequences) -> tuple[NDArray[np.float32], NDArray[np.float32], Ints, Ints]:
-        """Batched executor: keys, values, and per sequence the first element and the capacity."""
+        """Batched executor: keys, values (the keys, where these are part of them), and per sequence the first element and the capacity."""
         layer = self._aliases[layer]
-        return self._k[layer], self._v[layer], self._bases[sequences.slot], self.capacity[sequences.slot]
+        values = self._k if self.heads.values_in_keys else self._v
+        return self._k[layer], values[layer], self._bases[sequences.slot], self.capacity[sequences.slot]
 
-    def block(self, layer: int, slot: int, row: int, col: int) -> tuple[Block, Block]:
-        """Isolated executor: keys and values of one sequence on one core."""
+    def block(self, layer: int, slot: int, row: int, col: int) -> tuple[Block, ...]:
+        """Isolated executor: keys and values of one sequence on one core; keys alone where values are part of them."""
         return self._blocks[self._aliases[layer]][slot, row, col]
 
     def check(self, sequences: Sequences) -> None:
@@ -274,7 +277,7 @@ class KVCache:
             else:
                 self._resize(layer, sequences, plan.held)
                 self.wafer.record(plan.events[0])
-            with self.wafer.sram.reserved("outgoing keys and values", outgoing, self.heads.units.sizes * 4, 4):
+            with self.wafer.sram.reserved("outgoing keys and values", outgoing, self.heads.units.sizes * 2 * self.heads.kv_slots, 4):
                 if self.wafer.cores is not None:
                     self._arrive_isolated(layer, qkv, sequences, plan)
                 else:
@@ -314,13 +317,14 @@ class KVCache:
                 there = self.split(sizes[-1][1]).owner[sizes[-1][1] - n :]
                 arrivals.append(runs_of(token_row[first : first + n], there))
             units, rows = self.heads.units, self.wafer.rows
+            n_kept = self.heads.kv_slots
             events = tuple(
-                _along_columns(kind, "keys and values", runs, units, rows) for kind, runs in (("shift", shifts), ("send", arrivals))
+                _along_columns(kind, "keys and values", runs, units, rows, n_kept) for kind, runs in (("shift", shifts), ("send", arrivals))
             )
             stored = Event(None, "", "launch", STORE_KV.name, count=sum(map(len, arrivals)) * int(units.used.size))
-            n_before, n_held, n_kept = (tuple(column) for column in zip(*sizes, strict=True))
-            closed = None if n_kept == n_held else _along_columns("shift", "keys and values", closing, units, rows)
-            plan = _AppendPlan(sequences, bands, pattern, shifts, arrivals, closing, n_before, n_held, n_kept, events, stored, closed)
+            before_it, with_it, after_it = (tuple(column) for column in zip(*sizes, strict=True))
+            closed = None if after_it == with_it else _along_columns("shift", "keys and values", closing, units, rows, n_kept)
+            plan = _AppendPlan(sequences, bands, pattern, shifts, arrivals, closing, before_it, with_it, after_it, events, stored, closed)
             self._plans.append(plan)
         return plan
 
@@ -342,7 +346,7 @@ class KVCache:
             starts = self.split(before[s]).starts
             for col in self.heads.units.used.tolist():
                 for run in shifts[s]:
-                    for which in (0, 1):
+                    for which in range(self.heads.kv_slots):
                         block = blocks[slot, run.source, col][which]
                         at = run.first - int(starts[run.source])
                         payload = block.read(slice(at, at + run.n)).copy()
@@ -374,21 +378,22 @@ class KVCache:
         self.wafer.record(sent.event("send", "keys and values", costs.COLORS["send"]))
 
     def _arrive(
-        self, sent: Traffic, qkv: PlacedTensor, col: int, columns: dict[int, tuple[Block, Block]], runs: list[Run], first: int, start: int,
+        self, sent: Traffic, qkv: PlacedTensor, col: int, columns: dict[int, tuple[Block, ...]], runs: list[Run], first: int, start: int,
         after: Split,
     ) -> None:  # fmt: skip
         """Take keys and values of new tokens out of their rows' projections and send them to the rows that keep them."""
         cores = self.wafer.cores
         assert cores is not None
         width, row_starts = 2 * int(self.heads.units.sizes[col]), qkv.placement.axis0[1].starts
+        names, widths = ("outgoing keys", "outgoing values"), (width, 0 if self.heads.values_in_keys else width)
         for run in runs:
             at = start + run.first - int(after.starts[run.target])
             row0 = first + run.first - int(row_starts[run.source])
             core = (run.source, col)
             with cores.borrowing() as borrow:
-                k, v = (borrow(core, name, (run.n, width), np.float32) for name in ("outgoing keys", "outgoing values"))
+                k, v = (borrow(core, name, (run.n, w), np.float32) for name, w in zip(names, widths, strict=True))
                 cores.run(STORE_KV, core, {"qkv": qkv.held[core], "q_slots": self.heads.queries_per_kv, "row0": row0, "k": k, "v": v})
-                for piece, block in zip((k, v), columns[run.target], strict=True):
+                for piece, block in zip((k, v), columns[run.target], strict=False):
                     if run.source == run.target:
                         block.write(piece.read(), slice(at, at + run.n))
                     else:
@@ -450,16 +455,17 @@ def runs_of(source: Ints, target: Ints, here: Ints | None = None, there: Ints | 
     ]
 
 
-def _along_columns(kind: str, name: str, runs: list[list[Run]], units: Split, n_rows: int) -> Event:
-    """Moves of keys and values (two messages a run, four words a token and pair unit) along every column."""
+def _along_columns(kind: str, name: str, runs: list[list[Run]], units: Split, n_rows: int, n_kept: int) -> Event:
+    """Moves of keys and values (`n_kept` messages a run, two words a token and pair unit each) along every column."""
     moving = [run for group in runs for run in group if run.source != run.target]
     if not moving:
         return costs.moved(kind, name, count=0, words=0, hops=0, max_link=0, max_hops=0)
     n, source, target = (np.array([getattr(run, f) for run in moving], np.int64) for f in ("n", "source", "target"))
-    load = costs.LineLoad(n_rows)
+    load, words = costs.LineLoad(n_rows), 2 * n_kept
     load.add(source, target, n)
     distance = np.abs(source - target)
     return costs.moved(
-        kind, name, count=2 * n.size * int(units.used.size), words=int(n.sum()) * 4 * units.total,
-        hops=int((n * distance).sum()) * 4 * units.total, max_link=load.busiest() * 4 * units.max_size, max_hops=int(distance.max()),
+        kind, name, count=n_kept * n.size * int(units.used.size), words=int(n.sum()) * words * units.total,
+        hops=int((n * distance).sum()) * words * units.total, max_link=load.busiest() * words * units.max_size,
+        max_hops=int(distance.max()),
     )  # fmt: skip

@@ -36,7 +36,7 @@ def place_rotary(
 
     `local` is for the layers with a window of a spec whose rotation differs there; `values` are `rotary_tables` if they are known already.
     """
-    place = wafer.placement((bands.n_tokens, heads.units.total), ("row", bands.split), ("col", heads.units))
+    place = wafer.placement((bands.n_tokens, heads.rotary_units.total), ("row", bands.split), ("col", heads.rotary_units))
     tables = (None, None) if wafer.is_dry else values or rotary_tables(spec, sequences, local=local)
     kind = "local rotary" if local else "rotary"
     cos, sin = wafer.empty(f"{kind} cosines", place), wafer.empty(f"{kind} sines", place)
@@ -46,7 +46,7 @@ def place_rotary(
 
 
 def rotary_tables(spec: ModelSpec, sequences: Sequences, *, local: bool = False) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Cosine and sine of every new token's angle for every pair unit of every key/value head.
+    """Cosine and sine of every new token's angle for every pair unit of every key/value head that is cached.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ def rotary_tables(spec: ModelSpec, sequences: Sequences, *, local: bool = False)
 
     Returns
     -------
-    cos, sin : ndarray, (T, n_kv_heads * head_dim / 2), float32
+    cos, sin : ndarray, (T, ModelSpec.cached_heads * head_dim / 2), float32
         Of ``position * frequency``, times the scaling's factor, computed in float64 and rounded once; 1 and 0 for units that are not
         rotated, which then keep their values.
     """
@@ -72,7 +72,7 @@ def rotary_tables(spec: ModelSpec, sequences: Sequences, *, local: bool = False)
     factor = np.repeat([attention_factor(scaling, int(length)) for length in sequences.length], sequences.n_new)[:, None]
     still = (spec.head_dim - spec.rotary.rotated(spec.head_dim)) // 2
     cos, sin = (
-        np.tile(np.pad((f(angle) * factor).astype(np.float32), ((0, 0), (0, still)), constant_values=end), (1, spec.num_kv_heads))
+        np.tile(np.pad((f(angle) * factor).astype(np.float32), ((0, 0), (0, still)), constant_values=end), (1, spec.cached_heads))
         for f, end in ((np.cos, 1), (np.sin, 0))
     )
     return cos, sin

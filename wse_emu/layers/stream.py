@@ -52,3 +52,20 @@ class StreamedMatrix:
         assert stop % TILE_COLS == 0 or stop == self.n_out
         tiles = None if self.tiles is None else self.tiles[start * self.n_in : stop * self.n_in]
         return StreamedMatrix(self.name, self.n_in, stop - start, tiles)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedHeads:
+    """One matrix ``[n_in, n_out]`` for every head at rest, one after another, each tiled by itself; `tiles` as in `StreamedMatrix`."""
+
+    name: str
+    n_heads: int
+    n_in: int
+    n_out: int
+    tiles: NDArray[np.float32] | None
+
+    def head(self, head: int) -> StreamedMatrix:
+        """The matrix of one head, without a copy; in the ledger all go by one name."""
+        size = self.n_in * self.n_out
+        tiles = None if self.tiles is None else self.tiles[head * size : (head + 1) * size]
+        return StreamedMatrix(self.name, self.n_in, self.n_out, tiles)

@@ -7,6 +7,7 @@ starts at element ``128 t K``. Tensors are converted tile by tile, so a build ne
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,31 @@ def qkv_to_published(qkv: NDArray[Any], spec: ModelSpec) -> tuple[NDArray[Any], 
     return queries, np.ascontiguousarray(heads[:, :, q]), np.ascontiguousarray(heads[:, :, q + 1])
 
 
+def pairs_to_published(x: NDArray[Any], n_slots: int, pairs: NDArray[np.int64]) -> NDArray[Any]:
+    """Heads in published order from columns in the order of pair units, slots, elements.
+
+    Parameters
+    ----------
+    x : ndarray, (T, n_units * n_slots * 2)
+    n_slots : int
+    pairs : ndarray, (n_units, 2), int64
+        Published element of each element of a pair unit.
+
+    Returns
+    -------
+    ndarray, (T, n_slots, 2 n_units), C-contiguous, dtype of `x`
+
+    Raises
+    ------
+    StoreError
+        If `x` has another number of columns.
+    """
+    _check_columns("x", x, pairs.size * n_slots)
+    out = np.empty((len(x), n_slots, pairs.size), x.dtype)
+    out[..., pairs] = x.reshape(len(x), -1, n_slots, 2).transpose(0, 2, 1, 3)
+    return out
+
+
 def context_to_published(context: NDArray[Any], spec: ModelSpec) -> NDArray[Any]:
     """Attention context in published order (head, element) from the order of the rows of ``w_o``.
 
@@ -87,9 +113,10 @@ def _check_columns(name: str, array: NDArray[Any], columns: int) -> None:
 
 
 def context_order(spec: ModelSpec) -> NDArray[np.int64]:
-    """Published index (head * head_dim + element) of every row of ``w_o``, int64, (num_heads * head_dim,)."""
-    d, kv, q = spec.head_dim, spec.num_kv_heads, spec.queries_per_kv
-    published = np.arange(spec.num_heads * d, dtype=np.int64).reshape(kv, q, d)[:, :, spec.rotary.pairs(d)]  # (head, slot, unit, 2)
+    """Published index (head * value_dim + element) of every row of ``w_o``, int64, (num_heads * value_dim,)."""
+    d, kv = spec.value_dim, spec.cached_heads
+    pairs = spec.rotary.pairs(d) if spec.latent is None else np.arange(d).reshape(-1, 2)
+    published = np.arange(spec.num_heads * d, dtype=np.int64).reshape(kv, -1, d)[:, :, pairs]  # (head, slot, unit, 2)
     return np.ascontiguousarray(published.transpose(0, 2, 1, 3)).reshape(-1)
 
 
@@ -162,6 +189,10 @@ class Layout:
             yield from self._embed()
         elif kind == "w_qkv":
             yield from _tiles(self._qkv_columns(prefix, "w_", (weight.shape[0],)), weight.shape[0], weight.shape[1])
+        elif len(weight.shape) == 3:
+            yield from self._of_heads(prefix, kind, weight.shape)
+        elif kind in ("w_q_nope", "w_q_rope", "w_kv_a", "w_k_rope"):
+            yield from _tiles(self._latent_columns(prefix, kind), weight.shape[0], weight.shape[1])
         elif kind == "w_gate_up":
             yield from _tiles(self._gate_up_columns(prefix), weight.shape[0], weight.shape[1])
         else:
@@ -224,6 +255,41 @@ class Layout:
             for name, head, slot in heads:
                 group[:, slot] = self._rows(self._published[prefix + kind + name], head * d, (head + 1) * d)[pairs]
             yield group.reshape(-1, *inner)
+
+    def _latent_columns(self, prefix: str, kind: str) -> Iterator[F32]:
+        """Columns of the products that latent attention begins with, as rows (n, n_in)."""
+        spec, latent = self._spec, self._spec.latent
+        assert latent is not None
+        rope, rank = spec.rotary.pairs(spec.head_dim).reshape(-1), latent.kv_lora_rank
+        if kind in ("w_kv_a", "w_k_rope"):
+            tensor = self._published[prefix + "w_kv_a"]
+            if kind == "w_k_rope":
+                yield self._rows(tensor, rank, rank + rope.size)[rope]
+                return
+            for i in range(0, rank, TILE_COLS):
+                yield self._rows(tensor, i, min(i + TILE_COLS, rank))
+            return
+        tensor = self._published[prefix + ("w_q" if latent.q_lora_rank is None else "w_q_b")]
+        elements = rope + latent.qk_nope_head_dim if kind == "w_q_rope" else np.arange(latent.qk_nope_head_dim)
+        for pair in elements.reshape(-1, 2).tolist():
+            yield np.stack([self._every(tensor, element, spec.query_dim) for element in pair], axis=1).reshape(-1, tensor.shape[1])
+
+    def _every(self, tensor: PublishedTensor, first: int, step: int) -> F32:
+        """Every `step`-th row of a matrix, from `first` on."""
+        some = replace(tensor, shape=(tensor.shape[0] // step, tensor.shape[1]), stored=tensor.shape, first=first, step=step)
+        return self._rows(some, 0, some.shape[0])
+
+    def _of_heads(self, prefix: str, kind: str, shape: tuple[int, ...]) -> Iterator[F32]:
+        """Tiles of the matrices ``w_uk`` or ``w_uv`` of all heads."""
+        latent, tensor = self._spec.latent, self._published[prefix + "w_kv_b"]
+        assert latent is not None
+        nope, both = latent.qk_nope_head_dim, latent.qk_nope_head_dim + latent.v_head_dim
+        for head in range(shape[0]):
+            if kind == "w_uk":
+                columns = np.ascontiguousarray(self._rows(tensor, head * both, head * both + nope).T)
+            else:
+                columns = self._rows(tensor, head * both + nope, (head + 1) * both)
+            yield from _tiles(iter((columns,)), shape[1], shape[2])
 
     def _gate_up_columns(self, prefix: str) -> Iterator[F32]:
         """Columns of ``w_gate_up``, as rows (n, hidden): gate and up alternate."""

@@ -32,7 +32,7 @@ class WeightStore(Protocol):
         """Norm weight (n,). Raises `StoreError` for an unknown name and for a store that is closed or holds no values."""
 
     def tiles(self, name: str) -> NDArray[np.float32]:
-        """Matrix in its flat tiled form (n_in * n_out,). Raises as `vector` does."""
+        """Matrix, or one for each head, in flat tiled form (n_in * n_out,). Raises as `vector` does."""
 
     def embed(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Rows of the embedding, a new array (t, hidden). Raises `InputError` for an id outside the vocabulary."""
@@ -78,7 +78,7 @@ class Tensors:
 
     def tiles(self, name: str) -> NDArray[np.float32]:
         """Flat tiled matrix, read-only."""
-        return self._array(self._weight(name, "tiled matrix", (2,)))
+        return self._array(self._weight(name, "tiled matrix", (2, 3)))
 
     def embed(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Rows of the embedding, a new array (t, hidden)."""
@@ -90,12 +90,12 @@ class Tensors:
     def check_names(self, names: Sequence[str]) -> None:
         """Raise `StoreError` for a name that is neither a vector nor a matrix."""
         for name in names:
-            self._weight(name, "vector or tiled matrix", (1, 2))
+            self._weight(name, "vector or tiled matrix", (1, 2, 3))
 
     def make(self, names: Sequence[str]) -> None:
         """Make what is not there yet."""
         for name in names:
-            self._array(self._weight(name, "vector or tiled matrix", (1, 2)))
+            self._array(self._weight(name, "vector or tiled matrix", (1, 2, 3)))
 
     def clear(self) -> None:
         """Forget every array."""

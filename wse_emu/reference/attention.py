@@ -8,6 +8,7 @@ import numpy as np
 
 from wse_emu.reference import formulas, rotary
 from wse_emu.reference.formulas import Floats, Ints
+from wse_emu.reference.latent_attention import latent_attention
 from wse_emu.reference.weights import PublishedWeights
 
 
@@ -16,6 +17,19 @@ def attention_block(weights: PublishedWeights, layer: int, x: Floats, seq: Ints,
     spec = weights.spec
     norm = weights.normed(layer, "attn_norm", x)
     yield "attn_norm", norm
+    flat = norm
+    for name, flat in (_attend if spec.latent is None else latent_attention)(weights, layer, norm, seq, pos):
+        yield name, flat
+    out = formulas.linear(flat, weights.layer(layer, "w_o"))
+    if spec.biases.out:
+        out = out + weights.layer(layer, "b_o")
+    yield "attn_out", out
+    yield from joined(weights, layer, x, out, "attn_after_norm", "attn_residual")
+
+
+def _attend(weights: PublishedWeights, layer: int, norm: Floats, seq: Ints, pos: Ints) -> Iterator[tuple[str, Floats]]:
+    """Stages from the normalised residual stream to "attn_context"."""
+    spec = weights.spec
     now: dict[str, Floats] = {}
     for name, heads in (("q", spec.num_heads), ("k", spec.num_kv_heads), ("v", spec.num_kv_heads)):
         y = formulas.linear(norm, weights.layer(layer, "w_" + name))
@@ -37,13 +51,7 @@ def attention_block(weights: PublishedWeights, layer: int, x: Floats, seq: Ints,
         maximum[t], denominator[t], context[t] = formulas.attention(q[t], k[t], v[t], mask, spec.attention_scale, cap, sinks)
     yield "attn_max", maximum
     yield "attn_denominator", denominator
-    flat = context.reshape(len(x), -1)
-    yield "attn_context", flat
-    out = formulas.linear(flat, weights.layer(layer, "w_o"))
-    if spec.biases.out:
-        out = out + weights.layer(layer, "b_o")
-    yield "attn_out", out
-    yield from joined(weights, layer, x, out, "attn_after_norm", "attn_residual")
+    yield "attn_context", context.reshape(len(norm), -1)
 
 
 def joined(weights: PublishedWeights, layer: int, x: Floats, out: Floats, after_norm: str, stage: str) -> Iterator[tuple[str, Floats]]:

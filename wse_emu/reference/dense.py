@@ -82,7 +82,10 @@ class DenseReference:
         value : ndarray
             In published order: "embedding" (T, h); per layer "attn_norm" (T, h), "q" (T, heads, d), "k", "v" (T, kv_heads, d), then of what
             the model does with them "q_norm", "k_norm", "q_clip", "k_clip", "v_clip", "q_rope", "k_rope", in its order
-            (`ModelSpec.qkv_suffixes`), "attn_max", "attn_denominator" (T, heads), "attn_context" (T, heads * d), "attn_out",
+            (`ModelSpec.qkv_suffixes`); with latent attention instead "query_a" and "query_a_norm" (T, q_lora_rank) where queries have them,
+            "query" (T, heads, nope + rope), "latent_a" (T, kv_lora_rank + rope), "latent" (T, kv_lora_rank), "query_rope"
+            (T, heads, rope), "rope_key" (T, rope), "query_latent" (T, heads, kv_lora_rank), and before "attn_context" "attn_latent", of
+            that shape too; "attn_max", "attn_denominator" (T, heads), "attn_context" (T, heads * d), "attn_out",
             "attn_after_norm" where there is that norm, "attn_residual", "ffn_norm" (T, h), then "router_logits" (T, E) where they are
             learned, "router_scores" (T, E) where tokens meet, "topk_ids" (T, k) int64, "topk_weights" (T, k),
             "shared_hidden" (T, fs), "shared_out" (T, h), "shared_gate" (T, 1) where there are shared experts,

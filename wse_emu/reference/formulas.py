@@ -94,7 +94,7 @@ def attention(
     Parameters
     ----------
     q : ndarray, (T, heads, d)
-    k, v : ndarray, (T, kv_heads, d)
+    k, v : ndarray, (T, kv_heads, d), (T, kv_heads, dv)
         Head ``i`` of `q` reads key/value head ``i // (heads / kv_heads)``.
     mask : ndarray, (T, T), bool
         True where query i sees key j.
@@ -109,13 +109,13 @@ def attention(
     -------
     maximum, denominator : ndarray, (T, heads)
         ``max_j s`` and ``sum_j exp(s - max)`` of ``s = scale * q.k``, capped, the sink among them.
-    context : ndarray, (T, heads, d)
+    context : ndarray, (T, heads, dv)
     """
     heads = q.shape[1]
     group = heads // k.shape[1]
     maximum = np.empty(q.shape[:2], q.dtype)
     denominator = np.empty(q.shape[:2], q.dtype)
-    context = np.empty_like(q)
+    context = np.empty((*q.shape[:2], v.shape[2]), q.dtype)
     for head in range(heads):  # one (T, T) matrix at a time
         scores = capped(q[:, head] @ k[:, head // group].T * q.dtype.type(scale), cap)
         scores = np.where(mask, scores, q.dtype.type(-np.inf))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
+from wse_emu.foundation.latent_attention import LatentAttention
 from wse_emu.foundation.model_spec import ModelSpec
 
 Expert = int | Literal["shared"] | None
@@ -83,6 +84,8 @@ _SHARED = {
     "glm4_moe": "mlp.shared_experts.",
     "ernie4_5_moe": "mlp.shared_experts.",
     "hunyuan_v1_moe": "mlp.shared_mlp.",
+    "deepseek_v2": "mlp.shared_experts.",
+    "deepseek_v3": "mlp.shared_experts.",
 }
 
 
@@ -93,8 +96,9 @@ def layer_tensor(spec: ModelSpec, layer: int, role: str, expert: Expert = None) 
     ----------
     role : str
         "attn_norm", "w_q", "w_k", "w_v", "b_q", "b_k", "b_v", "q_norm", "k_norm", "w_o", "b_o", "attn_after_norm", "ffn_norm", "router",
-        "router_bias", "e_score_correction_bias", "shared_gate", "ffn_after_norm", "sinks", "attn_norm_bias", "ffn_norm_bias",
-        or "w_gate", "w_up", "w_down" (with `expert` in a layer with a mixture) and an expert's "b_gate", "b_up", "b_down".
+        "router_bias", "e_score_correction_bias", "shared_gate", "ffn_after_norm", "sinks", "attn_norm_bias", "ffn_norm_bias", of latent
+        attention "w_q_a", "q_a_norm", "w_q_b", "w_kv_a", "kv_a_norm", "w_kv_b", or "w_gate", "w_up", "w_down" (with `expert` in a layer
+        with a mixture) and an expert's "b_gate", "b_up", "b_down".
     """
     prefix = f"model.layers.{layer}."
     if role in ("b_gate", "b_up", "b_down"):
@@ -104,6 +108,8 @@ def layer_tensor(spec: ModelSpec, layer: int, role: str, expert: Expert = None) 
         return _ffn_tensor(spec, layer, role, expert)
     h, d = spec.hidden_size, spec.head_dim
     n_q, n_kv = spec.num_heads * d, spec.num_kv_heads * d
+    if spec.latent is not None and role in _LATENT:
+        return Published(prefix + "self_attn." + _LATENT[role] + ".weight", _latent_shape(spec, spec.latent, role))
     whole_row = spec.qk_norm is not None and spec.qk_norm.over == "row"
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
         "attn_norm": ("input_layernorm.weight", (h,)),
@@ -116,7 +122,7 @@ def layer_tensor(spec: ModelSpec, layer: int, role: str, expert: Expert = None) 
         "b_v": ("self_attn.v_proj.bias", (n_kv,)),
         "q_norm": ("self_attn.q_norm.weight", (n_q if whole_row else d,)),
         "k_norm": ("self_attn.k_norm.weight", (n_kv if whole_row else d,)),
-        "w_o": ("self_attn.o_proj.weight", (h, n_q)),
+        "w_o": ("self_attn.o_proj.weight", (h, spec.num_heads * spec.value_dim)),
         "b_o": ("self_attn.o_proj.bias", (h,)),
         "sinks": ("self_attn.sinks", (spec.num_heads,)),
         "ffn_norm": ("post_attention_layernorm.weight", (h,)),
@@ -132,6 +138,32 @@ def layer_tensor(spec: ModelSpec, layer: int, role: str, expert: Expert = None) 
     if spec.family == "ernie4_5_moe" and role == "e_score_correction_bias":  # room for several groups of experts, of which there is one
         return Published(prefix + "mlp.moe_statics.e_score_correction_bias", shape, (1, *shape), lambda whole: whole[0])
     return Published(prefix + _OTHER_NAMES.get(spec.family, {}).get(role, name), shape)
+
+
+_LATENT = {
+    "w_q": "q_proj",
+    "w_q_a": "q_a_proj",
+    "q_a_norm": "q_a_layernorm",
+    "w_q_b": "q_b_proj",
+    "w_kv_a": "kv_a_proj_with_mqa",
+    "kv_a_norm": "kv_a_layernorm",
+    "w_kv_b": "kv_b_proj",
+}
+"""Roles of latent attention."""
+
+
+def _latent_shape(spec: ModelSpec, latent: LatentAttention, role: str) -> tuple[int, ...]:
+    h, heads, rank, short = spec.hidden_size, spec.num_heads, latent.kv_lora_rank, latent.q_lora_rank or 0
+    query = heads * (latent.qk_nope_head_dim + spec.head_dim)
+    return {
+        "w_q": (query, h),
+        "w_q_a": (short, h),
+        "q_a_norm": (short,),
+        "w_q_b": (query, short),
+        "w_kv_a": (rank + spec.head_dim, h),
+        "kv_a_norm": (rank,),
+        "w_kv_b": (heads * (latent.qk_nope_head_dim + latent.v_head_dim), rank),
+    }[role]
 
 
 def _ffn_tensor(spec: ModelSpec, layer: int, role: str, expert: Expert) -> Published:

@@ -1,0 +1,70 @@
+"""Multi-head latent attention, densely: keys and values of every head are made of the latent, as the paper defines them.
+
+The machine works in the absorbed form, on latents; what only that form has ("query_latent", "attn_latent") is computed here from its own
+formula, and all else without it.
+
+References
+----------
+DeepSeek-AI, "DeepSeek-V2: A strong, economical, and efficient mixture-of-experts language model", 2024, section 2.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from wse_emu.reference import formulas, rotary
+from wse_emu.reference.formulas import Floats, Ints
+from wse_emu.reference.weights import PublishedWeights
+
+
+def latent_attention(weights: PublishedWeights, layer: int, norm: Floats, seq: Ints, pos: Ints) -> Iterator[tuple[str, Floats]]:
+    """Stages from the normalised residual stream `norm` (T, hidden) to "attn_context" (T, heads * v_head_dim)."""
+    spec, latent = weights.spec, weights.spec.latent
+    assert latent is not None
+    heads, nope, rank = spec.num_heads, latent.qk_nope_head_dim, latent.kv_lora_rank
+    source, role = norm, "w_q"
+    if latent.q_lora_rank is not None:
+        short = formulas.linear(norm, weights.layer(layer, "w_q_a"))
+        yield "query_a", short
+        source, role = formulas.rms_norm(short, weights.norm(layer, "q_a_norm"), latent.norm_eps), "w_q_b"
+        yield "query_a_norm", source
+    query = formulas.linear(source, weights.layer(layer, role)).reshape(len(norm), heads, -1)
+    yield "query", query
+    both = formulas.linear(norm, weights.layer(layer, "w_kv_a"))
+    yield "latent_a", both
+    kept = formulas.rms_norm(both[:, :rank], weights.norm(layer, "kv_a_norm"), latent.norm_eps)
+    yield "latent", kept
+    angles, factor = rotary.rotary_angles(spec, seq, pos)
+    turned = formulas.rotate(query[..., nope:], angles, factor, interleaved=spec.rotary.interleaved)
+    key = formulas.rotate(both[:, None, rank:], angles, factor, interleaved=spec.rotary.interleaved)
+    yield "query_rope", turned
+    yield "rope_key", key[:, 0]
+    of_heads = weights.layer(layer, "w_kv_b").reshape(heads, nope + latent.v_head_dim, rank)
+    yield "query_latent", per_head(query[..., :nope], of_heads[:, :nope].transpose(0, 2, 1))
+    t = len(norm)
+    expanded = formulas.linear(kept, of_heads.reshape(-1, rank)).reshape(t, heads, -1)
+    q = np.concatenate([query[..., :nope], turned], axis=2)
+    k = np.concatenate([expanded[..., :nope], np.broadcast_to(key, (t, heads, key.shape[2]))], axis=2)
+    v = expanded[..., nope:]
+    maximum, denominator = np.empty((t, heads), weights.dtype), np.empty((t, heads), weights.dtype)
+    context, mixed = np.empty_like(v), np.empty((t, heads, rank), weights.dtype)
+    for s in np.unique(seq):
+        at = np.flatnonzero(seq == s)
+        mask = formulas.visible(seq[at], pos[at], spec.pattern(layer))
+        of_all = np.broadcast_to(kept[at, None], (len(at), heads, rank))
+        *_, mixed[at] = formulas.attention(q[at], k[at], of_all, mask, spec.attention_scale, spec.scales.scores_cap)
+        maximum[at], denominator[at], context[at] = formulas.attention(
+            q[at], k[at], v[at], mask, spec.attention_scale, spec.scales.scores_cap
+        )  # fmt: skip
+    yield "attn_max", maximum
+    yield "attn_denominator", denominator
+    yield "attn_latent", mixed
+    yield "attn_context", context.reshape(t, -1)
+
+
+def per_head(x: Floats, weight: Floats) -> Floats:
+    """``x[:, head] @ weight[head].T``: x (T, heads, in), weight (heads, out, in) -> (T, heads, out)."""
+    out: Floats = np.ascontiguousarray((x.transpose(1, 0, 2) @ weight.transpose(0, 2, 1)).transpose(1, 0, 2))
+    return out
