@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 import wse_emu as wse
-from wse_emu.checkpoint import open_checkpoint
+from wse_emu.checkpoint import open_checkpoint, published_names
 from wse_emu.checkpoint.families import FAMILIES
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.rope_scaling import ROPE_KINDS
@@ -66,7 +66,7 @@ def test_there_is_a_golden_file_for_every_family_and_dtype() -> None:
     stored = set()
     for name in CHECKPOINTS:
         with open_checkpoint(GOLDEN / name) as checkpoint:
-            stored.add((checkpoint.spec.family, checkpoint.tensors.dtype("model.norm.weight")))
+            stored.add((checkpoint.spec.family, checkpoint.tensors.dtype(published_names(checkpoint.spec)["final_norm"].name)))
     assert stored >= {(family, "float32") for family in FAMILIES}
     assert stored >= {(family, "bfloat16") for family in ("llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "qwen2_moe")}
     assert "float16" in {dtype for _, dtype in stored}

@@ -136,6 +136,17 @@ DEEPSEEK_V2 = LATENT | {
 DEEPSEEK_V3 = LATENT | {
     "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "norm_topk_prob": True, "n_group": 4, "topk_group": 2,
 }  # fmt: skip
+DBRX_SIZES: Config = {
+    "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256,
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.5, "rope_theta": 500.0},
+    "ffn_config": {"ffn_hidden_size": 14, "moe_num_experts": 6, "moe_top_k": 2, "moe_normalize_expert_weights": 1.0},
+}
+DBRX = COMMON | DBRX_SIZES | {
+    "architectures": ["DbrxForCausalLM"], "model_type": "dbrx", "vocab_size": 53, "hidden_size": 32, "intermediate_size": 14,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rope_theta": 500.0,
+    "num_local_experts": 6, "num_experts_per_tok": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+"""As published, and under the names of the other families, by which the tools go."""
 ROPE = LLAMA | {
     "torch_dtype": "float32", "hidden_size": 28, "intermediate_size": 34, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "max_position_embeddings": 120, "tie_word_embeddings": False,
@@ -208,6 +219,7 @@ CHECKPOINTS: dict[str, Config] = {
     ),
     "deepseek_v3-float32": _in("float32", DEEPSEEK_V3, LATENT_STRETCHED, {"rope_interleave": True}),
     "deepseek_v3-halves-float32": _in("float32", DEEPSEEK_V3, {"q_lora_rank": None, "rope_interleave": False}),
+    "dbrx-float32": _in("float32", DBRX),
 }  # fmt: skip
 """Directory under tests/golden to config.json."""
 

@@ -78,7 +78,32 @@ def load(directory: Path, changes: Mapping[str, Any] | None = None) -> Any:
     wrong = {key: value for key, value in info.items() if value and key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if wrong:
         raise SystemExit(f"{directory}: transformers does not load the checkpoint completely: {wrong}")
-    return model.eval()
+    return _named_as_usual(model.eval())
+
+
+def _named_as_usual(model: Any) -> Any:
+    """DBRX's modules under the names of a Llama's as well; its routers give logits, weights and choices, as all others do."""
+    if model.config.model_type != "dbrx":
+        return model
+
+    def alias(module: Any, **names: Any) -> None:
+        for name, value in names.items():
+            object.__setattr__(module, name, value)  # not a second submodule
+
+    body = model.transformer
+    alias(model, model=body)
+    alias(body, layers=body.blocks, embed_tokens=body.wte, norm=body.norm_f)
+    for block in body.blocks:
+        half, mixture = block.norm_attn_norm, block.ffn
+        alias(block, self_attn=half.attn, mlp=mixture, input_layernorm=half.norm_1, post_attention_layernorm=half.norm_2)
+
+        def forward(x: Tensor, right: Any = mixture.router.forward, route: Any = mixture.route_tokens_to_experts) -> tuple[Tensor, ...]:
+            logits = right(x)
+            return logits, *route(logits)
+
+        mixture.router.forward = forward
+        mixture.route_tokens_to_experts = lambda decided: decided[1:]
+    return model
 
 
 def _made_plain(directory: Path, plain: Path, written: dict[str, Any]) -> None:

@@ -139,6 +139,8 @@ def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
         if family == "gpt_oss":
             tensors[p + "self_attn.sinks"] = 1 + rng.standard_normal(config["num_attention_heads"])
 
+    if family == "dbrx":
+        return _dbrx_tensors(config, rng)
     tensors["model.embed_tokens.weight"] = rng.standard_normal((config["vocab_size"], h)) * 0.3
     for i in range(config["num_hidden_layers"]):
         p = f"model.layers.{i}."
@@ -179,6 +181,25 @@ def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
     dtype = STORED[config["torch_dtype"]]
     plain = {name: torch.from_numpy(a).to(torch.float32).to(dtype).contiguous() for name, a in tensors.items()}
     return plain | {name: torch.from_numpy(a) for name, a in packed.items()}
+
+
+def _dbrx_tensors(config: Config, rng: np.random.Generator) -> dict[str, Tensor]:
+    """The same for DBRX; the residual stream is kept small, or its norms' constant epsilon would not show."""
+    h, v, n, f = config["hidden_size"], config["vocab_size"], config["num_local_experts"], config["intermediate_size"]
+    n_qkv = (config["num_attention_heads"] + 2 * config["num_key_value_heads"]) * config["head_dim"]
+    shapes = {"transformer.wte.weight": ((v, h), 0.03)}
+    for i in range(config["num_hidden_layers"]):
+        p = f"transformer.blocks.{i}."
+        shapes |= {
+            p + "norm_attn_norm.norm_1.weight": ((h,), 0.3), p + "norm_attn_norm.attn.Wqkv.weight": ((n_qkv, h), 1.3 * h**-0.5),
+            p + "norm_attn_norm.attn.out_proj.weight": ((h, h), 0.05 * h**-0.5), p + "norm_attn_norm.norm_2.weight": ((h,), 0.3),
+            p + "ffn.router.layer.weight": ((n, h), 2 * h**-0.5), p + "ffn.experts.mlp.w1": ((n * f, h), 1.5 * h**-0.5),
+            p + "ffn.experts.mlp.v1": ((n * f, h), 1.5 * h**-0.5), p + "ffn.experts.mlp.w2": ((n * f, h), 0.05 * f**-0.5),
+        }  # fmt: skip
+    shapes |= {"transformer.norm_f.weight": ((h,), 0.3), "lm_head.weight": ((v, h), h**-0.5)}
+    dtype = STORED[config["torch_dtype"]]
+    values = {name: (len(shape) == 1) + gain * rng.standard_normal(shape) for name, (shape, gain) in shapes.items()}
+    return {name: torch.from_numpy(a).to(torch.float32).to(dtype).contiguous() for name, a in values.items()}
 
 
 def prompts(config: Config, seed: int) -> dict[str, tuple[Tensor, Tensor]]:

@@ -34,12 +34,17 @@ GPT_OSS: dict[str, Any] = {**SHAPE, "model_type": "gpt_oss", "num_local_experts"
 PHIMOE: dict[str, Any] = {**SHAPE, "model_type": "phimoe", "num_local_experts": 4}
 MSCALES = {"short_mscale": 1.1, "long_mscale": 1.3}
 LONGROPE = {"type": "longrope", "original_max_position_embeddings": 16, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6, **MSCALES}
+DBRX: dict[str, Any] = {
+    "model_type": "dbrx", "vocab_size": 64, "d_model": 48, "n_layers": 4, "n_heads": 4, "max_seq_len": 512,
+    "attn_config": {"attn_pdrop": 0.0, "clip_qkv": 8, "kv_n_heads": 2, "rope_theta": 500_000, "model_type": ""},
+    "ffn_config": {"ffn_hidden_size": 20, "moe_num_experts": 4, "moe_top_k": 2, "moe_jitter_eps": 0.01, "ffn_act_fn": {"name": "silu"}},
+}  # fmt: skip
 DEEPSEEK: dict[str, Any] = {
     **DOTS, "model_type": "deepseek_v3", "num_key_value_heads": 4, "kv_lora_rank": 10, "q_lora_rank": 7, "qk_nope_head_dim": 6,
     "qk_rope_head_dim": 12, "v_head_dim": 8,
 }  # fmt: skip
 DEEPSEEK_V2 = {**DEEPSEEK, "model_type": "deepseek_v2", "q_lora_rank": None, "topk_method": "group_limited_greedy"}
-EVERY = [PHIMOE, GPT_OSS, DOTS, GLM, HUNYUAN, ERNIE, MINIMAX, GRANITE, GEMMA, DEEPSEEK, DEEPSEEK_V2]
+EVERY = [DBRX, PHIMOE, GPT_OSS, DOTS, GLM, HUNYUAN, ERNIE, MINIMAX, GRANITE, GEMMA, DEEPSEEK, DEEPSEEK_V2]
 
 
 def back(spec: ModelSpec) -> ModelSpec:
@@ -206,6 +211,31 @@ def test_deepseek_keeps_latents_and_scales_scores_by_mscale() -> None:
         replace(spec, clip_qkv=1.0)
     with pytest.raises(wse.SpecError, match="`q_lora_rank` must be an integer >= 1 or None, got 0"):
         wse.LatentAttention(kv_lora_rank=2, q_lora_rank=0, qk_nope_head_dim=2, v_head_dim=2)
+
+
+def test_dbrx_nests_its_fields() -> None:
+    spec = parse_config(DBRX)
+    assert (spec.hidden_size, spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.head_dim) == (48, 4, 4, 2, 12)
+    assert (spec.moe_intermediate_size, spec.num_experts, spec.top_k, spec.clip_qkv, spec.rope_theta) == (20, 4, 2, 8.0, 5e5)
+    assert (spec.norm.kind, spec.norm.bias, spec.rms_norm_eps, spec.max_position_embeddings) == ("layer", False, 1e-5, 512)
+    assert spec.routing.expert_weighting_normalization
+    assert parse_config({**DBRX, "rope_theta": 123.0}).rope_theta == 123.0
+    plain = parse_config({k: v for k, v in DBRX.items() if not k.endswith("_config")})
+    assert (plain.moe_intermediate_size, plain.num_experts, plain.top_k, plain.num_kv_heads, plain.clip_qkv) == (3584, 4, 1, 1, None)
+    raw = parse_config({**DBRX, "ffn_config": {**DBRX["ffn_config"], "moe_normalize_expert_weights": None}})
+    assert not raw.routing.expert_weighting_normalization
+    for each in (spec, plain, raw):
+        assert back(each) == each
+    for change, message in (
+        ({"d_model": None}, "`d_model` must be an integer"),
+        ({"tie_word_embeddings": True}, "`tie_word_embeddings` must be false"),
+        ({"ffn_config": {"moe_normalize_expert_weights": 2.0}}, "`moe_normalize_expert_weights` must be 1 .* or null, got 2"),
+        ({"ffn_config": {"ffn_act_fn": {"name": "relu"}}}, "`hidden_act` must be"),
+        ({"attn_config": 3}, "`attn_config` must be an object or null"),
+        ({"attn_config": {"kv_n_heads": 0}}, "`attn_config`: `kv_n_heads` must be an integer"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_config({**DBRX, **change})
 
 
 def test_rules_that_break_are_errors_of_the_file() -> None:

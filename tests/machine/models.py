@@ -64,6 +64,11 @@ RULES = {
             "short_factor": [1.0, 1.2, 1.5], "long_factor": [1.0, 1.9, 3.1],
         },
     },
+    "dbrx": {
+        **SHAPE, "model_type": "dbrx", "d_model": 24, "n_layers": 2, "n_heads": 4, "max_seq_len": 64,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 0.8, "rope_theta": 500.0},
+        "ffn_config": {"ffn_hidden_size": 9, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "gemma2": {
         **SHAPE, "model_type": "gemma2", "intermediate_size": 14, "sliding_window": 4, "query_pre_attn_scalar": 9,
         "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0,

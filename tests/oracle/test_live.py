@@ -248,6 +248,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2, "moe_intermediate_size": 12, "n_shared_experts": 2, "n_group": 1, "topk_group": 1,
         "first_k_dense_replace": 0, "norm_topk_prob": False, "rope_interleave": False, "tie_word_embeddings": True,
     },
+    "dbrx": {
+        "d_model": 40, "n_heads": 4, "n_layers": 3, "num_hidden_layers": 3,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.25, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 13, "moe_num_experts": 7, "moe_top_k": 3, "moe_normalize_expert_weights": 1.0},
+    },
+    "dbrx weights as they are": {
+        "d_model": 36, "n_heads": 6, "attn_config": {"kv_n_heads": 6, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 19, "moe_num_experts": 4, "moe_top_k": 1, "moe_normalize_expert_weights": None},
+    },
     "llama linear": ROPE_SHAPE | {"rope": {"rope_type": "linear", "factor": 2.5}},
     "llama dynamic": ROPE_SHAPE | {"rope": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 16},
     "llama yarn": ROPE_SHAPE | {

@@ -88,6 +88,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 0.5,
         },
     },
+    "dbrx": {
+        "model_type": "dbrx", "vocab_size": 131, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64, "initializer_range": 0.2,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.5, "rope_theta": 500.0},
+        "ffn_config": {"ffn_hidden_size": 12, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "gpt_oss": {**BASE, "model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
     "minimax_m2": {**BASE, "model_type": "minimax_m2", "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 4},
 }  # fmt: skip
@@ -102,11 +107,12 @@ def expected_parameters(spec: ModelSpec, tensors: TensorSource, dtype: str) -> d
     out: dict[str, NDArray[np.float32]] = {}
     for role, tensor in published_names(spec).items():
         if ".experts." not in role:
-            own = tensor.name if spec.family == "granitemoe" else tensor.name.replace("block_sparse_moe", "mlp")
-            own = own.replace(".router.layer.", ".router.").replace("mlp.moe_statics.", "mlp.gate.moe_statics.")
+            own = tensor.name if spec.family in ("granitemoe", "dbrx") else tensor.name.replace("block_sparse_moe", "mlp")
+            if spec.family != "dbrx":
+                own = own.replace(".router.layer.", ".router.").replace("mlp.moe_statics.", "mlp.gate.moe_statics.")
             own = own.replace(".gate.", ".router.") if spec.family == "phimoe" else own
             out[own] = read(tensor.name)
-    if spec.family == "gpt_oss":  # published as it is kept
+    if spec.family in ("gpt_oss", "dbrx"):  # published as it is kept
         names = {t.name for role, t in published_names(spec).items() if ".experts." in role}
         return out | {name: read(name) for name in names}
     if spec.family == "granitemoe":  # published as it is kept

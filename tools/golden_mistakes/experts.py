@@ -10,7 +10,7 @@ from golden_models import Config, by_sigmoid, has_correction, has_dense, has_spa
 from golden_oracle import compared, router_of
 from torch import Tensor
 
-from golden_mistakes.subject import Subject, is_clamped, misread, mistake
+from golden_mistakes.subject import Subject, is_clamped, is_dbrx, misread, mistake
 
 # ---- shared experts
 
@@ -61,6 +61,10 @@ def _(subject: Subject) -> None:
 @mistake("experts: gate and up exchanged", has_sparse)
 def _(subject: Subject) -> None:
     for mlp in subject.sparse:
+        if is_dbrx(subject.config):
+            of = mlp.experts.mlp
+            of.w1, of.v1 = of.v1, of.w1
+            continue
         weight = mlp.experts.gate_up_proj
         alternating = is_clamped(subject.config)
         weight.copy_(weight.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if alternating else weight.roll(weight.shape[1] // 2, 1))
@@ -69,8 +73,24 @@ def _(subject: Subject) -> None:
 @mistake("experts: order shifted by one", has_sparse)
 def _(subject: Subject) -> None:
     for mlp in subject.sparse:
+        step = subject.config["intermediate_size"] if is_dbrx(subject.config) else 1
         for weight in mlp.experts.parameters():
-            weight.copy_(weight.roll(1, 0))
+            weight.copy_(weight.roll(step, 0))
+
+
+@mistake("experts: `w2` of each read as (out, in)", is_dbrx)
+def _(subject: Subject) -> None:
+    f, h = (subject.config[name] for name in ("intermediate_size", "hidden_size"))
+    for mlp in subject.sparse:
+        weight = mlp.experts.mlp.w2
+        weight.copy_(weight.view(-1, h, f).transpose(1, 2).reshape(-1, h))
+
+
+@mistake("experts: rows of all alternate", is_dbrx)
+def _(subject: Subject) -> None:
+    for mlp in subject.sparse:
+        for weight in mlp.experts.parameters():
+            weight.copy_(weight.view(-1, subject.config["num_local_experts"], weight.shape[1]).transpose(0, 1).flatten(0, 1))
 
 
 @mistake("experts: halves are gate and up, not alternating columns", is_clamped)
@@ -137,8 +157,8 @@ def _(subject: Subject) -> None:
     for mlp in subject.sparse:
 
         def forward(x: Tensor, ids: Tensor, weights: Tensor, right: Callable[..., Tensor] = mlp.experts.forward) -> Tensor:
-            slots = [(ids[:, [i]], weights[:, [i]]) for i in range(ids.shape[1])]
-            return sum((right(x * w, i, torch.ones_like(w)) for i, w in slots), torch.zeros_like(x))
+            slots, flat = [(ids[:, [i]], weights[:, [i]]) for i in range(ids.shape[1])], x.flatten(0, -2)
+            return sum((right(flat * w, i, torch.ones_like(w)).view_as(x) for i, w in slots), torch.zeros_like(x))
 
         mlp.experts.forward = forward
 

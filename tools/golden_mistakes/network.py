@@ -8,7 +8,7 @@ from golden_models import has_dense
 from golden_oracle import network
 from torch import Tensor
 
-from golden_mistakes.subject import Subject, is_clamped, is_gemma, misread, mistake
+from golden_mistakes.subject import Subject, is_clamped, is_dbrx, is_gemma, misread, mistake
 
 
 def without_residual(source: Any, sink: Any, factor: float) -> None:
@@ -40,7 +40,7 @@ def _(subject: Subject) -> None:
 
 
 misread("feed-forward: gelu in place of silu", lambda config: not (is_gemma(config) or is_clamped(config)),
-        lambda config: {"hidden_act": "gelu"})  # fmt: skip
+        lambda c: {"ffn_config": c["ffn_config"] | {"ffn_act_fn": {"name": "gelu"}}} if is_dbrx(c) else {"hidden_act": "gelu"})  # fmt: skip
 misread("feed-forward: silu in place of gelu", is_gemma, lambda config: {"hidden_activation": "silu"})
 misread("feed-forward: gelu itself, not its tanh form", is_gemma, lambda config: {"hidden_activation": "gelu"})
 

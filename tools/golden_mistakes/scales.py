@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from golden_models import Config, has_output_bias, is_biased
 
-from golden_mistakes.subject import Subject, is_gemma, misread, mistake
+from golden_mistakes.subject import Subject, is_dbrx, is_gemma, misread, mistake
 
 for _which in ("q", "k", "v"):
 
@@ -28,6 +29,27 @@ def clipped(config: Config) -> bool:
 
 
 misread("clip: ignored", clipped, lambda config: {"clip_qkv": None})
+misread("clip: ignored", is_dbrx, lambda config: {"attn_config": config["attn_config"] | {"clip_qkv": 1e9}})
+
+
+@mistake("clip: after the rotation", is_dbrx)
+def _(subject: Subject) -> None:
+    limit = subject.config["attn_config"]["clip_qkv"]
+    for attention in subject.attentions:
+        attention.clip_qkv = 1e9
+        # values are held as they should be
+        n_kv = subject.config["num_key_value_heads"] * subject.config["head_dim"]
+        attention.Wqkv.register_forward_hook(lambda _m, _a, out, n=n_kv: torch.cat([out[..., :-n], out[..., -n:].clamp(-limit, limit)], -1))
+    subject.replace("apply_rotary_pos_emb", lambda right: lambda *args: tuple(x.clamp(-limit, limit) for x in right(*args)))
+
+
+@mistake("queries, keys and values: keys and values exchanged", is_dbrx)
+def _(subject: Subject) -> None:
+    n_kv = subject.config["num_key_value_heads"] * subject.config["head_dim"]
+    for attention in subject.attentions:
+        rows = attention.Wqkv.weight
+        rows.copy_(torch.cat([rows[: -2 * n_kv], rows[-n_kv:], rows[-2 * n_kv : -n_kv]]))
+
 
 
 @mistake("clip: before the norms of queries and keys", clipped)

@@ -151,3 +151,8 @@ def is_gemma(config: Config) -> bool:
 def is_clamped(config: Config) -> bool:
     """Whether experts have biases and a clamped gate."""
     return "swiglu_limit" in config
+
+
+def is_dbrx(config: Config) -> bool:
+    """Whether matrices are fused, and config.json nested, as in DBRX."""
+    return bool(config["model_type"] == "dbrx")

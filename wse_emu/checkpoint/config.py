@@ -152,6 +152,9 @@ def parse_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | N
         raise ConfigError(f"{where}: must be an object, got {type(config).__name__}")
     fields = Fields(config, where)
     family = family_of(fields)
+    if family.flatten is not None:
+        config = {**config, **family.flatten(fields)}
+        fields = Fields(config, where)
     if family.rope_scaling is not None and not fields.given("rope_scaling") and not fields.given("rope_parameters"):
         fields = Fields({**config, "rope_scaling": family.rope_scaling}, where)
     _refuse_unsupported(fields, family)
@@ -306,7 +309,8 @@ def to_config(spec: ModelSpec) -> dict[str, Any]:
         config["attention_bias"] = spec.biases == family.attention_bias
     if family.moe is not None:
         config |= _moe_config(spec, family.moe)
-    return config | family.write(spec)
+    config |= family.write(spec)
+    return config if family.nest is None else family.nest(config)
 
 
 def _moe_config(spec: ModelSpec, rules: MoeRules) -> dict[str, Any]:

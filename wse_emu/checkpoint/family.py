@@ -92,6 +92,10 @@ class Family:
     """What else sets it apart: takes the fields and the number of layers, gives fields of a `ModelSpec`."""
     write: Callable[[ModelSpec], dict[str, Any]] = nothing_written
     """The same in config.json."""
+    flatten: Callable[[Fields], dict[str, Any]] | None = None
+    """Fields that config.json has under other names or in objects of its own, under the usual names; None: it has the usual ones."""
+    nest: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    """The reverse, of a whole config.json."""
     names: Names = field(default_factory=lambda: LLAMA)
     ignored: tuple[str, ...] = ()
     """Patterns of tensors that transformers ignores too."""

@@ -22,8 +22,7 @@ from wse_emu.foundation.shared_experts import SharedExperts
 
 FAMILIES = (
     "llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "qwen2_moe", "olmoe", "granitemoe", "gemma2", "gemma3_text", "dots1", "glm4_moe",
-    "hunyuan_v1_moe", "ernie4_5_moe", "minimax_m2", "gpt_oss", "phimoe", "deepseek_v2",
-    "deepseek_v3",
+    "hunyuan_v1_moe", "ernie4_5_moe", "minimax_m2", "gpt_oss", "phimoe", "deepseek_v2", "deepseek_v3", "dbrx",
 )  # fmt: skip
 """Model families (Hugging Face ``model_type``) that this version runs."""
 

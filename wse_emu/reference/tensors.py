@@ -27,12 +27,13 @@ class Published:
 
 def embed_tokens(spec: ModelSpec) -> Published:
     """Token embedding, (vocab, hidden)."""
-    return Published("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
+    name = "transformer.wte.weight" if spec.family == "dbrx" else "model.embed_tokens.weight"
+    return Published(name, (spec.vocab_size, spec.hidden_size))
 
 
 def final_norm(spec: ModelSpec) -> Published:
     """Weight of the last norm, (hidden,)."""
-    return Published("model.norm.weight", (spec.hidden_size,))
+    return Published("transformer.norm_f.weight" if spec.family == "dbrx" else "model.norm.weight", (spec.hidden_size,))
 
 
 def final_norm_bias(spec: ModelSpec) -> Published:
@@ -101,6 +102,8 @@ def layer_tensor(spec: ModelSpec, layer: int, role: str, expert: Expert = None) 
         with a mixture) and an expert's "b_gate", "b_up", "b_down".
     """
     prefix = f"model.layers.{layer}."
+    if spec.family == "dbrx":
+        return _dbrx(spec, f"transformer.blocks.{layer}.", role, expert)
     if role in ("b_gate", "b_up", "b_down"):
         assert isinstance(expert, int)
         return _gpt_oss_bias(spec, prefix + "mlp.experts.", role, expert)
@@ -211,3 +214,26 @@ def _gpt_oss_bias(spec: ModelSpec, prefix: str, role: str, expert: int) -> Publi
         return Published(prefix + "down_proj_bias", (h,), (e, h), lambda whole: whole[expert])
     parity = 0 if role == "b_gate" else 1
     return Published(prefix + "gate_up_proj_bias", (f,), (e, 2 * f), lambda whole: whole[expert].reshape(f, 2)[:, parity])
+
+
+def _dbrx(spec: ModelSpec, prefix: str, role: str, expert: Expert) -> Published:
+    """Queries, keys and values one below the other; of every expert's matrices the rows, one expert below the other, down as (in, out)."""
+    e, h, f, d = spec.num_experts, spec.hidden_size, spec.moe_intermediate_size, spec.head_dim
+    n_q, n_kv = spec.num_heads * d, spec.num_kv_heads * d
+    if role in ("w_q", "w_k", "w_v"):
+        start, stop = {"w_q": (0, n_q), "w_k": (n_q, n_q + n_kv), "w_v": (n_q + n_kv, n_q + 2 * n_kv)}[role]
+        whole = (n_q + 2 * n_kv, h)
+        return Published(prefix + "norm_attn_norm.attn.Wqkv.weight", (stop - start, h), whole, lambda all_rows: all_rows[start:stop])
+    if role in ("w_gate", "w_up", "w_down"):
+        assert isinstance(expert, int)
+        name = prefix + "ffn.experts.mlp." + {"w_gate": "w1", "w_up": "v1", "w_down": "w2"}[role]
+        if role == "w_down":
+            return Published(name, (h, f), (e * f, h), lambda all_rows: all_rows.reshape(e, f, h)[expert].T)
+        return Published(name, (f, h), (e * f, h), lambda all_rows: all_rows.reshape(e, f, h)[expert])
+    name, shape = {
+        "attn_norm": ("norm_attn_norm.norm_1.weight", (h,)),
+        "w_o": ("norm_attn_norm.attn.out_proj.weight", (h, n_q)),
+        "ffn_norm": ("norm_attn_norm.norm_2.weight", (h,)),
+        "router": ("ffn.router.layer.weight", (e, h)),
+    }[role]
+    return Published(prefix + name, shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from wse_emu.checkpoint.families.dbrx import DBRX
 from wse_emu.checkpoint.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from wse_emu.checkpoint.families.dots import DOTS1
 from wse_emu.checkpoint.families.ernie import ERNIE4_5_MOE
@@ -25,7 +26,7 @@ from wse_emu.foundation.errors import ConfigError
 
 _ALL = (
     LLAMA, MISTRAL, MIXTRAL, QWEN3, QWEN3_MOE, QWEN2_MOE, OLMOE, GRANITEMOE, GEMMA2, GEMMA3_TEXT, DOTS1, GLM4_MOE, HUNYUAN_V1_MOE,
-    ERNIE4_5_MOE, MINIMAX_M2, GPT_OSS, PHIMOE, DEEPSEEK_V2, DEEPSEEK_V3,
+    ERNIE4_5_MOE, MINIMAX_M2, GPT_OSS, PHIMOE, DEEPSEEK_V2, DEEPSEEK_V3, DBRX,
 )  # fmt: skip
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in _ALL})
