@@ -15,7 +15,7 @@ from wse_kernels.ffn import geglu_into, swiglu_into
 from wse_kernels.matmul import SWIGLU
 from wse_kernels.matmul_parts import GROUPS_PER_THREAD, STREAMS, WEIGHT_TILE_COLS, thin_tiles, write_strip
 from wse_kernels.threads import Driver
-from wse_kernels.tickets import new_tickets, take_ticket, tickets_taken
+from wse_kernels.tickets import new_tickets, pause, take_ticket, tickets_taken
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -62,7 +62,7 @@ def _mesh_experts(
         take_ticket(gated)
         number = take_ticket(gates)
     while tickets_taken(gated) < n_groups:  # the others are at their last group
-        pass
+        pause()
     n_tiles = (n_out + WEIGHT_TILE_COLS - 1) // WEIGHT_TILE_COLS
     n_groups = (n_tiles + STREAMS - 1) // STREAMS
     if n_parts > 1:

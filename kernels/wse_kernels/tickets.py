@@ -6,6 +6,7 @@ take one for each piece that they have *finished* can so wait for each other.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,10 @@ def tickets_taken(tickets: NDArray[np.int64]) -> int:
     return int(tickets[0])
 
 
+def pause() -> None:
+    """Tell the processor that this thread looks again and again: what shares its core goes first."""
+
+
 def _type_of_number(context: Any) -> Callable[..., Any]:
     return lambda tickets: types.int64
 
@@ -49,6 +54,14 @@ def _lower_tickets_taken(context: Any, builder: Any, signature: Any, args: Any) 
     return builder.load_atomic(counter, "acquire", 8)
 
 
+def _lower_pause(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    if platform.machine() in ("x86_64", "AMD64"):
+        builder.call(builder.module.declare_intrinsic("llvm.x86.sse2.pause", fnty=ir.FunctionType(ir.VoidType(), ())), ())
+    return context.get_dummy_value()
+
+
+type_callable(pause)(lambda context: lambda: types.none)
+_lower_builtin(pause)(_lower_pause)
 for _number, _lower in ((take_ticket, _lower_take_ticket), (tickets_taken, _lower_tickets_taken)):
     type_callable(_number)(_type_of_number)
     _lower_builtin(_number, types.Array)(_lower)

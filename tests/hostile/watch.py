@@ -26,7 +26,12 @@ _opened: list[str | bytes] | None = None
 
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
     if _opened is not None and event == "open" and isinstance(arguments[0], (str, bytes)):
-        _opened.append(os.path.realpath(arguments[0]))
+        path, flags = arguments[0], arguments[2]
+        if flags & getattr(os, "O_NOFOLLOW", 0):  # the system refuses a link there
+            folder, name = os.path.split(os.path.abspath(path))
+            _opened.append(os.path.join(os.path.realpath(folder), name))
+        else:
+            _opened.append(os.path.realpath(path))
 
 
 sys.addaudithook(_hook)

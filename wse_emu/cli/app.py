@@ -19,6 +19,7 @@ from wse_emu.cli.sparsify import sparsify
 from wse_emu.cli.verify import verify
 
 P = ParamSpec("P")
+_LONGEST_WORD = 200
 
 app = typer.Typer(
     name="wse-emu",
@@ -72,6 +73,7 @@ def _usage(error: Exception) -> int:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "wse-emu"
     said = " ".join(format_message().split()).replace("Value error, ", "").rstrip(".")
+    said = " ".join(map(_cut, said.split()))
     print(f"wse-emu: {said}{'' if said.endswith('?') else ';'} see {command} --help", file=sys.stderr)
     return int(Exit.USAGE)
 
@@ -92,6 +94,11 @@ def invoke(arguments: Sequence[str] | None = None) -> int:
     if result == Exit.INTERRUPTED and not isinstance(result, Exit):  # typer's own code: interrupted before a command began
         return int(report(KeyboardInterrupt()))
     return int(result) if isinstance(result, int) else int(Exit.OK)
+
+
+def _cut(word: str) -> str:
+    """A word of a message, shortened where it is longer than what people can read."""
+    return word if len(word) <= _LONGEST_WORD else f"{word[: _LONGEST_WORD - 3]}..."
 
 
 def run_process() -> int:
