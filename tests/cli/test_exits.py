@@ -85,7 +85,7 @@ def test_traceback_only_when_asked_for(capsys: pytest.CaptureFixture[str], monke
         (["run", "--max-new-tokens", "many"], "'--max-new-tokens'"),
         (["plan"], "MODEL_OR_CONFIG"),
         (["paln"], "No such command 'paln'"),
-        (["9" * 5000], f"No such command '{'9' * 196}...;"),
+        (["9" * 5000], f"No such command '{'9' * 99} (5002 characters);"),
         (["cache", "list"], "extra argument(s) (list); see wse-emu cache --help\n"),
         (["run", "--top-p", "2"], "`top_p` must lie in (0, 1], got 2.0"),
         (["run", "--temperature", "-1"], "`temperature` must be positive and finite, got -1.0"),

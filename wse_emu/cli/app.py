@@ -98,7 +98,7 @@ def invoke(arguments: Sequence[str] | None = None) -> int:
 
 def _cut(word: str) -> str:
     """A word of a message, shortened where it is longer than what people can read."""
-    return word if len(word) <= _LONGEST_WORD else f"{word[: _LONGEST_WORD - 3]}..."
+    return word if len(word) <= _LONGEST_WORD else f"{word[: _LONGEST_WORD // 2]} ({len(word)} characters)"
 
 
 def run_process() -> int:
