@@ -192,6 +192,7 @@ def test_a_plan_is_json() -> None:
 # ---- the smallest grid and the longest context
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(FAMILIES, st.integers(5500, 60000), st.integers(1, 200), st.integers(0, 3), st.integers(1, 3), st.none() | st.integers(1, 64))
 @example("mixtral", 5500, 200, 3, 3, None)
@@ -334,17 +335,18 @@ def test_where_a_mid_size_mixture_fits(side: int, prefill_chunk: int | None, fit
     assert (plan.max_context >= 544) == fits
 
 
+@pytest.mark.slow
 def test_deepseek_v3_is_planned_on_the_full_wafer_in_seconds() -> None:
     spec = parse_config(
         {
             "model_type": "deepseek_v3", "vocab_size": 129_280, "hidden_size": 7168, "intermediate_size": 18_432, "num_hidden_layers": 61,
-            "num_attention_heads": 128, "num_key_value_heads": 128, "moe_intermediate_size": 2048, "max_position_embeddings": 4096,
+            "num_attention_heads": 128, "num_key_value_heads": 128, "moe_intermediate_size": 2048, "max_position_embeddings": 163_840,
         }
     )  # fmt: skip
     assert spec.n_params == 671_026_419_200
-    begin = time.perf_counter()
+    begin = time.process_time()
     plan = plan_model(spec, rows=1170, cols=755, prompt_tokens=512, new_tokens=32)
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5
     assert plan.fits, plan.message
     assert plan.kv_bytes == 61 * 544 * (512 + 64) * 4
 

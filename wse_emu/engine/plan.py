@@ -7,7 +7,7 @@ reserved, and that is the peak of the whole run. No weights are needed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -309,7 +309,7 @@ def _max_context(
     """Longest capacity for which the planned prompt chunk and the decode step still fit."""
     chunk = min(prefill_chunk or prompt_tokens, prompt_tokens)
 
-    def fits(length: int) -> bool:
+    def fits(length: int, options: EngineOptions) -> bool:
         passes = tuple(tuple((i, n) for i in range(batch)) for n in (min(chunk, length), 1))
         try:
             settle(spec, wafer_spec, rows, cols, Workload(capacity=(length,) * batch, passes=passes), options)
@@ -317,7 +317,16 @@ def _max_context(
             return False
         return True
 
-    low, high = 0, spec.context_length
+    longest = spec.context_length
+    finest = options if options.chunk is not None else replace(options, chunk=CHUNKS[-1])
+    length = _last(0, longest, lambda n: fits(n, finest))
+    if finest is options or length == longest or not fits(length + 1, options):
+        return length
+    return _last(length + 1, longest, lambda n: fits(n, options))  # coarser pieces need less here: rare, and nowhere ruled out
+
+
+def _last(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """Largest number from `low`, which fits, to `high` that fits, if all up to one do."""
     if fits(high):
         return high
     while high - low > 1:
