@@ -165,7 +165,7 @@ def test_phimoe_has_layer_norms_and_a_factor_for_each_length() -> None:
         ({"num_experts_per_tok": 3}, "`num_experts_per_tok` must be 2"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, **MSCALES}}, "rope_type 'linear' is not supported for this family"),
         ({"rope_scaling": {k: v for k, v in LONGROPE.items() if k != "long_mscale"}}, "`long_mscale` is missing"),
-        ({"rope_scaling": {**LONGROPE, "long_mscale": 0.0}}, "`long_mscale` must be positive and finite"),
+        ({"rope_scaling": {**LONGROPE, "long_mscale": 0.0}}, "`long_mscale` must be positive, in float32"),
         ({"rope_scaling": {**LONGROPE, "attention_factor": 2.0}}, "`attention_factor` must be None beside"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -190,6 +190,10 @@ def test_deepseek_keeps_latents_and_scales_scores_by_mscale() -> None:
     assert stretched.scales.attention == pytest.approx(18**-0.5 * (0.1 * math.log(40) + 1) ** 2)
     assert back(stretched) == stretched
     assert parse_config({**DEEPSEEK, "rope_scaling": {**yarn, "mscale_all_dim": 0}}).scales.attention is None
+    with pytest.raises(ConfigError, match="`mscale_all_dim` must lie in 0"):
+        parse_config({**DEEPSEEK, "rope_scaling": {**yarn, "mscale_all_dim": 1e200}})
+    with pytest.raises(ConfigError, match="`factor` must be given with `mscale_all_dim`"):
+        parse_config({**DEEPSEEK, "rope_scaling": {k: v for k, v in yarn.items() if k != "factor"}})
     bare = parse_config({k: v for k, v in DEEPSEEK.items() if k in SHAPE or k in ("model_type", "moe_intermediate_size")} | {
         "num_key_value_heads": 4, "head_dim": 64, "num_hidden_layers": 5})  # fmt: skip
     assert bare.latent == wse.LatentAttention(kv_lora_rank=512, q_lora_rank=1536, qk_nope_head_dim=128, v_head_dim=128)

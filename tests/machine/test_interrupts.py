@@ -44,7 +44,7 @@ class Interrupt:
         return self._line
 
 
-@pytest.mark.parametrize(("executor", "interrupts"), [("batched", 60), ("isolated", 12)])
+@pytest.mark.parametrize(("executor", "interrupts"), [("batched", 60), pytest.param("isolated", 12, marks=pytest.mark.slow)])
 def test_an_interrupted_run_leaves_nothing_behind(executor: str, interrupts: int) -> None:
     model = make_model("mixtral", 2, 3, executor)
     wafer = model.wafer

@@ -1,7 +1,8 @@
 """FP8: matrices of numbers of eight bits (e4m3), a scale for every block of rows and columns; read as the numbers that they stand for.
 
 A matrix ``X.weight`` (out, in) of type F8_E4M3 comes with ``X.weight_scale_inv`` (out / 128, in / 128), rounded up where blocks at the
-edges are partial. An element is its code's number times the scale of its block, the product rounded to float32, as transformers makes it.
+edges are partial. An element is its code's number times the scale of its block, the product rounded to float32: what transformers makes of
+it where blocks divide the matrix. At partial edges blocks keep their size here; transformers takes those of another size, or none.
 
 References
 ----------

@@ -96,7 +96,9 @@ def yarn_mscale(fields: Fields) -> float:
         if holder is None or holder.get("rope_type", holder.get("type", "default")) == "default":
             continue
         share = holder.number("mscale_all_dim") if holder.given("mscale_all_dim") else 0.0
-        factor = holder.number("factor") if holder.given("factor") and share else 1.0
+        if share and not holder.given("factor"):
+            raise holder.fail("factor", "must be given with `mscale_all_dim`")
+        factor = holder.number("factor") if share else 1.0
         return 1.0 if factor <= 1 else 0.1 * share * math.log(factor) + 1.0
     return 1.0
 
@@ -109,6 +111,9 @@ def _inner(fields: Fields, name: str, by_type: bool) -> Fields | None:
 def _rotated(fields: Fields, holders: list[Fields], head_dim: int, default: float | None) -> int:
     """Elements of a head that are rotated, as ``partial_rotary_factor`` or ``rotary_dim`` says."""
     given = [h for h in (fields, *holders) if h.given("partial_rotary_factor")]
+    for holder in given:
+        if not 0 < holder.number("partial_rotary_factor") <= 1:
+            raise holder.fail("partial_rotary_factor", "must lie above 0 and be at most 1")
     dims = {int(head_dim * h.number("partial_rotary_factor")) for h in given}
     if default is not None and fields.given("rotary_dim"):
         dims.add(fields.integer("rotary_dim"))

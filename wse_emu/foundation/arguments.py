@@ -14,6 +14,8 @@ from wse_emu.foundation.errors import SpecError, WseError
 MAX_SEED = 1 << 128
 """Seeds lie below this; as large as the entropy that NumPy draws."""
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
+MIN_FLOAT32 = float(np.finfo(np.float32).tiny)
+"""Smallest positive normal number."""
 _SHOWN = 80
 _LONGEST_PATH = 4096
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from wse_emu.foundation.activations import ACTIVATIONS, Activation
+from wse_emu.foundation.arguments import MAX_FLOAT32, MIN_FLOAT32
 from wse_emu.foundation.attention_pattern import FULL, AttentionPattern
 from wse_emu.foundation.biases import Biases
 from wse_emu.foundation.clamped_experts import ClampedExperts
@@ -168,8 +169,8 @@ class ModelSpec:
             raise SpecError("`local_theta` of `rotary` is for layers with a sliding window: `sliding_window` must be given")
         if self.activation not in ACTIVATIONS:
             raise SpecError(f"`activation` must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
-        if self.clip_qkv is not None and not 0 < self.clip_qkv < float("inf"):
-            raise SpecError(f"`clip_qkv` must be positive and finite or None, got {self.clip_qkv!r}")
+        if self.clip_qkv is not None and not MIN_FLOAT32 <= self.clip_qkv <= MAX_FLOAT32:
+            raise SpecError(f"`clip_qkv` must be positive, in float32, or None, got {self.clip_qkv!r}")
         if self.shared_experts is not None and not self.num_experts:
             raise SpecError("`shared_experts` must be None for a dense model")
         if self.clamped_experts is not None and not self.num_experts:

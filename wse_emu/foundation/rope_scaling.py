@@ -14,6 +14,9 @@ ROPE_KINDS: Final[tuple[str, ...]] = get_args(RopeKind)
 MAX_CONTEXT: Final = 1 << 40
 """More positions than this are taken for a damaged configuration."""
 
+_MOST_MSCALE = 1e15
+"""The scale of the scores takes the square of what follows from it, which must fit float32."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeScaling:
@@ -70,6 +73,10 @@ class RopeScaling:
             )
         if self.attention_factor is not None and not 0 < self.attention_factor <= MAX_FLOAT32:
             raise SpecError(f"rotary scaling {self.kind}: `attention_factor` must be positive, in float32, got {self.attention_factor!r}")
+        for name in ("mscale", "mscale_all_dim"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= _MOST_MSCALE:
+                raise SpecError(f"rotary scaling {self.kind}: `{name}` must lie in 0..{_MOST_MSCALE:g}, got {value!r}")
         if not 0 < self.beta_slow <= self.beta_fast < math.inf:
             raise SpecError(
                 f"rotary scaling {self.kind}: `beta_slow` and `beta_fast` must be positive, the first not larger, "
@@ -92,8 +99,8 @@ class RopeScaling:
             raise SpecError(f"rotary scaling {self.kind}: `short_mscale` and `long_mscale` belong together, and to longrope")
         for name in ("short_mscale", "long_mscale"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise SpecError(f"rotary scaling {self.kind}: `{name}` must be positive and finite, got {value!r}")
+            if value is not None and not 0 < value <= MAX_FLOAT32:
+                raise SpecError(f"rotary scaling {self.kind}: `{name}` must be positive, in float32, got {value!r}")
         if self.short_mscale is not None and self.attention_factor is not None:
             raise SpecError("rotary scaling longrope: `attention_factor` must be None beside `short_mscale` and `long_mscale`")
 

@@ -9,6 +9,7 @@ from fractions import Fraction
 from types import MappingProxyType
 from typing import Literal, get_args
 
+from wse_emu.foundation.arguments import MAX_FLOAT32
 from wse_emu.foundation.errors import SpecError
 
 RoutingAlgorithm = Literal["learned", "hash", "uniform"]
@@ -103,8 +104,8 @@ class RoutingRule:
                 raise SpecError(f"`{name}` must be an integer >= 1, got {value!r}")
         for name in ("null_expert_bias", "norm_epsilon", "norm_min", "routed_scaling_factor", "router_jitter_noise"):
             value = getattr(self, name)
-            if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
-                raise SpecError(f"`{name}` must be a finite number >= 0, got {value!r}")
+            if type(value) not in (int, float) or not 0 <= value <= MAX_FLOAT32:
+                raise SpecError(f"`{name}` must be a number >= 0 that float32 can hold, got {value!r}")
         if self.routed_scaling_factor == 0:
             raise SpecError("`routed_scaling_factor` must be above 0: no expert would count")
         if self.topk_group > self.n_group:
