@@ -64,17 +64,16 @@ def attention(
     """
     heads = cache.heads
     rows_per_core = cache.keys_per_core(layer)
-    tile_tokens, words = _tile_size(heads, rows_per_core)
-    work_words = np.where(heads.units.sizes > 0, words, 0)
     n_heads = heads.n_kv_heads * heads.queries_per_kv
     shape = (bands.n_tokens, n_heads) if probe else (0, 0)
     m, denominator = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     with (
         _streamed(wafer, sink, heads, bands) as sinks,
-        wafer.sram.reserved("attention work", np.ones(wafer.rows, np.int64), work_words, 4),
-        wafer.sram.code("attention", CODE_BYTES + (0 if heads.score_cap is None else CAP_SCORES.code_bytes)),
+        wafer.working((attention, heads, rows_per_core), lambda: _work(wafer, heads, rows_per_core)),
     ):
-        plan = cache.attention_plan(sequences, pattern, lambda: plan_attention(cache, layer, sequences, bands, pattern, tile_tokens))
+        plan = cache.attention_plan(
+            sequences, pattern, lambda: plan_attention(cache, layer, sequences, bands, pattern, _tile_size(heads, rows_per_core)[0])
+        )
         events = plan.events
         if wafer.cores is not None:
             events = attend_on_cores(wafer, qkv, context, cache, layer, sequences, bands, plan, m, denominator, sinks)
@@ -85,12 +84,22 @@ def attention(
                 plan.admitted.first, plan.admitted.ranges, sequences.first_token, sequences.n_new, base, capacity, k, v, context.flat,
                 m, denominator,
             )  # fmt: skip
-    for event in events:
-        wafer.record(event)
+    wafer.record(*events)
     if not probe:
         return None
     wafer.record(costs.moved("probe", "softmax statistics", count=2, words=2 * m.size, hops=0, max_link=0, max_hops=0))
     return m, denominator
+
+
+@contextmanager
+def _work(wafer: Wafer, heads: HeadLayout, rows_per_core: int) -> Iterator[None]:
+    """Hold the code and the work blocks of attention."""
+    words = np.where(heads.units.sizes > 0, _tile_size(heads, rows_per_core)[1], 0)
+    with (
+        wafer.sram.reserved("attention work", np.ones(wafer.rows, np.int64), words, 4),
+        wafer.sram.code("attention", CODE_BYTES + (0 if heads.score_cap is None else CAP_SCORES.code_bytes)),
+    ):
+        yield
 
 
 def _values(sink: StreamedVector | None) -> NDArray[np.float32]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -126,16 +129,67 @@ def _visits(
 
 
 def _events(heads: HeadLayout, n_rows: int, bands: TokenBands, admitted: KeyRanges, visits: Visits) -> list[Event]:
-    parts, q = heads.n_parts, visits.n * heads.queries_per_kv
-    low, high, rows = visits.low, visits.high, visits.n_rows
-    width = 2 * heads.units.max_size
-    total_width = 2 * heads.units.total
-    v_parts, v_width, v_total = heads.n_value_parts, 2 * heads.value_units.max_size, 2 * heads.value_units.total
-    spans = np.array([p[-1].col - p[0].col for p in heads.heads])
+    """What tiles and rows decide is the same for many passes of a growing sequence; the rest follows from the number of keys."""
+    kept = _moves_of_tiles(
+        heads, n_rows, bands.n_feature_bands, *(v.tobytes() for v in (visits.n, visits.row, visits.first_visit, visits.key_row))
+    )
+    parts, v_parts = heads.n_parts, heads.n_value_parts
     cut = [p for p in heads.heads if len(p) > 1]
-    gap = max((int(np.diff([part.col for part in p]).max()) for p in cut), default=0)
-    scores = q[visits.tile] * visits.n_keys
-    scored = int(scores.sum())
+    hands, spans = sum(len(p) - 1 for p in cut), [p[-1].col - p[0].col for p in heads.heads]
+    gap = max((b.col - a.col for p in cut for a, b in pairwise(p)), default=0)
+    scores = (visits.n * heads.queries_per_kv)[visits.tile] * visits.n_keys
+    scored, n_visits, n_tiles = int(scores.sum()), visits.n_keys.size, visits.n.size
+    busiest = int(np.bincount(visits.key_row, scores, n_rows).max()) if cut else 0
+    chain = costs.moved(
+        "chain", "scores", count=n_visits * hands, words=scored * hands, hops=scored * sum(spans), max_link=busiest, max_hops=gap
+    )
+    back = costs.moved(
+        "broadcast", "scores", count=n_visits * len(cut), words=scored * len(cut), hops=scored * sum(spans), max_link=busiest,
+        max_hops=max(spans),
+    )  # fmt: skip
+    n_heads = heads.n_kv_heads * heads.queries_per_kv
+    return [
+        Event(None, "", "launch", PACK_QUERIES.name, count=n_tiles * parts),
+        kept.queries,
+        Event(None, "", "launch", PARTIAL_SCORES.name, count=n_visits * parts, macs=scored * 2 * heads.units.total),
+        chain,
+        Event(None, "", "launch", CHAIN_ADD.name, count=n_visits * hands),
+        back,
+        Event(None, "", "launch", START_MAX.name, count=n_tiles * parts),
+        *([] if heads.score_cap is None else [Event(None, "", "launch", CAP_SCORES.name, count=n_visits * parts)]),
+        Event(None, "", "launch", SCORE_MAX.name, count=n_visits * parts),
+        kept.maxima,
+        kept.maxima_back,
+        Event(None, "", "launch", START_DENOMINATOR.name, count=n_tiles * v_parts),
+        Event(
+            None, "", "launch", ACCUMULATE.name, count=n_visits * v_parts, macs=admitted.n_admitted * n_heads * heads.value_width
+        ),
+        kept.accumulators,
+        Event(None, "", "launch", FINISH.name, count=n_tiles * v_parts),
+        kept.context,
+    ]
+
+
+class _TileMoves(NamedTuple):
+    """Moves whose size does not depend on the number of keys."""
+
+    queries: Event
+    maxima: Event
+    maxima_back: Event
+    accumulators: Event
+    context: Event
+
+
+@lru_cache(maxsize=256)
+def _moves_of_tiles(
+    heads: HeadLayout, n_rows: int, n_feature_bands: int, n_bytes: bytes, row_bytes: bytes, first_visit_bytes: bytes, key_row_bytes: bytes
+) -> _TileMoves:
+    """Of tiles with `n` tokens on a `row`, whose visits begin at `first_visit` and go to `key_row` (int64, see `Visits`)."""
+    n, row, first_visit, key_row = (np.frombuffer(b, np.int64) for b in (n_bytes, row_bytes, first_visit_bytes, key_row_bytes))
+    low, high, rows = key_row[first_visit[:-1]], key_row[first_visit[1:] - 1], np.diff(first_visit)
+    parts, q = heads.n_parts, n * heads.queries_per_kv
+    width, total_width = 2 * heads.units.max_size, 2 * heads.units.total
+    v_parts, v_width, v_total = heads.n_value_parts, 2 * heads.value_units.max_size, 2 * heads.value_units.total
 
     def column(
         kind: str, name: str, count: int, words: Ints, source: Ints, ends: list[Ints], *, total: int, widest: int, hops: int
@@ -150,29 +204,18 @@ def _events(heads: HeadLayout, n_rows: int, bands: TokenBands, admitted: KeyRang
             max_link=load.busiest() * widest, max_hops=hops,
         )  # fmt: skip
 
-    goes = ~((low == visits.row) & (high == visits.row))
-    up, down = np.minimum(low, visits.row), np.maximum(high, visits.row)
-    far = np.where(goes, np.maximum(visits.row - up, down - visits.row), 0)
+    goes = ~((low == row) & (high == row))
+    up, down = np.minimum(low, row), np.maximum(high, row)
+    far = np.where(goes, np.maximum(row - up, down - row), 0)
     queries = column(
-        "broadcast", "queries", int(goes.sum()) * parts, np.where(goes, q, 0), visits.row, [up, down], total=total_width, widest=width,
+        "broadcast", "queries", int(goes.sum()) * parts, np.where(goes, q, 0), row, [up, down], total=total_width, widest=width,
         hops=int(far.max(initial=0)),
-    )  # fmt: skip
-
-    busiest = int(np.bincount(visits.key_row, scores, n_rows).max())
-    hands = sum(len(p) - 1 for p in cut)
-    chained = int(rows.sum()) * hands
-    chain = costs.moved(
-        "chain", "scores", count=chained, words=scored * hands, hops=scored * int(spans.sum()), max_link=busiest if cut else 0, max_hops=gap
-    )
-    back = costs.moved(
-        "broadcast", "scores", count=int(rows.sum()) * len(cut), words=scored * len(cut), hops=scored * int(spans.sum()),
-        max_link=busiest if cut else 0, max_hops=int(spans.max()),
     )  # fmt: skip
 
     several = rows > 1
     steps = np.where(several, rows - 1, 0)
-    same = np.diff(visits.tile) == 0
-    row_gap = int(np.diff(visits.key_row)[same].max(initial=0))
+    same = np.diff(np.repeat(np.arange(n.size), rows)) == 0
+    row_gap = int(np.diff(key_row)[same].max(initial=0))
     heads_here = int(heads.heads_per_col.max())
 
     def handed(name: str, messages: int, total: int, widest: int) -> Event:
@@ -185,40 +228,19 @@ def _events(heads: HeadLayout, n_rows: int, bands: TokenBands, admitted: KeyRang
         )  # fmt: skip
 
     returned = np.where(several, q, 0)
-    maxima = handed("maxima", parts, parts, heads_here)
     maxima_back = column(
         "broadcast", "maxima", int(several.sum()) * parts, returned, high, [low], total=parts, widest=heads_here,
         hops=int((high - low)[several].max(initial=0)),
     )  # fmt: skip
-    accumulators = handed("accumulators", 2 * v_parts, v_parts + v_total, heads_here + v_width)
 
-    bottom = visits.row + bands.n_feature_bands - 1
-    leaves = ~((bottom == visits.row) & (high == visits.row))
-    top, end = np.minimum(high, visits.row), np.maximum(high, bottom)
+    bottom = row + n_feature_bands - 1
+    leaves = ~((bottom == row) & (high == row))
+    top, end = np.minimum(high, row), np.maximum(high, bottom)
     far = np.where(leaves, np.maximum(high - top, end - high), 0)
-    answers = column(
+    context = column(
         "send", "context", int(leaves.sum()) * v_parts, np.where(leaves, q, 0), high, [top, end], total=v_total, widest=v_width,
         hops=int(far.max(initial=0)),
     )  # fmt: skip
-    n_tiles, n_visits = int(q.size), int(rows.sum()) * parts
-    n_heads = heads.n_kv_heads * heads.queries_per_kv
-    return [
-        Event(None, "", "launch", PACK_QUERIES.name, count=n_tiles * parts),
-        queries,
-        Event(None, "", "launch", PARTIAL_SCORES.name, count=n_visits, macs=scored * total_width),
-        chain,
-        Event(None, "", "launch", CHAIN_ADD.name, count=chained),
-        back,
-        Event(None, "", "launch", START_MAX.name, count=n_tiles * parts),
-        *([] if heads.score_cap is None else [Event(None, "", "launch", CAP_SCORES.name, count=n_visits)]),
-        Event(None, "", "launch", SCORE_MAX.name, count=n_visits),
-        maxima,
-        maxima_back,
-        Event(None, "", "launch", START_DENOMINATOR.name, count=n_tiles * v_parts),
-        Event(
-            None, "", "launch", ACCUMULATE.name, count=int(rows.sum()) * v_parts, macs=admitted.n_admitted * n_heads * heads.value_width
-        ),
-        accumulators,
-        Event(None, "", "launch", FINISH.name, count=n_tiles * v_parts),
-        answers,
-    ]
+    maxima = handed("maxima", parts, parts, heads_here)
+    accumulators = handed("accumulators", 2 * v_parts, v_parts + v_total, heads_here + v_width)
+    return _TileMoves(queries, maxima, maxima_back, accumulators, context)

@@ -16,10 +16,11 @@ He et al., "WaferLLM", OSDI 2025, section 5: shift-based growth of the cache aga
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -160,6 +161,8 @@ class KVCache:
 
     def _resize(self, layer: int, sequences: Sequences, held: Seq[int]) -> None:
         """Make room for so many keys of each of some sequences; what lay in their blocks is elsewhere then."""
+        if self._patterns[layer] is FULL:  # it has room for all of them from the start
+            return
         rows = self._rows[layer].copy()
         rows[sequences.slot] = np.maximum(self._least[layer][sequences.slot], -(-np.array(held, np.int64) // self.wafer.rows))
         changed = np.flatnonzero(rows != self._rows[layer]).tolist()
@@ -270,50 +273,54 @@ class KVCache:
         """
         layer = self._aliases[layer]
         plan = self._plan_append(sequences, bands, self._patterns[layer])
-        outgoing = np.full(self.wafer.rows, bands.split.max_size)  # at most all of a row's tokens leave at one time
-        with self.wafer.sram.code(STORE_KV.name, STORE_KV.code_bytes):
+        most = bands.split.max_size  # at most all of a row's tokens leave at one time
+        program = (KVCache.append, self.heads, most) if self._patterns[layer] is FULL else None  # in other layers the cache itself grows
+        with self.wafer.working(program, lambda: self._outgoing(most)):
             if self.wafer.cores is not None:
                 self._shift(layer, sequences, plan.shifts, plan.before, plan.held)
+                self._arrive_isolated(layer, qkv, sequences, plan)
             else:
                 self._resize(layer, sequences, plan.held)
-                self.wafer.record(plan.events[0])
-            with self.wafer.sram.reserved("outgoing keys and values", outgoing, self.heads.units.sizes * 2 * self.heads.kv_slots, 4):
-                if self.wafer.cores is not None:
-                    self._arrive_isolated(layer, qkv, sequences, plan)
-                else:
-                    self.wafer.record(plan.events[1])
-                    if not self.wafer.is_dry:
-                        k, v, base, cap = self._k[layer], self._v[layer], self._bases[sequences.slot], self.capacity[sequences.slot]
-                        mesh_store_kv(
-                            qkv.flat, self.heads.units.offsets, self.heads.queries_per_kv,
-                            sequences.first_token, sequences.n_new, sequences.start, base, cap, k, v,
-                        )  # fmt: skip
+                self.wafer.record(*plan.events)
+                if not self.wafer.is_dry:
+                    k, v, base, cap = self._k[layer], self._v[layer], self._bases[sequences.slot], self.capacity[sequences.slot]
+                    mesh_store_kv(
+                        qkv.flat, self.heads.units.offsets, self.heads.queries_per_kv,
+                        sequences.first_token, sequences.n_new, sequences.start, base, cap, k, v,
+                    )  # fmt: skip
         self.wafer.record(plan.stored)
+
+    @contextmanager
+    def _outgoing(self, n_tokens: int) -> Iterator[None]:
+        """Hold the code and the room that keys and values of so many tokens of a row take on their way."""
+        rows, cols = np.full(self.wafer.rows, n_tokens), self.heads.units.sizes * 2 * self.heads.kv_slots
+        with self.wafer.sram.code(STORE_KV.name, STORE_KV.code_bytes), self.wafer.sram.reserved("outgoing keys and values", rows, cols, 4):
+            yield
 
     def forget(self, layer: int, sequences: Sequences, bands: TokenBands) -> None:
         """Give up the keys and values that a layer's later queries do not admit, after it attended; the others shift."""
         layer = self._aliases[layer]
         plan = self._plan_append(sequences, bands, self._patterns[layer])
-        if plan.kept == plan.held:
+        if plan.closed is None:
             return
         if self.wafer.cores is not None:
             self._shift(layer, sequences, plan.closing, plan.held, plan.kept)
             return
         self._resize(layer, sequences, plan.kept)
-        assert plan.closed is not None
         self.wafer.record(plan.closed)
 
     def _plan_append(self, sequences: Sequences, bands: TokenBands, pattern: AttentionPattern) -> _AppendPlan:
         """The same for all layers with one pattern, so made once for each forward pass, or each tile of one."""
         plan = next((p for p in self._plans if p.sequences is sequences and p.bands == bands and p.pattern == pattern), None)
         if plan is None:
-            shifts, arrivals, closing, sizes = [], [], [], []
+            shifts, arrivals, sizes = list[Runs](), list[Runs](), list[list[int]]()
+            closing = list[tuple[Ints, Ints]]()
             token_row = bands.split.owner
             for first, n, start in zip(sequences.first_token.tolist(), sequences.n_new.tolist(), sequences.start.tolist(), strict=True):
                 before, held, kept = pattern.held_after(start), pattern.held_during(start, n), pattern.held_after(start + n)
                 sizes.append([n_keys_of(ranges) for ranges in (before, held, kept)])
                 shifts.append(self._moves(before, held))
-                closing.append(self._moves(held, kept))
+                closing.append((held, kept))
                 there = self.split(sizes[-1][1]).owner[sizes[-1][1] - n :]
                 arrivals.append(runs_of(token_row[first : first + n], there))
             units, rows = self.heads.units, self.wafer.rows
@@ -323,20 +330,29 @@ class KVCache:
             )
             stored = Event(None, "", "launch", STORE_KV.name, count=sum(map(len, arrivals)) * int(units.used.size))
             before_it, with_it, after_it = (tuple(column) for column in zip(*sizes, strict=True))
-            closed = None if after_it == with_it else _along_columns("shift", "keys and values", closing, units, rows, n_kept)
-            plan = _AppendPlan(sequences, bands, pattern, shifts, arrivals, closing, before_it, with_it, after_it, events, stored, closed)
+            given_up = [] if after_it == with_it else [self._moves(held, kept) for held, kept in closing]
+            closed = _along_columns("shift", "keys and values", given_up, units, rows, n_kept) if given_up else None
+            plan = _AppendPlan(sequences, bands, pattern, shifts, arrivals, given_up, before_it, with_it, after_it, events, stored, closed)
             self._plans.append(plan)
         return plan
 
-    def _moves(self, before: Ints, after: Ints) -> list[Run]:
+    def _moves(self, before: Ints, after: Ints) -> Runs:
         """What stays of some keys, from the rows that hold them to those that will."""
+        if len(before) == len(after) == 1:
+            (low, high), (after_low, after_high) = before[0].tolist(), after[0].tolist()
+            begin, end = max(low, after_low), min(high, after_high)
+            if end <= begin:
+                return _NO_RUNS
+            sources = self.split(high - low).owner[begin - low : end - low]
+            targets = self.split(after_high - after_low).owner[begin - after_low : end - after_low]
+            return runs_of(sources, targets, begin - low, begin - after_low)
         keys = keys_of(before)
         keys = keys[_within_ranges(after, keys)]
         here, there = keys_below(before, keys), keys_below(after, keys)
         n_before, n_after = n_keys_of(before), n_keys_of(after)
-        return runs_of(self.split(n_before).owner[here], self.split(n_after).owner[there], here, there)
+        return runs_between(self.split(n_before).owner[here], self.split(n_after).owner[there], here, there)
 
-    def _shift(self, layer: int, sequences: Sequences, shifts: list[list[Run]], before: Seq[int], after: Seq[int]) -> None:
+    def _shift(self, layer: int, sequences: Sequences, shifts: list[Runs], before: Seq[int], after: Seq[int]) -> None:
         """Isolated executor: bring the tokens of all columns of cores from the rows of one split to those of another."""
         cores = self.wafer.cores
         assert cores is not None
@@ -378,7 +394,7 @@ class KVCache:
         self.wafer.record(sent.event("send", "keys and values", costs.COLORS["send"]))
 
     def _arrive(
-        self, sent: Traffic, qkv: PlacedTensor, col: int, columns: dict[int, tuple[Block, ...]], runs: list[Run], first: int, start: int,
+        self, sent: Traffic, qkv: PlacedTensor, col: int, columns: dict[int, tuple[Block, ...]], runs: Runs, first: int, start: int,
         after: Split,
     ) -> None:  # fmt: skip
         """Take keys and values of new tokens out of their rows' projections and send them to the rows that keep them."""
@@ -400,8 +416,7 @@ class KVCache:
                         cores.send(sent, piece, [block], to=slice(at, at + run.n))
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """Adjacent tokens that go from one row to one row."""
 
     first: int
@@ -412,6 +427,24 @@ class Run:
     target: int
 
 
+class Runs:
+    """Runs of adjacent tokens, as one vector for each field of `Run`."""
+
+    __slots__ = ("first", "n", "source", "target", "to")
+
+    def __init__(self, first: Ints, to: Ints, n: Ints, source: Ints, target: Ints) -> None:
+        self.first, self.to, self.n, self.source, self.target = first, to, n, source, target
+
+    def __iter__(self) -> Iterator[Run]:
+        return map(Run, *(field.tolist() for field in (self.first, self.to, self.n, self.source, self.target)))
+
+    def __len__(self) -> int:
+        return self.n.size
+
+
+_NO_RUNS = Runs(*np.zeros((5, 0), np.int64))
+
+
 @dataclass(frozen=True, slots=True)
 class _AppendPlan:
     """Which tokens move where in one append, what is given up after, and what that costs."""
@@ -419,9 +452,9 @@ class _AppendPlan:
     sequences: Sequences
     bands: TokenBands
     pattern: AttentionPattern
-    shifts: list[list[Run]]
-    arrivals: list[list[Run]]
-    closing: list[list[Run]]
+    shifts: list[Runs]
+    arrivals: list[Runs]
+    closing: list[Runs]
     before: tuple[int, ...]
     """Per sequence, keys that are held before the append, with the new ones, and after attention."""
     held: tuple[int, ...]
@@ -438,29 +471,33 @@ def _within_ranges(ranges: Ints, keys: Ints) -> NDArray[np.bool_]:
     return inside
 
 
-def runs_of(source: Ints, target: Ints, here: Ints | None = None, there: Ints | None = None) -> list[Run]:
-    """Runs of adjacent tokens, from the rows that each token leaves and goes to.
-
-    Their indices before and after are `here` and `there`; both count from 0 by default.
-    """
-    if not source.size:
-        return []
-    index = np.arange(source.size)
-    here, there = index if here is None else here, index if there is None else there
-    breaks = (np.diff(source) != 0) | (np.diff(target) != 0) | (np.diff(here) != 1) | (np.diff(there) != 1)
-    firsts = np.concatenate([[0], np.flatnonzero(breaks) + 1])
-    sizes = np.diff(np.concatenate([firsts, [source.size]]))
-    return [
-        Run(int(here[f]), int(there[f]), n, int(source[f]), int(target[f])) for f, n in zip(firsts.tolist(), sizes.tolist(), strict=True)
-    ]
+def runs_of(source: Ints, target: Ints, first: int = 0, to: int = 0) -> Runs:
+    """Runs of adjacent tokens, from the rows that each token leaves and goes to; their indices count from `first` before and `to` after."""
+    begins = _begins((source[1:] != source[:-1]) | (target[1:] != target[:-1]), source.size)
+    at = begins[:-1]
+    return Runs(at + first, at + to, begins[1:] - at, source[at], target[at])
 
 
-def _along_columns(kind: str, name: str, runs: list[list[Run]], units: Split, n_rows: int, n_kept: int) -> Event:
+def runs_between(source: Ints, target: Ints, here: Ints, there: Ints) -> Runs:
+    """The same for tokens that need not be adjacent: `here` and `there` are their indices before and after."""
+    breaks = (source[1:] != source[:-1]) | (target[1:] != target[:-1]) | (np.diff(here) != 1) | (np.diff(there) != 1)
+    begins = _begins(breaks, source.size)
+    at = begins[:-1]
+    return Runs(here[at], there[at], begins[1:] - at, source[at], target[at])
+
+
+def _begins(breaks: NDArray[np.bool_], n: int) -> Ints:
+    """First of each run among `n`, and `n`; `breaks` tells for every one but the first whether a run begins there."""
+    return np.concatenate([[0], np.flatnonzero(breaks) + 1, [n]]) if n else np.zeros(1, np.int64)
+
+
+def _along_columns(kind: str, name: str, runs: list[Runs], units: Split, n_rows: int, n_kept: int) -> Event:
     """Moves of keys and values (`n_kept` messages a run, two words a token and pair unit each) along every column."""
-    moving = [run for group in runs for run in group if run.source != run.target]
-    if not moving:
+    n, source, target = (np.concatenate([getattr(group, f) for group in runs]) for f in ("n", "source", "target"))
+    moving = source != target
+    n, source, target = n[moving], source[moving], target[moving]
+    if not n.size:
         return costs.moved(kind, name, count=0, words=0, hops=0, max_link=0, max_hops=0)
-    n, source, target = (np.array([getattr(run, f) for run in moving], np.int64) for f in ("n", "source", "target"))
     load, words = costs.LineLoad(n_rows), 2 * n_kept
     load.add(source, target, n)
     distance = np.abs(source - target)

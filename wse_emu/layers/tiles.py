@@ -50,7 +50,7 @@ def move_tokens(
             j0, j1 = int(columns.starts[col]), int(columns.stops[col])
             of, into = (t.flat[t.placement.shape[0] * j0 : t.placement.shape[0] * j1].reshape(-1, j1 - j0) for t in (source, target))
             into[to : to + n] = of[first : first + n]
-    tokens, rows, top = (np.array([getattr(run, name) for run in runs], np.int64) for name in ("n", "source", "target"))
+    tokens, rows, top = runs.n, runs.source, runs.target
     bottom = top + replicas - 1
     goes = ~((top == rows) & (bottom == rows))
     tokens, rows, top, bottom = tokens[goes], rows[goes], np.minimum(top, rows)[goes], np.maximum(bottom, rows)[goes]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -28,6 +28,7 @@ Executor = Literal["batched", "isolated", "interpreted", "dry"]
 EXECUTORS: Final = ("batched", "isolated", "interpreted", "dry")
 _WORD: Final = 4
 _MOST_PROGRAMS: Final = 16_384
+_NOTHING: Final = nullcontext()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,8 +125,7 @@ class Wafer:
             If the routes of all kinds of moves together need more colors than the fabric has.
         """
         self._colors = self._colors_with(events)
-        for event in events:
-            self.ledger.record(event)
+        self.ledger.extend(events)
 
     def check_routes(self, *events: Event) -> None:
         """Raise, before anything moves, what `record` would raise for these events."""
@@ -162,6 +162,24 @@ class Wafer:
             if len(self._programs) >= _MOST_PROGRAMS:
                 self._programs.clear()
             self._programs[program] = tuple(self.ledger.recorded(start))
+            self.sram.pass_through(program)
+
+    def working(self, program: Hashable | None, hold: Callable[[], AbstractContextManager[None]]) -> AbstractContextManager[None]:
+        """The SRAM that a program works in, which `hold` reserves and gives back; nothing, if it ran here before in exactly this situation.
+
+        For programs whose reservations follow from their key alone; None is never known.
+        """
+        if program is None:
+            return hold()
+        if self.cores is None and self.sram.passed(program):
+            return _NOTHING
+        return self._first_hold(program, hold)
+
+    @contextmanager
+    def _first_hold(self, program: Hashable, hold: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        with hold():
+            yield
+        if self.cores is None:
             self.sram.pass_through(program)
 
     # ---- tensors
