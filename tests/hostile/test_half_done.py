@@ -70,6 +70,9 @@ class FailingStore:
         self._count()
         self._store.prepare(names)
 
+    def is_ready(self, names: Sequence[str]) -> bool:
+        return self._store.is_ready(names)
+
     def drop(self, names: Sequence[str]) -> None:
         self._count()
         self._store.drop(names)

@@ -297,15 +297,18 @@ def test_dropped_pages_beyond_the_bound_leave_this_process(tmp_path: Path, resid
                     return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("Rss:"))
         raise AssertionError("the file is not mapped")
 
+    assert not store.is_ready(names)
     store.drop([w.name for w in all_weights(checkpoint.spec) if w.name != "embed"])
     before = resident()
     store.prepare(names)
+    assert not store.is_ready(names[:1])  # used now
     for name in names:
         store.tiles(name).sum()
     assert resident() - before >= size
     store.drop(names)
     # The kernel maps a few neighbouring pages with each page that is touched; those go with their own layer.
     assert kept <= resident() - before < kept + size / 20
+    assert [store.is_ready([name]) for name in names] == [False, kept > 0]
 
 
 def test_layout_of_a_file_and_of_memory_are_one(checkpoint: Checkpoint, tmp_path: Path) -> None:

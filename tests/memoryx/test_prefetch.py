@@ -27,6 +27,10 @@ class Recorder(ShapeStore):
         self.gate.set()
         self.fail_on: str | None = None
         self.most = 0
+        self.ready: set[str] = set()
+
+    def is_ready(self, names: Sequence[str]) -> bool:
+        return self.ready.issuperset(names)
 
     def prepare(self, names: Sequence[str]) -> None:
         assert self.gate.wait(10)
@@ -103,6 +107,19 @@ def test_never_more_than_depth_groups_are_pending() -> None:
             with stream.layer(names):
                 assert store.resident.issuperset(names)
     assert store.resident == set()
+
+
+def test_nobody_is_woken_for_a_group_that_is_ready() -> None:
+    store = Recorder()
+    store.ready = set(GROUPS[1])
+    with LayerStream(store) as stream:
+        assert not stream.schedule(GROUPS[1])
+        with stream.layer(GROUPS[0], then=GROUPS[1]):
+            assert store.resident == set(GROUPS[0])
+        with stream.layer(GROUPS[1], then=[*GROUPS[1], *GROUPS[2]]):
+            wait_for(store, GROUPS[2])
+        assert [names for what, names in store.log if what == "prepare"] == [(*GROUPS[0],), (*GROUPS[1],), (*GROUPS[1], *GROUPS[2])]
+    assert store.threads == {threading.current_thread().name, "memoryx-prefetch"}
 
 
 def test_a_model_of_one_layer_keeps_what_comes_again() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,17 +66,30 @@ def rotary_tables(spec: ModelSpec, sequences: Sequences, *, local: bool = False)
     scaling = None if local else spec.rope_scaling
     angle = np.concatenate(
         [
-            np.outer(np.arange(start, start + n, dtype=np.float64), frequencies(spec, int(length), local=local))
+            np.outer(np.arange(start, start + n, dtype=np.float64), _frequencies(spec, _counted(scaling, int(length)), local))
             for start, n, length in zip(sequences.start, sequences.n_new, sequences.length, strict=True)
         ]
     )
     factor = np.repeat([attention_factor(scaling, int(length)) for length in sequences.length], sequences.n_new)[:, None]
     still = (spec.head_dim - spec.rotary.rotated(spec.head_dim)) // 2
-    cos, sin = (
-        np.tile(np.pad((f(angle) * factor).astype(np.float32), ((0, 0), (0, still)), constant_values=end), (1, spec.cached_heads))
-        for f, end in ((np.cos, 1), (np.sin, 0))
-    )
-    return cos, sin
+    cos, sin = (_padded((f(angle) * factor).astype(np.float32), still, end) for f, end in ((np.cos, 1), (np.sin, 0)))
+    return np.tile(cos, (1, spec.cached_heads)), np.tile(sin, (1, spec.cached_heads))
+
+
+def _padded(table: NDArray[np.float32], n: int, value: float) -> NDArray[np.float32]:
+    """A table with `n` more columns of one value."""
+    return np.pad(table, ((0, 0), (0, n)), constant_values=value) if n else table
+
+
+def _counted(scaling: RopeScaling | None, length: int) -> int:
+    """The length if frequencies follow it, else 0."""
+    return length if scaling is not None and scaling.kind in ("dynamic", "longrope") else 0
+
+
+@lru_cache(maxsize=64)
+def _frequencies(spec: ModelSpec, length: int, local: bool) -> F64:
+    """`frequencies`, kept."""
+    return frequencies(spec, length, local=local)
 
 
 def frequencies(spec: ModelSpec, length: int, *, local: bool = False) -> F64:

@@ -223,6 +223,8 @@ class MappedStore:
         self._resident_bytes = resident_bytes
         self._idle: OrderedDict[str, int] = OrderedDict()
         """Bytes of the tensors that were used and not forgotten yet, least recently used first."""
+        self._idle_bytes = 0
+        """Their sum."""
         self.after_fork()
         note_forks(self)
         self._bytes: NDArray[np.uint8] | None = np.frombuffer(self._map, dtype=np.uint8)
@@ -290,11 +292,26 @@ class MappedStore:
         if self._bytes is None:
             return
         self._check_untouched()
-        with self._lock:
-            new = [n for n in names if self._idle.pop(n, None) is None]
-        if hasattr(mmap, "MADV_WILLNEED"):
+        with self._lock, self._counted():
+            was_idle = [self._idle.pop(n, 0) for n in names]
+            self._idle_bytes -= sum(was_idle)
+        new = [n for n, was in zip(names, was_idle, strict=True) if not was]
+        if new and hasattr(mmap, "MADV_WILLNEED"):
             for begin, end in ranges([self._placed[n] for n in new]):
                 self._map.madvise(mmap.MADV_WILLNEED, begin, end - begin)
+
+    def is_ready(self, names: Sequence[str]) -> bool:
+        """Whether all of the tensors were used and did not leave this process since."""
+        return all(name in self._idle for name in names)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count anew what is idle if the block is interrupted (Ctrl-C) between a change of it and of its sum."""
+        try:
+            yield
+        except BaseException:
+            self._idle_bytes = sum(self._idle.values())
+            raise
 
     def drop(self, names: Sequence[str]) -> None:
         """Let go of the tensors: of all that were let go of, the least recently used leave this process beyond `resident_bytes`.
@@ -305,17 +322,19 @@ class MappedStore:
         self._check_untouched()
         if self._bytes is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
-        with self._lock:
+        leaving: list[str] = []
+        with self._lock, self._counted():
             for name in names:
-                self._idle[name] = self._placed[name].nbytes
-                self._idle.move_to_end(name)
-            leaving, held = [], sum(self._idle.values())
-            while held > self._resident_bytes:
+                n_bytes = self._placed[name].nbytes
+                self._idle_bytes += n_bytes - self._idle.pop(name, 0)
+                self._idle[name] = n_bytes
+            while self._idle_bytes > self._resident_bytes:
                 name, n_bytes = self._idle.popitem(last=False)
+                self._idle_bytes -= n_bytes
                 leaving.append(name)
-                held -= n_bytes
-            for begin, end in ranges([self._placed[n] for n in leaving]):
-                self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+            if leaving:
+                for begin, end in ranges([self._placed[n] for n in leaving]):
+                    self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
     def check(self, progress: Progress | None = None) -> None:
         """Verify the checksum of every tensor.

@@ -71,9 +71,12 @@ class LayerStream:
         self._pending.clear()
 
     def schedule(self, names: Sequence[str]) -> bool:
-        """Ask for a group in the background; False if `depth` groups are pending already (it is then prepared when it is used)."""
+        """Ask for a group in the background.
+
+        False if `depth` groups are pending already, or there is nothing to wait for; it is then prepared when it is used.
+        """
         key = tuple(names)
-        if not key or key in self._pending or not self._prefetching or len(self._pending) >= self._depth:
+        if not key or key in self._pending or not self._prefetching or len(self._pending) >= self._depth or self._store.is_ready(key):
             return False
         future: Future[None] = Future()
         self._pending[key] = future
@@ -106,8 +109,8 @@ class LayerStream:
         try:
             yield
         finally:
-            again = {n for group in self._pending for n in group}
-            self._store.drop([n for n in key if n not in again])
+            again = set().union(*self._pending)
+            self._store.drop([n for n in key if n not in again] if again else key)
 
     @property
     def _prefetching(self) -> bool:

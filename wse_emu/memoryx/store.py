@@ -40,6 +40,9 @@ class WeightStore(Protocol):
     def prepare(self, names: Sequence[str]) -> None:
         """Make tensors resident, waiting until they are; may run in another thread."""
 
+    def is_ready(self, names: Sequence[str]) -> bool:
+        """Whether `prepare` would have nothing to do for tensors that nobody uses now."""
+
     def drop(self, names: Sequence[str]) -> None:
         """Let go of resident pages; the tensors may be asked for again."""
 
@@ -96,6 +99,10 @@ class Tensors:
         """Make what is not there yet."""
         for name in names:
             self._array(self._weight(name, "vector or tiled matrix", (1, 2, 3)))
+
+    def has(self, names: Sequence[str]) -> bool:
+        """Whether all of them were made."""
+        return all(name in self._made for name in names)
 
     def clear(self) -> None:
         """Forget every array."""
@@ -179,6 +186,10 @@ class ArrayStore:
         """Make the tensors, unless they are there."""
         self._tensors.make(names)
 
+    def is_ready(self, names: Sequence[str]) -> bool:
+        """Whether they were made."""
+        return self._tensors.has(names)
+
     def drop(self, names: Sequence[str]) -> None:
         """Check the names; memory has nowhere to forget to."""
         self._tensors.check_names(names)
@@ -211,6 +222,10 @@ class ShapeStore:
     def prepare(self, names: Sequence[str]) -> None:
         """Check the names."""
         self.drop(names)
+
+    def is_ready(self, names: Sequence[str]) -> bool:
+        """Always: there is nothing to wait for."""
+        return True
 
     def drop(self, names: Sequence[str]) -> None:
         """Check the names."""

@@ -157,6 +157,7 @@ class WeightStoreContract(ABC):
             store.drop(names)
         store.drop(names[::-1])
         store.prepare([])
+        assert store.is_ready([])
         _assert_equal(self._snapshot(store, checkpoint.spec), before)
 
     def test_streaming_every_layer_changes_no_value(self, store: WeightStore, checkpoint: Checkpoint) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -96,6 +96,22 @@ _MAXED: Final = ("max_link_wavelets", "max_hops", "colors")
 assert Event._fields == (*_KEYS, *_SUMMED, *_MAXED)
 
 
+class _Scope:
+    """What `Ledger.scope` gives."""
+
+    __slots__ = ("_before", "_inside", "_ledger")
+
+    def __init__(self, ledger: Ledger, layer: int | None, stage: str) -> None:
+        self._ledger, self._inside, self._before = ledger, (layer, stage), ledger.current_scope
+
+    def __enter__(self) -> None:
+        self._before = self._ledger.current_scope
+        self._ledger.current_scope = self._inside
+
+    def __exit__(self, *error: object) -> None:
+        self._ledger.current_scope = self._before
+
+
 class Ledger:
     """Record of all events since the last `clear`, in the order in which they happened.
 
@@ -111,15 +127,9 @@ class Ledger:
         self._stage: str = "host"
         self._passes: list[ForwardPass] = []
 
-    @contextmanager
-    def scope(self, stage: str, layer: int | None = None) -> Iterator[None]:
+    def scope(self, stage: str, layer: int | None = None) -> AbstractContextManager[None]:
         """Attribute the events recorded inside the block to `stage` of `layer`."""
-        before = self.current_scope
-        try:
-            self.current_scope = layer, stage
-            yield
-        finally:
-            self.current_scope = before
+        return _Scope(self, layer, stage)
 
     @property
     def current_scope(self) -> tuple[int | None, str]:

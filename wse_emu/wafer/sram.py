@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, groupby
-from typing import NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,7 @@ from wse_emu.wafer.turn import Turn, in_turn
 Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class Reservation:
+class Reservation(NamedTuple):
     """Handle of one allocated tensor."""
 
     id: int
@@ -124,8 +123,8 @@ class _Level:
         """What it became when a tensor of some kind was placed."""
         self.before: dict[_Kind, _Level] = {}
         """And when one was freed."""
-        self.passed: set[Hashable] = set()
-        """Programs that began and ended here."""
+        self.passed: dict[Hashable, Any] = {}
+        """Programs that began and ended here, each with what its owner notes of it."""
 
 
 class SramTracker:
@@ -149,7 +148,7 @@ class SramTracker:
         self._base_code = spec.base_code_bytes
         self._kernel_code = 0
         self._ids = count()
-        self._live: dict[int, tuple[str, Ints, Ints, int]] = {}
+        self._live: dict[int, tuple[str, Ints, Ints, int, _Kind]] = {}
         self._levels: dict[bytes, _Level] = {}
         self._level = self._level_with(np.zeros((1, 1), np.int64))
         self._sizes: dict[_Kind, Ints] = {}
@@ -190,7 +189,7 @@ class SramTracker:
             self._refuse(name, level.used, self._block_bytes(row_factor, col_factor, itemsize))
         self._level = level
         reservation = Reservation(next(self._ids), name)
-        self._live[reservation.id] = (name, row_factor, col_factor, itemsize)
+        self._live[reservation.id] = (name, row_factor, col_factor, itemsize, kind)
         self._note(level.peak)
         return reservation
 
@@ -206,8 +205,7 @@ class SramTracker:
         entry = self._live.pop(reservation.id, None)
         if entry is None:
             raise SramStateError(f"`{reservation.name}` is not on the wafer: it was freed before")
-        _, row_factor, col_factor, itemsize = entry
-        kind = row_factor.tobytes(), col_factor.tobytes(), itemsize
+        _, row_factor, col_factor, itemsize, kind = entry
         level = self._level.before.get(kind)
         if level is None:
             size = self._block_bytes(row_factor, col_factor, itemsize)
@@ -239,16 +237,19 @@ class SramTracker:
             finally:
                 self._kernel_code = before
 
-    def passed(self, program: Hashable) -> bool:
-        """Whether a program that frees all it reserves began from exactly this account before, and so reached no new high-water mark."""
-        return (self._kernel_code, program) in self._level.passed
+    def passed(self, program: Hashable) -> Any:
+        """The note of a program that frees all it reserves and began from exactly this account before; None for any other.
 
-    def pass_through(self, program: Hashable) -> None:
-        """Say that a program began at the present account and ended there."""
+        It reaches no new high-water mark then.
+        """
+        return self._level.passed.get((self._kernel_code, program))
+
+    def pass_through(self, program: Hashable, note: Any) -> None:
+        """Say that a program began at the present account and ended there; `note` is anything but None."""
         passed = self._level.passed
         if len(passed) >= _MOST_LEVELS:
             passed.clear()
-        passed.add((self._kernel_code, program))
+        passed[self._kernel_code, program] = note
 
     def mark(self) -> SramMark:
         """What lies on the wafer now, for `back_to`."""
@@ -261,7 +262,7 @@ class SramTracker:
         self._rows, self._cols = _Classes(self._rows.labels.size), _Classes(self._cols.labels.size)
         self._sizes.clear()
         self._set_used(np.zeros((1, 1), np.int64))
-        for _, row_factor, col_factor, itemsize in self._live.values():
+        for _, row_factor, col_factor, itemsize, _ in self._live.values():
             size = self._block_bytes(row_factor, col_factor, itemsize)  # may tell classes apart: the level is another one then
             self._level = self._level_with(self._level.used + size)
 
@@ -274,7 +275,7 @@ class SramTracker:
         blocks = [("base code", self._base_code)]
         if self._kernel_code:
             blocks.append(("kernel code", self._kernel_code))
-        for name, row_factor, col_factor, itemsize in self._live.values():
+        for name, row_factor, col_factor, itemsize, _ in self._live.values():
             size = _words(int(row_factor[row]) * int(col_factor[col]) * itemsize)
             if size:
                 blocks.append((name, size))

@@ -27,8 +27,8 @@ from wse_kernels.launch import make_driver
 Executor = Literal["batched", "isolated", "interpreted", "dry"]
 EXECUTORS: Final = ("batched", "isolated", "interpreted", "dry")
 _WORD: Final = 4
-_MOST_PROGRAMS: Final = 16_384
 _NOTHING: Final = nullcontext()
+_FLOAT32: Final = np.dtype(np.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,7 +96,6 @@ class Wafer:
         self._colors: dict[str, int] = {}
         """Colors that the routes of each kind of move take, of the moves seen so far."""
         self._plans: dict[tuple[Any, ...], _LaunchPlan] = {}
-        self._programs: dict[Hashable, tuple[Event, ...]] = {}
 
     def __repr__(self) -> str:
         return f"Wafer({self.spec.name}, rows={self.rows}, cols={self.cols}, executor={self.executor!r})"
@@ -151,7 +150,7 @@ class Wafer:
         For programs whose events and reservations follow from their key alone, which free all that they reserve, and whose arithmetic a
         fused driver does. Cores that run one at a time always run them whole.
         """
-        return self._programs.get(program) if self.cores is None and self.sram.passed(program) else None
+        return None if self.cores is not None else self.sram.passed(program)
 
     @contextmanager
     def first_run(self, program: Hashable) -> Iterator[None]:
@@ -159,10 +158,7 @@ class Wafer:
         start = len(self.ledger)
         yield
         if self.cores is None:
-            if len(self._programs) >= _MOST_PROGRAMS:
-                self._programs.clear()
-            self._programs[program] = tuple(self.ledger.recorded(start))
-            self.sram.pass_through(program)
+            self.sram.pass_through(program, self.ledger.recorded(start))
 
     def working(self, program: Hashable | None, hold: Callable[[], AbstractContextManager[None]]) -> AbstractContextManager[None]:
         """The SRAM that a program works in, which `hold` reserves and gives back; nothing, if it ran here before in exactly this situation.
@@ -180,7 +176,7 @@ class Wafer:
         with hold():
             yield
         if self.cores is None:
-            self.sram.pass_through(program)
+            self.sram.pass_through(program, True)
 
     # ---- tensors
 
@@ -234,7 +230,7 @@ class Wafer:
         SramOverflowError
             If it does not fit on some core.
         """
-        dtype = _element_type(name, dtype)
+        dtype = _FLOAT32 if dtype is np.float32 else _element_type(name, dtype)
         if not isinstance(placement, Placement):
             raise PlacementError(f"`{name}`: expected a placement, made by `Wafer.placement`, got {placement!r}")
         if (placement.n_rows, placement.n_cols) != (self.rows, self.cols):
