@@ -36,6 +36,7 @@ from wse_kernels import (
     qk_norm,
     rope,
     routing,
+    storage,
 )
 from wse_kernels import routing_together as together
 from wse_kernels.sparse_attention import attend_listed
@@ -221,6 +222,42 @@ _decode("decode_f16", formats.decode_f16, formats.F16, lambda c: c.view(np.float
 _encode("encode_f16", formats.encode_f16, formats.F16, lambda x: x.astype(np.float16).view(np.uint16), "float16")
 _decode("decode_cb16", formats.decode_cb16, formats.CB16, lambda c: formats.decode(c, formats.CB16), None)
 _encode("encode_cb16", formats.encode_cb16, formats.CB16, lambda x: formats.encode(x, formats.CB16), None)
+
+
+def _round(name: str, call: Any, numpy: Any, torch_dtype: str | None) -> None:
+    def make(smoke: bool) -> Case:
+        before = normal(*_block(smoke)).ravel()
+        out, right = before.copy(), numpy(before)
+
+        def ours() -> F32:
+            out[...] = before
+            call(out)
+            return out
+
+        peers: dict[str, Call] = {"numpy": lambda: numpy(before)}
+        if torch_dtype is not None:
+            peers |= torch_call(lambda t, v: v.to(getattr(t, torch_dtype)).float(), before)
+        return Case(ours, peers, (right,), (0,), Work(bytes=2 * before.nbytes), parallel=False)
+
+    CASES.add(name)(make)
+
+
+_round("round_bf16", storage.round_bf16, lambda x: x.astype(_BF16).astype(np.float32), "bfloat16")
+_round("round_f16", storage.round_f16, lambda x: x.astype(np.float16).astype(np.float32), "float16")
+_round("round_cb16", storage.round_cb16, lambda x: formats.decode(formats.encode(x, formats.CB16), formats.CB16), None)
+
+
+@CASES.add("copy_to")
+def _copy_to(smoke: bool) -> Case:
+    x = normal(*_block(smoke))
+    out = np.empty_like(x)
+
+    def ours() -> F32:
+        storage.copy_to(x, out)
+        return out
+
+    peers = {"numpy": x.copy, **torch_call(lambda t, v: v.clone(), x)}
+    return Case(ours, peers, (x,), (0,), Work(bytes=2 * x.nbytes), parallel=False)
 
 
 # ---- sums of blocks; those that work in place start from one block again and again only where it matters to the time

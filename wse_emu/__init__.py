@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         ForkError,
         InputError,
         KernelError,
+        NumberOverflowError,
         PlacementError,
         RouteError,
         SaveError,
@@ -55,9 +56,9 @@ if TYPE_CHECKING:
 _HOME = {
     "wse_emu.foundation.attention_pattern": ("AttentionPattern",),
     "wse_emu.foundation.errors": (
-        "BusyError", "CheckpointError", "ConfigError", "ForkError", "InputError", "KernelError", "PlacementError", "RouteError",
-        "SaveError", "SpecError", "SramOverflowError", "SramStateError", "StoreError", "TieError", "TraceError", "UninitializedReadError",
-        "WseError",
+        "BusyError", "CheckpointError", "ConfigError", "ForkError", "InputError", "KernelError", "NumberOverflowError",
+        "PlacementError", "RouteError", "SaveError", "SpecError", "SramOverflowError", "SramStateError", "StoreError", "TieError",
+        "TraceError", "UninitializedReadError", "WseError",
     ),
     "wse_emu.foundation.biases": ("Biases",),
     "wse_emu.foundation.clamped_experts": ("ClampedExperts",),
@@ -96,6 +97,7 @@ __all__ = [
     "ModelOutput",
     "ModelSpec",
     "NormSpec",
+    "NumberOverflowError",
     "PlacementError",
     "QkNorm",
     "RotarySpec",

@@ -23,6 +23,7 @@ from wse_emu.foundation.arguments import check_callable, check_flag, show
 from wse_emu.foundation.attention_pattern import AttentionPattern
 from wse_emu.foundation.errors import InputError, SpecError, SramOverflowError, TraceError
 from wse_emu.foundation.model_spec import ModelSpec
+from wse_emu.foundation.precision import DType, Precision
 from wse_emu.foundation.taps import TapRecord
 from wse_emu.foundation.wafer_spec import WSE3
 from wse_emu.layers.ffn import MoeImplementation
@@ -58,7 +59,8 @@ def from_pretrained(
     path: str | os.PathLike[str], *, wafer: Wafer | None = None, max_tokens: int | None = None, stream_experts: StreamExperts = "activated",
     moe_implementation: MoeImplementation = "experimental", prefill_chunk: int | None = None, chunk: int | None = None,
     prefetch_depth: int = 1, resident_bytes: int = RESIDENT_BYTES, bta_max_tile: int | None = None,
-    attention: Attention | None = None, dense_attention_layers: Sequence[int] = (), cache_dir: str | os.PathLike[str] | None = None,
+    attention: Attention | None = None, dense_attention_layers: Sequence[int] = (), dtype: DType = "float32",
+    kv_dtype: DType | None = None, cache_dir: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> WaferModel:  # fmt: skip
     """Open a Hugging Face directory; its weights stay in MemoryX.
@@ -94,6 +96,11 @@ def from_pretrained(
         Which keys the queries of all layers, or of each, admit; by default what the checkpoint says.
     dense_attention_layers : sequence of int
         Layers that `attention` leaves dense.
+    dtype : {"float32", "bfloat16", "float16", "cb16"}
+        Format of activations: what a stage stores is rounded to it (to nearest, ties to even) where SRAM is written, and takes two bytes
+        there but for float32. Arithmetic and sums are float32. A number beyond the format's largest raises `NumberOverflowError`.
+    kv_dtype : the same, optional
+        Format of keys and values; by default `dtype`.
     cache_dir : path, optional
         Where layout files are kept.
     progress : callable, optional
@@ -110,7 +117,10 @@ def from_pretrained(
     SramOverflowError
         If `max_tokens` fit no grid.
     """
-    options = _options(wafer, max_tokens, prefill_chunk, stream_experts, moe_implementation, chunk, prefetch_depth, bta_max_tile)
+    options = _options(
+        wafer, max_tokens, prefill_chunk, stream_experts, moe_implementation, chunk, prefetch_depth, bta_max_tile,
+        Precision(dtype=dtype, kv_dtype=kv_dtype),
+    )  # fmt: skip
     check_callable("progress", progress)
     checkpoint = open_checkpoint(path)
     dry = wafer is not None and wafer.is_dry
@@ -130,7 +140,7 @@ def from_config(
     config: Mapping[str, Any] | ModelSpec, *, seed: int = 0, wafer: Wafer | None = None, max_tokens: int | None = None,
     stream_experts: StreamExperts = "activated", moe_implementation: MoeImplementation = "experimental", prefill_chunk: int | None = None,
     chunk: int | None = None, prefetch_depth: int = 1, bta_max_tile: int | None = None, attention: Attention | None = None,
-    dense_attention_layers: Sequence[int] = (),
+    dense_attention_layers: Sequence[int] = (), dtype: DType = "float32", kv_dtype: DType | None = None,
 ) -> WaferModel:  # fmt: skip
     """Make a model with random weights, each made when it is first needed and then held in memory.
 
@@ -142,14 +152,17 @@ def from_config(
         The same seed gives the same weights.
     wafer, max_tokens, stream_experts, moe_implementation, prefill_chunk, chunk, prefetch_depth, bta_max_tile, attention
         As for `from_pretrained`.
-    dense_attention_layers
+    dense_attention_layers, dtype, kv_dtype
         As for `from_pretrained`.
 
     Returns
     -------
     WaferModel
     """
-    options = _options(wafer, max_tokens, prefill_chunk, stream_experts, moe_implementation, chunk, prefetch_depth, bta_max_tile)
+    options = _options(
+        wafer, max_tokens, prefill_chunk, stream_experts, moe_implementation, chunk, prefetch_depth, bta_max_tile,
+        Precision(dtype=dtype, kv_dtype=kv_dtype),
+    )  # fmt: skip
     checkpoint = random_checkpoint(config, seed)
     dry = wafer is not None and wafer.is_dry
     store: WeightStore = ShapeStore(checkpoint.spec) if dry else ArrayStore(checkpoint)
@@ -167,7 +180,7 @@ def _with_attention(spec: ModelSpec, attention: Attention | None, dense_layers: 
 
 def _options(
     wafer: Wafer | None, max_tokens: int | None, prefill_chunk: int | None, stream_experts: StreamExperts,
-    moe_implementation: MoeImplementation, chunk: int | None, prefetch_depth: int, bta_max_tile: int | None,
+    moe_implementation: MoeImplementation, chunk: int | None, prefetch_depth: int, bta_max_tile: int | None, precision: Precision,
 ) -> EngineOptions:  # fmt: skip
     """Options of the engine; all that a model is made with is checked before any file is touched."""
     if wafer is not None and not isinstance(wafer, Wafer):
@@ -177,8 +190,8 @@ def _options(
             raise SpecError(f"`{name}` must be an integer >= 1 or None, got {show(value)}")
     return EngineOptions(
         stream_experts=stream_experts, moe_implementation=moe_implementation, chunk=chunk, prefetch_depth=prefetch_depth,
-        bta_max_tile=bta_max_tile,
-    )
+        bta_max_tile=bta_max_tile, precision=precision,
+    )  # fmt: skip
 
 
 class WaferModel:
@@ -363,7 +376,7 @@ class WaferModel:
             raise InputError(f"`n_prompt` must be an integer in 1..{prompts.ids.shape[1]} (columns of `input_ids`), got {show(n_prompt)}")
         _check_sampler(sampler)
         record = self.record(input_ids, attention_mask)
-        report = verify_record(record, self.spec, self.checkpoint.tensors.read)
+        report = verify_record(record, self.spec, self.checkpoint.tensors.read, precision=self.options.precision)
         if n_prompt is None:
             return report
         if self.spec.is_moe and self.spec.routing.tokens_meet:

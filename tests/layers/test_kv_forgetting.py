@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 import wse_emu as wse
 from wse_emu.engine.inference import Engine
+from wse_emu.engine.options import EngineOptions
 from wse_emu.engine.plan import kv_bytes, plan_model, sequences_of
 from wse_emu.foundation.attention_pattern import FULL, AttentionPattern, keys_below, keys_of, n_keys_of
+from wse_emu.foundation.precision import Precision
 from wse_emu.layers.heads import HeadLayout
 from wse_emu.layers.kv_cache import KVCache
 from wse_emu.wafer.placement import TokenBands
@@ -159,19 +161,21 @@ LLAMA_8B = wse.ModelSpec(
     rms_norm_eps=1e-5, rope_theta=5e5, max_position_embeddings=131072,
 )  # fmt: skip
 LAMBDA = AttentionPattern(window=8192, sinks=512)
+HALVES = EngineOptions(precision=Precision(kv_dtype="bfloat16"))
 
 
 @pytest.mark.parametrize(("dense", "gigabytes"), [(7, 1.3757), (4, 1.2751)])
 def test_keys_and_values_of_published_sparse_models(dense: int, gigabytes: float) -> None:
-    """Llama-3.1-8B, 16,384 tokens and 512 sinks before them, window 8,192: published at 2 bytes a number, which is half of float32."""
+    """Llama-3.1-8B, 16,384 tokens and 512 sinks before them, window 8,192: published at 2 bytes a number."""
     spec = LLAMA_8B.with_attention(LAMBDA, range(dense))
-    found = kv_bytes(spec, wse.WSE3, 1170, 755, [16384 + 512])
-    assert round(found / 2 / 1e9, 4) == gigabytes
+    found = kv_bytes(spec, wse.WSE3, 1170, 755, [16384 + 512], HALVES)
+    assert round(found / 1e9, 4) == gigabytes
 
 
 @pytest.mark.slow
 def test_keys_and_values_of_the_dense_model_and_a_plan_of_the_sparse_one() -> None:
-    assert round(kv_bytes(LLAMA_8B, wse.WSE3, 1170, 755, [16384]) / 2 / 1e9, 4) == 2.1475
+    assert round(kv_bytes(LLAMA_8B, wse.WSE3, 1170, 755, [16384], HALVES) / 1e9, 4) == 2.1475
+    assert kv_bytes(LLAMA_8B, wse.WSE3, 1170, 755, [16384]) == 2 * kv_bytes(LLAMA_8B, wse.WSE3, 1170, 755, [16384], HALVES)
     shape = {"rows": 1170, "cols": 755, "prompt_tokens": 16384, "new_tokens": 512, "prefill_chunk": 1024}
     dense, sparse = (plan_model(spec, **shape) for spec in (LLAMA_8B, LLAMA_8B.with_attention(LAMBDA, (0, 10, 20, 31))))
     assert dense.fits

@@ -79,12 +79,12 @@ def test_an_arena_never_holds_more_than_the_account_of_its_core(monkeypatch: pyt
         if wafers:
             lies = wafers[0].sram.core_map(*arena.core)
             charged = sum(size for name, size in lies.blocks if not name.endswith("code"))
-            seen.append(charged - sum(b.array.nbytes for b in arena._blocks))
+            seen.append(charged - sum(b.n_bytes for b in arena._blocks))
             assert seen[-1] >= 0, f"{block.name} on core {arena.core} is not charged: {lies}"
         return block
 
     monkeypatch.setattr(Arena, "allocate", allocate)
-    for family, grid, options in (("mixtral", (3, 4), {}), ("llama", (2, 2), {"prefill_chunk": 3}), ("llama", (1, 5), {})):
+    for family, grid, options in (("mixtral", (3, 4), {}), ("llama", (2, 2), {"prefill_chunk": 3, "dtype": "cb16"}), ("llama", (1, 5), {})):
         wafers.clear()
         model = make_model(family, *grid, "isolated", **options)
         wafers.append(model.wafer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from wse_emu.foundation.precision import FLOAT32, Precision
 from wse_emu.foundation.units import counted
 
 if TYPE_CHECKING:
@@ -20,17 +21,18 @@ JSON_SCHEMA = 1
 """Version of the document that ``--json`` writes."""
 
 
-def header(request: Request, wafer: Wafer) -> str:
+def header(request: Request, wafer: Wafer, precision: Precision = FLOAT32) -> str:
     """What runs where, a line each."""
     spec = request.spec
     shape = f"{counted(spec.num_layers, 'layer')}, hidden {spec.hidden_size}, {counted(spec.num_heads, 'head')} / {spec.num_kv_heads} kv"
     if spec.is_moe:
         shape += f", {counted(spec.num_experts, 'expert')}, top {spec.top_k}"
     cores = f"{wafer.rows} x {wafer.cols} = {counted(wafer.rows * wafer.cols, 'core')} of {wafer.spec.name}"
+    stored = "" if precision == FLOAT32 else f", stored in {precision}"
     return (
         f"model     {request.path.resolve().name}: {spec.family}, {spec.n_params:,} parameters\n"
         f"          {shape}\n"
-        f"wafer     {cores}, executor {wafer.executor}"
+        f"wafer     {cores}, executor {wafer.executor}{stored}"
     )
 
 
@@ -48,7 +50,7 @@ def model_entry(path: Path, spec: ModelSpec) -> dict[str, Any]:
     return {"path": str(path), "family": spec.family, "n_params": spec.n_params, "spec": asdict(spec)}
 
 
-def what_and_where(request: Request, wafer: Wafer, lies: SramMap | None) -> dict[str, Any]:
+def what_and_where(request: Request, wafer: Wafer, lies: SramMap | None, precision: Precision = FLOAT32) -> dict[str, Any]:
     """Entries of a ``--json`` document that say which model ran on which prompt and where; `lies` on the fullest core."""
     sram = None
     if lies is not None:
@@ -60,6 +62,7 @@ def what_and_where(request: Request, wafer: Wafer, lies: SramMap | None) -> dict
         }
     return {
         "model": model_entry(request.path, request.spec),
+        "precision": {"dtype": precision.dtype, "kv_dtype": precision.kv},
         "wafer": {"name": wafer.spec.name, "rows": wafer.rows, "cols": wafer.cols, "executor": wafer.executor, "sram": sram},
         "prompt": {"text": request.text, "ids": request.ids},
     }

@@ -81,6 +81,7 @@ def load(request: Request, placing: Placing, *, new_tokens: int, verify: bool, q
         If no grid, or not the one asked for, holds it.
     """
     import wse_emu as wse
+    from wse_emu.engine.options import EngineOptions
     from wse_emu.engine.plan import plan_model
 
     n_prompt, limit = len(request.ids), request.spec.context_length
@@ -97,6 +98,7 @@ def load(request: Request, placing: Placing, *, new_tokens: int, verify: bool, q
         new_tokens=0 if verify else new_tokens,
         verify=verify,
         prefill_chunk=placing.prefill_chunk,
+        options=EngineOptions(precision=placing.precision),
     )
     if not plan.fits:
         raise SramOverflowError(plan.message)
@@ -107,6 +109,8 @@ def load(request: Request, placing: Placing, *, new_tokens: int, verify: bool, q
             max_tokens=n_prompt + new_tokens,
             stream_experts=placing.stream_experts.value,
             prefill_chunk=placing.prefill_chunk,
+            dtype=placing.precision.dtype,
+            kv_dtype=placing.precision.kv_dtype,
             progress=progress,
         )
     if model.checkpoint.ignored and not quiet:

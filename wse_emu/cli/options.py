@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from wse_emu.foundation.precision import FLOAT32, Precision
 from wse_emu.foundation.wafer_spec import WSE2, WSE3, WaferSpec
 
 if TYPE_CHECKING:
@@ -45,6 +46,15 @@ class StreamExperts(StrEnum):
     ALL = "all"
 
 
+class NumberFormat(StrEnum):
+    """Formats in which ``--dtype`` and ``--kv-dtype`` store numbers."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    CB16 = "cb16"
+
+
 class Placing(NamedTuple):
     """Where and how a model runs, as the options say."""
 
@@ -54,6 +64,7 @@ class Placing(NamedTuple):
     executor: Executor = Executor.BATCHED
     stream_experts: StreamExperts = StreamExperts.ACTIVATED
     prefill_chunk: int | None = None
+    precision: Precision = FLOAT32
 
 
 _SHIPPED = "without it, the small model that ships with the package"
@@ -75,6 +86,11 @@ Rows = Annotated[
 Cols = Annotated[int | None, typer.Option("--cols", metavar="N", min=1, help="Columns of cores; alone: a square.")]
 Wafer = Annotated[WaferName, typer.Option("--wafer", help="Which wafer's limits apply.")]
 Execution = Annotated[Executor, typer.Option("--executor", help=_EXECUTORS)]
+Dtype = Annotated[
+    NumberFormat,
+    typer.Option("--dtype", help="Format in which activations are stored; sums are float32. cb16: 6 exponent bits, 9 of the mantissa."),
+]
+KvDtype = Annotated[NumberFormat | None, typer.Option("--kv-dtype", help="Format of keys and values; by default as --dtype.")]
 Temperature = Annotated[
     float | None,
     typer.Option("--temperature", metavar="T", help="Sample at this temperature; 0, or no sampling option at all: take the most probable."),
@@ -111,6 +127,11 @@ DenseLayers = Annotated[
     str | None, typer.Option("--dense-layers", metavar="LIST", help="With --window: layers that see every key, as 0,5,31.")
 ]
 Clear = Annotated[bool, typer.Option("--clear", help="Remove everything listed; it is made again when needed.")]
+
+
+def precision(dtype: NumberFormat, kv_dtype: NumberFormat | None) -> Precision:
+    """Formats as asked for."""
+    return Precision(dtype=dtype.value, kv_dtype=None if kv_dtype is None else kv_dtype.value)
 
 
 def grid(rows: int | None, cols: int | None) -> tuple[int | None, int | None]:

@@ -15,9 +15,10 @@ from wse_emu.cli import options
 from wse_emu.cli.describe import JSON_SCHEMA, header, sampling_text, what_and_where
 from wse_emu.cli.exits import Exit
 from wse_emu.cli.load import Request, load, read_request
-from wse_emu.cli.options import Executor, Placing, StreamExperts, WaferName
+from wse_emu.cli.options import Executor, NumberFormat, Placing, StreamExperts, WaferName
 from wse_emu.cli.tokens import TextStream
 from wse_emu.foundation.errors import StoreError
+from wse_emu.foundation.precision import FLOAT32, Precision
 from wse_emu.foundation.units import counted
 from wse_emu.sampling import Sampler
 
@@ -34,6 +35,7 @@ class Outcome:
     request: Request
     model: WaferModel
     sampler: Sampler
+    precision: Precision = FLOAT32
     ids: list[int] = field(default_factory=list)
     """The continuation, without the prompt."""
     text: str | None = None
@@ -66,7 +68,7 @@ class Outcome:
         return {
             "schema": JSON_SCHEMA,
             "command": "run",
-            **what_and_where(self.request, self.model.wafer, self.sram),
+            **what_and_where(self.request, self.model.wafer, self.sram, self.precision),
             "sampling": asdict(self.sampler),
             "generated": {"text": self.text, "ids": self.ids},
             "ledger": {"by": ["stage", "kind"], "totals": self.totals},
@@ -90,6 +92,8 @@ def run(
     seed: options.Seed = 0,
     stream_experts: options.Streamed = StreamExperts.ACTIVATED,
     prefill_chunk: options.PrefillChunk = None,
+    dtype: options.Dtype = NumberFormat.FLOAT32,
+    kv_dtype: options.KvDtype = None,
     verify: options.Verify = True,
     as_json: options.Json = False,
     ledger: options.LedgerFile = None,
@@ -105,12 +109,12 @@ def run(
         if file is not None:
             check_output_file(option, file)
     request = read_request(model, prompt, ids)
-    placing = Placing(rows, cols, wafer, executor, stream_experts, prefill_chunk)
+    placing = Placing(rows, cols, wafer, executor, stream_experts, prefill_chunk, options.precision(dtype, kv_dtype))
     started = time.perf_counter()
     loaded = load(request, placing, new_tokens=max_new_tokens, verify=verify, quiet=as_json)
-    outcome = Outcome(request, loaded, sampler, host_seconds={"load": time.perf_counter() - started})
+    outcome = Outcome(request, loaded, sampler, placing.precision, host_seconds={"load": time.perf_counter() - started})
     if not as_json:
-        print(header(request, loaded.wafer))
+        print(header(request, loaded.wafer, placing.precision))
         print(f"prompt    {counted(len(request.ids), 'token')}, then up to {max_new_tokens} new, {sampling_text(sampler)}\n")
         print(outcome.prompt, end="", flush=True)
     generate(outcome, max_new_tokens, echo=not as_json)

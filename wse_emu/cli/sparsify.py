@@ -13,7 +13,7 @@ from wse_emu.cli import options
 from wse_emu.cli.describe import JSON_SCHEMA, header, model_entry
 from wse_emu.cli.exits import Exit
 from wse_emu.cli.load import load, read_request
-from wse_emu.cli.options import Executor, Placing, WaferName
+from wse_emu.cli.options import Executor, NumberFormat, Placing, WaferName
 
 if TYPE_CHECKING:
     from wse_emu.model import WaferModel
@@ -35,6 +35,8 @@ def sparsify(
     cols: options.Cols = None,
     wafer: options.Wafer = WaferName.WSE3,
     prefill_chunk: options.PrefillChunk = None,
+    dtype: options.Dtype = NumberFormat.FLOAT32,
+    kv_dtype: options.KvDtype = None,
     plot: Plot = None,
     as_json: options.Json = False,
 ) -> int:
@@ -47,7 +49,7 @@ def sparsify(
     from wse_emu.doctor.sparsify import sparsify as measured
 
     request = read_request(model, prompt, ids)
-    placing = Placing(rows, cols, wafer, Executor.BATCHED, prefill_chunk=prefill_chunk)
+    placing = Placing(rows, cols, wafer, Executor.BATCHED, prefill_chunk=prefill_chunk, precision=options.precision(dtype, kv_dtype))
     loaded = load(request, placing, new_tokens=0, verify=False, quiet=as_json)
     report = measured(request.spec.num_layers, keep_dense, lambda sparse: _measure(loaded, request.ids, sparse, window, sinks))
     if plot is not None:
@@ -57,7 +59,7 @@ def sparsify(
         document = {"schema": JSON_SCHEMA, "command": "sparsify", "model": model_entry(request.path, request.spec), **asked}
         print(json.dumps({**document, "sparsify": report.to_dict()}))
     else:
-        print(header(request, loaded.wafer))
+        print(header(request, loaded.wafer, placing.precision))
         print(f"\n{report}")
     return Exit.OK
 
@@ -75,4 +77,4 @@ def _measure(model: WaferModel, ids: list[int], sparse: tuple[int, ...], window:
     tried = WaferModel(model.checkpoint, model.store, model.wafer, None, model.prefill_chunk, model.options, spec)
     tokens = np.array(ids, np.int64)
     loss = next_token_loss(tried(tokens).logits[0], tokens)
-    return loss, kv_bytes(spec, model.wafer.spec, model.wafer.rows, model.wafer.cols, [len(ids)])
+    return loss, kv_bytes(spec, model.wafer.spec, model.wafer.rows, model.wafer.cols, [len(ids)], model.options)

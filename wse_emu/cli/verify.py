@@ -8,7 +8,7 @@ from wse_emu.cli import options
 from wse_emu.cli.describe import JSON_SCHEMA, header, what_and_where
 from wse_emu.cli.exits import Exit
 from wse_emu.cli.load import load, read_request
-from wse_emu.cli.options import Executor, Placing, WaferName
+from wse_emu.cli.options import Executor, NumberFormat, Placing, WaferName
 
 
 def verify(
@@ -20,6 +20,8 @@ def verify(
     wafer: options.Wafer = WaferName.WSE3,
     executor: options.Execution = Executor.BATCHED,
     prefill_chunk: options.PrefillChunk = None,
+    dtype: options.Dtype = NumberFormat.FLOAT32,
+    kv_dtype: options.KvDtype = None,
     as_json: options.Json = False,
 ) -> int:
     """Compare every stage with the dense reference.
@@ -27,13 +29,13 @@ def verify(
     Runs the prompt through the wafer and holds every stage of every layer against a dense float64 forward pass.
     """
     request = read_request(model, prompt, ids)
-    placing = Placing(rows, cols, wafer, executor, prefill_chunk=prefill_chunk)
+    placing = Placing(rows, cols, wafer, executor, prefill_chunk=prefill_chunk, precision=options.precision(dtype, kv_dtype))
     loaded = load(request, placing, new_tokens=0, verify=True, quiet=as_json)
     if not as_json:
-        print(header(request, loaded.wafer), flush=True)
+        print(header(request, loaded.wafer, placing.precision), flush=True)
     report = loaded.verify([request.ids])
     if as_json:
-        where = what_and_where(request, loaded.wafer, loaded.wafer.sram.high_water_map)
+        where = what_and_where(request, loaded.wafer, loaded.wafer.sram.high_water_map, placing.precision)
         print(json.dumps({"schema": JSON_SCHEMA, "command": "verify", **where, "verification": report.to_dict()}))
     else:
         print(f"\n{report}")

@@ -32,7 +32,7 @@ def attention_block(run: ForwardPass, x: PlacedTensor) -> None:
         part.layer = run.layer
         if run.result.taps is not None:
             part.result.taps = TapRecord(part.sequences.slot, part.sequences.positions, part.token_ids)
-        with run.wafer.empty("tile of the residual stream", part.place) as own, ExitStack() as stack:
+        with run.empty("tile of the residual stream", part.place) as own, ExitStack() as stack:
             with run.scope("attention_tile"):
                 move_tokens(run.wafer, x, run.bands, tile.first, own, part.bands, 0, n)
                 _place_tables(run, tile, stack)
@@ -65,9 +65,9 @@ def _attention_block(run: ForwardPass, x: PlacedTensor) -> None:
     prefix, rows, n, chunk = layer_prefix(layer), run.place.axis0, bands.n_tokens, run.options.piece
     with ExitStack() as stack:
         qkv = stack.enter_context(
-            wafer.empty("queries, keys and values", wafer.placement((n, heads.qkv.total), rows, ("col", heads.qkv)))
+            run.empty("queries, keys and values", wafer.placement((n, heads.qkv.total), rows, ("col", heads.qkv)))
         )
-        with wafer.empty("normalised", run.place) as normal:
+        with run.empty("normalised", run.place) as normal:
             run.norm("attn_norm", x, normal, "attention_norm")
             if spec.latent is None:
                 _project(run, normal, qkv)
@@ -78,7 +78,7 @@ def _attention_block(run: ForwardPass, x: PlacedTensor) -> None:
         with run.scope("kv_cache"):
             run.cache.append(layer, qkv, run.sequences, bands)
         context = stack.enter_context(
-            wafer.empty("attention context", wafer.placement((n, heads.context.total), rows, ("col", heads.context)))
+            run.empty("attention context", wafer.placement((n, heads.context.total), rows, ("col", heads.context)))
         )
         with run.scope("attention"):
             record = run.result.taps
@@ -98,9 +98,9 @@ def _attention_block(run: ForwardPass, x: PlacedTensor) -> None:
         if spec.latent is not None:
             n_values, split = spec.num_heads * spec.value_dim, value_units(run).scaled(2 * spec.num_heads)
             mixed = context
-            context = stack.enter_context(wafer.empty("values of all heads", wafer.placement((n, n_values), rows, ("col", split))))
+            context = stack.enter_context(run.empty("values of all heads", wafer.placement((n, n_values), rows, ("col", split))))
             latent_values(run, mixed, context)
-        with wafer.empty("attention output", run.place) as y:
+        with run.empty("attention output", run.place) as y:
             with run.scope("attention_out"):
                 w_o = weights.matrix(prefix + "w_o", spec.num_heads * spec.value_dim, spec.hidden_size)
                 matmul(wafer, context, w_o, y, bands, chunk=chunk)

@@ -10,7 +10,7 @@ import numpy as np
 from wse_emu.engine.forward_pass import ForwardPass
 from wse_emu.foundation.weights import layer_prefix
 from wse_emu.layers.assigned_routing import assign
-from wse_emu.layers.elementwise import gate_rows
+from wse_emu.layers.elementwise import COPY, gate_rows
 from wse_emu.layers.ffn import Experts, ExpertTaps, dense_ffn, experts_ffn, experts_together
 from wse_emu.layers.router import Routing, report_chosen, route
 from wse_emu.memoryx.prefetch import LayerStream
@@ -21,9 +21,11 @@ def ffn_block(run: ForwardPass, x: PlacedTensor, stream: LayerStream) -> None:
     """``x = x + ffn(norm(x))``, dense or a mixture of experts."""
     wafer, spec, layer, weights = run.wafer, run.spec, run.current_layer, run.weights
     prefix = layer_prefix(layer)
-    with wafer.empty("normalised", run.place) as normal, wafer.empty("ffn output", run.place) as y:
+    moe = spec.is_moe_layer(layer)
+    # A sum over experts is float32 until its last term.
+    room = wafer.empty("ffn output", run.place) if moe else run.empty("ffn output", run.place)
+    with run.empty("normalised", run.place) as normal, room as y:
         run.norm("ffn_norm", x, normal, "ffn_norm")
-        moe = spec.is_moe_layer(layer)
         scope = "experts" if moe else "ffn"
         if moe:
             _experts(run, normal, y, stream)
@@ -34,6 +36,9 @@ def ffn_block(run: ForwardPass, x: PlacedTensor, stream: LayerStream) -> None:
                     probe=run.tap if run.result.taps is not None else None,
                 )  # fmt: skip
         with run.scope(scope):
+            if y.stored != normal.stored:  # what the experts read is done with
+                wafer.launch(COPY, x=y, out=normal)
+                y = normal
             run.tap("ffn_out", y)
         run.join(x, y, "ffn_after_norm", "layer_out", scope)
 

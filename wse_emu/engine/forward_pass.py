@@ -19,7 +19,7 @@ from wse_emu.layers.layer_norm import layer_norm
 from wse_emu.layers.norm import add_residual, rms_norm
 from wse_emu.layers.router import Routing
 from wse_emu.memoryx.layout import qkv_to_published
-from wse_emu.wafer.placement import Ints, Split, TokenBands
+from wse_emu.wafer.placement import Ints, Placement, Split, TokenBands
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.wafer import Wafer
 
@@ -108,6 +108,10 @@ class ForwardPass:
             tiles.append(AttentionTile(tile, first))
         return tiles
 
+    def empty(self, name: str, placement: Placement) -> PlacedTensor:
+        """Room for what a stage stores, in the format of activations."""
+        return self.wafer.empty(name, placement, stored=self.options.precision.stored)
+
     @property
     def current_layer(self) -> int:
         """Layer that runs."""
@@ -157,7 +161,7 @@ class ForwardPass:
         """``x = x + y``, the output of half a layer, normalised and scaled before where the model does that."""
         with ExitStack() as stack:
             if self.spec.norm.after:
-                normal = stack.enter_context(self.wafer.empty("normalised output", self.place))
+                normal = stack.enter_context(self.empty("normalised output", self.place))
                 self.norm(after_norm, y, normal, after_norm)
                 y = normal
             with self.scope(scope):

@@ -16,6 +16,7 @@ from wse_emu.engine.routing_trace import RoutingTrace
 from wse_emu.engine.weights import ModelWeights
 from wse_emu.foundation.errors import SpecError
 from wse_emu.foundation.model_spec import ModelSpec
+from wse_emu.foundation.precision import half_of
 from wse_emu.foundation.taps import TapRecord
 from wse_emu.layers.edges import logits
 from wse_emu.layers.heads import HeadLayout
@@ -63,7 +64,8 @@ class Engine:
     def new_cache(self, capacity: Sequence[int] | Ints) -> KVCache:
         """Key/value cache for sequences of at most `capacity` tokens each."""
         patterns = [self.spec.pattern(layer) for layer in range(self.spec.num_layers)]
-        return KVCache(self.wafer, self.heads, self.spec.num_layers, np.asarray(capacity, np.int64), patterns)
+        stored = half_of(self.options.precision.kv)
+        return KVCache(self.wafer, self.heads, self.spec.num_layers, np.asarray(capacity, np.int64), patterns, stored=stored)
 
     def forward(
         self, token_ids: Ints, sequences: Sequences, cache: KVCache, wanted: Ints,
@@ -136,7 +138,7 @@ class Engine:
 def _execute(run: ForwardPass, token_ids: Ints, wanted: Ints, stream: LayerStream, stack: ExitStack) -> None:
     """Embedding, layers, head."""
     wafer, spec, weights, ledger = run.wafer, run.spec, run.weights, run.wafer.ledger
-    x = stack.enter_context(wafer.empty("residual stream", run.place))
+    x = stack.enter_context(run.empty("residual stream", run.place))
     with ledger.scope("embedding"):
         wafer.inject(x, None if wafer.is_dry else weights.store.embed(token_ids))
         kinds = {spec.rotates_locally(i) for i in range(spec.num_layers) if spec.rotates(i)}
@@ -155,7 +157,7 @@ def _execute(run: ForwardPass, token_ids: Ints, wanted: Ints, stream: LayerStrea
             ffn_block(run, x, stream)
         run.note_hidden(x)
     run.layer = None
-    with stream.layer(weights.head_names, weights.layer_names(0)), wafer.empty("normalised", run.place) as normal:
+    with stream.layer(weights.head_names, weights.layer_names(0)), run.empty("normalised", run.place) as normal:
         run.norm("final_norm", x, normal, "final_norm")
         with ledger.scope("lm_head"):
             head = weights.matrix("lm_head", spec.hidden_size, spec.vocab_size)

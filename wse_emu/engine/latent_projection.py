@@ -80,7 +80,7 @@ def _published(run: ForwardPass, x: PlacedTensor, n_slots: int, *, rotary: bool 
 
 
 def _place(run: ForwardPass, name: str, n: int, split: Split, stack: ExitStack) -> PlacedTensor:
-    return stack.enter_context(run.wafer.empty(name, run.wafer.placement((run.bands.n_tokens, n), run.place.axis0, ("col", split))))
+    return stack.enter_context(run.empty(name, run.wafer.placement((run.bands.n_tokens, n), run.place.axis0, ("col", split))))
 
 
 def _product(run: ForwardPass, x: PlacedTensor, weight: str, out: PlacedTensor) -> None:

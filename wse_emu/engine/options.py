@@ -1,4 +1,4 @@
-"""How a model's program is run; no option changes a value of the result."""
+"""How a model's program is run; of all options only `precision` changes values of the result."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from wse_emu.foundation.arguments import show
 from wse_emu.foundation.errors import InputError, SpecError
+from wse_emu.foundation.precision import FLOAT32, Precision
 from wse_emu.layers.ffn import MoeImplementation
 from wse_emu.layers.linear import DEFAULT_CHUNK
 
@@ -17,7 +18,7 @@ CHUNKS = (DEFAULT_CHUNK, 16, 8, 4, 2)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineOptions:
-    """How the program is run; no option changes a value of the result."""
+    """How the program is run; of all options only `precision` changes values of the result."""
 
     stream_experts: StreamExperts = "activated"
     """Stream only experts that some token chose, or all."""
@@ -33,7 +34,12 @@ class EngineOptions:
     """Batch tiling on attention: sequences of the batch that go through attention together; None is all. Experts still see all tokens at
     once. A smaller tile needs less SRAM in attention, and streams its weights once for each tile. It must divide the batch."""
 
+    precision: Precision = FLOAT32
+    """Number formats of what lies in SRAM."""
+
     def __post_init__(self) -> None:
+        if not isinstance(self.precision, Precision):
+            raise SpecError(f"`precision` must be a Precision, got {show(self.precision)}")
         if not isinstance(self.stream_experts, str) or self.stream_experts not in ("activated", "all"):
             raise SpecError(f"`stream_experts` must be 'activated' or 'all', got {show(self.stream_experts)}")
         if self.moe_implementation not in get_args(MoeImplementation):

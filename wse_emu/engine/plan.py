@@ -21,6 +21,7 @@ from wse_emu.foundation.arguments import show
 from wse_emu.foundation.attention_pattern import AttentionPattern
 from wse_emu.foundation.errors import InputError, SpecError, SramOverflowError
 from wse_emu.foundation.model_spec import ModelSpec
+from wse_emu.foundation.precision import half_of
 from wse_emu.foundation.wafer_spec import WSE3, WaferSpec
 from wse_emu.layers.kv_cache import KVCache, Sequences
 from wse_emu.wafer.sram import SramMap
@@ -103,8 +104,9 @@ def peak_sram(spec: ModelSpec, wafer_spec: WaferSpec, rows: int, cols: int, work
     patterns = [spec.pattern(i) for i in range(spec.num_layers)]
     kinds = [_kind(spec, i) for i in range(spec.num_layers)]
     firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    stored = half_of(options.precision.kv)
     for new in work.passes:
-        cache = KVCache(wafer, engine.heads, spec.num_layers, np.array(work.capacity, np.int64), patterns, aliases=firsts)
+        cache = KVCache(wafer, engine.heads, spec.num_layers, np.array(work.capacity, np.int64), patterns, aliases=firsts, stored=stored)
         sequences = sequences_of([s for s, _ in new], [n for _, n in new], [work.capacity[s] - n for s, n in new])
         trace = None
         if spec.is_moe:
@@ -228,7 +230,7 @@ def plan_model(
     chunks = Counter(n for ((_, n),) in prompt_chunks((prompt_tokens,), prefill_chunk))
     bytes_prefill = sum(times * _stream_bytes(spec, batch * n, options) for n, times in chunks.items())
     bytes_token = _stream_bytes(spec, batch, options)
-    held = kv_bytes(spec, wafer_spec, rows, cols, [prompt_tokens + new_tokens] * batch)
+    held = kv_bytes(spec, wafer_spec, rows, cols, [prompt_tokens + new_tokens] * batch, options)
     longest = _max_context(spec, wafer_spec, rows, cols, prompt_tokens, batch, prefill_chunk, options)
     try:
         settled, lies = settle(spec, wafer_spec, rows, cols, work, options)
@@ -250,10 +252,12 @@ def plan_model(
     )  # fmt: skip
 
 
-def kv_bytes(spec: ModelSpec, wafer_spec: WaferSpec, rows: int, cols: int, lengths: Sequence[int]) -> int:
+def kv_bytes(
+    spec: ModelSpec, wafer_spec: WaferSpec, rows: int, cols: int, lengths: Sequence[int], options: EngineOptions | None = None
+) -> int:
     """Bytes of the keys and values that sequences of these lengths leave on a grid, by the cache's own count, whether they fit or not."""
     wafer = Wafer(replace(wafer_spec, sram_bytes_per_core=1 << 48), rows=rows, cols=cols, executor="dry")
-    cache = shape_engine(wafer, spec).new_cache(np.array(lengths, np.int64))
+    cache = shape_engine(wafer, spec, options).new_cache(np.array(lengths, np.int64))
     cache.advance(sequences_of(list(range(len(lengths))), list(lengths), [0] * len(lengths)))
     return cache.n_bytes
 

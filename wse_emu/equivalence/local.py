@@ -1,4 +1,4 @@
-"""Each stage's formula in float64, applied to the inputs that the run itself had, with the bound that float32 must keep."""
+"""Each stage's formula in float64, applied to the inputs that the run itself had, with the bound that the run must keep."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from scipy.special import expit
 from wse_emu.equivalence import local_latent, tolerance
 from wse_emu.equivalence.local_latent import latent_stage
 from wse_emu.equivalence.routing_bounds import expert_weights_bound, together_scores
-from wse_emu.equivalence.stages import attended, inputs_of, of_heads
+from wse_emu.equivalence.stages import attended, inputs_of, is_stored, of_heads
 from wse_emu.foundation.model_spec import ModelSpec
+from wse_emu.foundation.precision import FLOAT32, Precision
 from wse_emu.foundation.taps import TapRecord
 from wse_emu.reference import formulas, rotary, routing, tensors
+from wse_emu.reference.storage import rounded
 from wse_emu.reference.weights import PublishedWeights
 
 F64 = NDArray[np.float64]
@@ -32,10 +34,15 @@ class StageLocal:
         Stages of the right shape and dtype only.
     read : callable
         Name to published tensor.
+    precision : Precision
+        Formats in which the run stored its stages, keys and values.
     """
 
-    def __init__(self, record: TapRecord, spec: ModelSpec, read: Callable[[str], NDArray[Any]]) -> None:
+    def __init__(
+        self, record: TapRecord, spec: ModelSpec, read: Callable[[str], NDArray[Any]], precision: Precision = FLOAT32
+    ) -> None:
         self._record = record
+        self._precision = precision
         self._spec = spec
         self._read = read
         self._weights = PublishedWeights(spec, read, np.dtype(np.float64))
@@ -46,8 +53,22 @@ class StageLocal:
     def check(self, layer: int | None, name: str) -> Bounded:
         """Expected value and bound of one stage ("topk_ids" excepted: those are compared as sets, see `routing`).
 
-        All of the stage's inputs must be in the record.
+        All of the stage's inputs must be in the record. What is exact before it is stored must be exact after.
         """
+        value, bound = self._computed(layer, name)
+        return self._stored(value, bound) if is_stored(name) else (value, bound)
+
+    def _stored(self, value: F64, bound: F64) -> Bounded:
+        """What is known to `bound`, after it was stored."""
+        dtype = self._precision.dtype
+        if dtype == "float32":
+            return value, bound
+        if not bound.any():
+            return rounded(value, dtype).astype(np.float64), bound
+        return value, tolerance.stored_bound(value, bound, dtype)
+
+    def _computed(self, layer: int | None, name: str) -> Bounded:
+        """The same before the stage's last write."""
         spec = self._spec
         if name == "embedding":  # a row of the published table, as it is: nothing may differ
             rows = self._read(tensors.embed_tokens(spec).name)[self._record.token_ids]
@@ -78,6 +99,7 @@ class StageLocal:
             role = {"q": "w_q", "k": "w_k", "v": "w_v", "attn_out": "w_o", "router_logits": "router", "shared_gate": "shared_gate"}[name]
             value, bound = self._linear(x, tensors.layer_tensor(spec, layer, role))
             if spec.biases.out if name == "attn_out" else spec.biases.qkv and name in ("q", "k", "v"):
+                bound = self._stored(value, bound)[1]  # the product is written, then the sum
                 value = value + self._weights.layer(layer, "b_" + role[2:])
                 bound = bound + tolerance.add_bound(np.abs(value) + bound)
             if role == "router" and spec.routing.router_use_bias:
@@ -89,6 +111,9 @@ class StageLocal:
             return self._after_projection(layer, name, x)
         if name in ("attn_residual", "layer_out"):
             scale = spec.scales.residual
+            if scale == 1 and self._precision.dtype != "float32":  # one sum of float32 numbers: nothing may differ
+                exact = (x.astype(np.float32) + inputs[1].astype(np.float32)).astype(np.float64)
+                return exact, np.zeros_like(exact)
             total = x + scale * inputs[1]
             return total, tolerance.add_bound(total) if scale == 1 else tolerance.scaled_add_bound(total, scale * inputs[1])
         if name == "router_scores":
@@ -122,8 +147,12 @@ class StageLocal:
         weight, added = self._weights.norm(layer, name), self._weights.norm_bias(layer, name)
         bias = None if added is None else added.astype(np.float64)
         eps = self._spec.rms_norm_eps
-        bound = tolerance.layer_norm_bound(x, weight.astype(np.float64), eps, bias)
-        return formulas.layer_norm(x, weight, bias, eps).astype(np.float64), bound
+        value = formulas.layer_norm(x, weight, None, eps).astype(np.float64)
+        bound = tolerance.layer_norm_bound(x, weight.astype(np.float64), eps)
+        if bias is None:
+            return value, bound
+        bound = self._stored(value, bound)[1]  # written, then the bias is added
+        return value + bias, bound + tolerance.add_bound(np.abs(value + bias) + bound)
 
     def _rms_norm(self, x: F64, layer: int | None, name: str) -> Bounded:
         norm = formulas.rms_norm(x, self._weights.norm(layer, name), self._spec.rms_norm_eps).astype(np.float64)
@@ -184,7 +213,7 @@ class StageLocal:
         if not self._spec.routing.probability_before_ffn:
             return x[at[0]]
         product: NDArray[np.float32] = x[at[0]].astype(np.float32) * self._record.stages[layer, "topk_weights"][at][:, None]
-        return product.astype(np.float64)
+        return rounded(product, self._precision.dtype).astype(np.float64)
 
     def _attend(self, layer: int) -> dict[str, Bounded]:
         """Maximum, denominator and context, each from the stages before it; a stage whose inputs lack a part is not to be asked for."""
@@ -197,6 +226,8 @@ class StageLocal:
             v = self._own(layer, of_v)
         else:
             q, k, v = local_latent.attended(self._record, layer)
+        k = rounded(k, self._precision.kv).astype(np.float64)
+        v = v if v is None else rounded(v, self._precision.kv).astype(np.float64)
         group, scale = spec.num_heads // spec.cached_heads, spec.attention_scale
         sinks = self._vector(layer, "sinks") if spec.attn_sinks else None
         shapes = {"attn_max": q.shape[:2], "attn_denominator": q.shape[:2], "attn_context": (*q.shape[:2], 0 if v is None else v.shape[2])}

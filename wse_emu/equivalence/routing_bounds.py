@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from wse_emu.equivalence.tolerance import EXP_ERROR, SMALLEST_NORMAL, U
 from wse_emu.foundation.routing_rule import RoutingRule
 from wse_emu.reference import routing
+from wse_emu.reference.storage import rounded
 
 Floats = NDArray[np.floating[Any]]
 
@@ -78,7 +79,7 @@ def together_scores(
     logits: Floats, together: NDArray[np.int64], rule: RoutingRule, correction: Floats | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Scores for the choice where tokens meet, from exact `logits` (T, E), and what float32 may make of them."""
-    used = logits if rule.router_fp32 else routing.rounded(logits, rule.selection_dtype)
+    used = logits if rule.router_fp32 else rounded(logits, rule.selection_dtype)
     kind = rule.router_selection_nonlinearity
     if kind == "sinkhorn":
         exact, error = routing.sinkhorn(used, together, rule.sinkhorn_n_iters), np.zeros_like(used)
@@ -123,8 +124,8 @@ def _through_rounding(value: Floats, error: Floats, dtype: str) -> tuple[Floats,
     """Values and errors after rounding to a format: none where both ends round alike, else the distance of what they round to."""
     if dtype == "float32":
         return value, error
-    middle = routing.rounded(value, dtype)
-    high, low = routing.rounded(value + error, dtype), routing.rounded(value - error, dtype)
+    middle = rounded(value, dtype)
+    high, low = rounded(value + error, dtype), rounded(value - error, dtype)
     return middle, np.maximum(high - middle, middle - low)
 
 
@@ -189,7 +190,7 @@ def expert_weights_bound(logits: Floats, ids: NDArray[np.int64], rule: RoutingRu
 
 def _raw_error(logits: Floats, ids: NDArray[np.int64], raw: Floats, rule: RoutingRule) -> Floats:
     """Error of the chosen scores before they are divided, (T, k)."""
-    used = logits if rule.router_fp32 else routing.rounded(logits, rule.selection_dtype)
+    used = logits if rule.router_fp32 else rounded(logits, rule.selection_dtype)
     kind = rule.expert_weighting_nonlinearity
     if kind == "softmax_topk":
         chosen = np.take_along_axis(used, ids, axis=1)

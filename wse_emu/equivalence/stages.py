@@ -63,6 +63,20 @@ HIDDEN = frozenset(
 """Stages whose last axis is the hidden one."""
 
 
+FLOAT32_STAGES = frozenset(
+    (
+        "attn_max", "attn_denominator", "router_logits", "router_scores", "topk_weights", "shared_out", "shared_gate", "expert_out",
+        "logits",
+    )
+)  # fmt: skip
+"""Stages whose values are float32 whatever activations are stored in: sums that are not whole yet, and what leaves the wafer."""
+
+
+def is_stored(name: str) -> bool:
+    """Whether a stage's values are stored in the format of activations."""
+    return name not in FLOAT32_STAGES and name != "topk_ids"
+
+
 def expected_stages(spec: ModelSpec) -> list[Stage]:
     """Every stage of a forward pass, in the order in which they run."""
     out: list[Stage] = [(None, "embedding")]

@@ -5,6 +5,8 @@ behave like a random walk (Higham and Mary, "A new approach to probabilistic rou
 so ``sqrt(n)`` replaces the proven ``n``; the factor 2 is their ``lambda``. For data that an adversary may choose, such as Hypothesis',
 `proven_sum_bound` holds without exception. Every function below adds to this only what its formula adds: one ``u`` for one rounding.
 
+What a stage stores in a format of 16 bits is rounded once more where SRAM is written: `stored_bound`.
+
 All bounds are for one stage applied to the inputs that the run itself had, so no error of an earlier stage enters.
 """
 
@@ -15,6 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
+
+from wse_emu.foundation.precision import DType
+from wse_emu.reference.storage import smallest, unit_roundoff
 
 U = 2.0**-24
 """Unit roundoff of float32."""
@@ -182,6 +187,17 @@ def add_bound(total: F64) -> F64:
     """Bound of one addition of two float32 numbers whose exact sum is `total`: one rounding (and float64's own)."""
     bound: F64 = (U + 2.0**-52) * np.abs(total)
     return bound
+
+
+def stored_bound(value: F64, bound: F64, dtype: DType) -> F64:
+    """Bound of `value`, computed to `bound`, once it is rounded to a format: one rounding of what was computed.
+
+    That is half a step: the unit roundoff of its size or, where it is below the smallest normal number, half the smallest one.
+    """
+    if dtype == "float32":
+        return bound
+    rounded: F64 = bound + unit_roundoff(dtype) * (np.abs(value) + bound) + smallest(dtype) / 2
+    return rounded
 
 
 def scaled_add_bound(total: F64, added: F64) -> F64:

@@ -12,11 +12,13 @@ from wse_emu.equivalence import tolerance
 from wse_emu.equivalence.local import StageLocal
 from wse_emu.equivalence.report import Failure, RoutingSummary, StageCheck, VerifyReport
 from wse_emu.equivalence.routing import LayerRouting, judge_assigned, judge_routing, judge_together
-from wse_emu.equivalence.stages import core_of, expected_stages, expert_of, inputs_of, stage_dtype, stage_shape
+from wse_emu.equivalence.stages import core_of, expected_stages, expert_of, inputs_of, is_stored, stage_dtype, stage_shape
 from wse_emu.foundation.errors import InputError
 from wse_emu.foundation.model_spec import ModelSpec
+from wse_emu.foundation.precision import FLOAT32, Precision
 from wse_emu.foundation.taps import Stage, TapRecord
 from wse_emu.reference import DenseReference
+from wse_emu.reference.storage import rounded, unit_roundoff
 
 TWIN_FACTOR = 8.0
 """How many times the worst error of the naive float32 twin a run may reach end to end.
@@ -58,12 +60,16 @@ class _LayerReader:
         return self._kept[name]
 
 
-def verify_record(record: TapRecord, spec: ModelSpec, read: Callable[[str], NDArray[Any]], *, end_to_end: bool = True) -> VerifyReport:
+def verify_record(
+    record: TapRecord, spec: ModelSpec, read: Callable[[str], NDArray[Any]], *, end_to_end: bool = True, precision: Precision = FLOAT32
+) -> VerifyReport:
     """Hold every stage of a run against the float64 reference.
 
-    1. Structure: the stages of the model, no other; shape, dtype, finite; expert ids valid and distinct.
+    1. Structure: the stages of the model, no other; shape, dtype, finite; expert ids valid and distinct; what is stored in a format of 16
+       bits holds nothing else.
     2. Stage by stage: the stage's formula in float64, applied to the inputs that the run itself had, so that no earlier error enters.
-       What float32 may lose there is derived in `wse_emu.equivalence.tolerance`. An embedding is a look-up and must be exact.
+       What float32 may lose there, and the rounding of what is stored, is derived in `wse_emu.equivalence.tolerance`. An embedding is a
+       look-up and must be exact; so must, where 16 bits are stored, the plain sum of two stages.
     3. Routing: the experts of a token must be the highest of the run's own router logits, descending, equal ones by lowest id. A set that
        differs from float64's is excused only where the scores are closer than their tolerance (`judge_routing`). Where tokens meet, the
        scores that are compared are a stage of their own, and the decision must be exactly what the rule makes of them.
@@ -76,6 +82,8 @@ def verify_record(record: TapRecord, spec: ModelSpec, read: Callable[[str], NDAr
         Tokens ordered by (sequence, position), every sequence complete from position 0.
     read : callable
         ``read(name)`` returns a published tensor (Hugging Face name, ``[out, in]``). Each is asked for once, layer by layer.
+    precision : Precision
+        Formats in which the run stored its stages, keys and values: bounds follow them, and the naive twin stores what the run stores.
 
     Raises
     ------
@@ -84,25 +92,29 @@ def verify_record(record: TapRecord, spec: ModelSpec, read: Callable[[str], NDAr
     """
     _check_tokens(record, spec)
     with np.errstate(all="ignore"):  # what is not finite is named by the structure check
-        return _Verification(record, spec, read, end_to_end).report()
+        return _Verification(record, spec, read, end_to_end, precision).report()
 
 
 class _Verification:
     """One verification: its checks as they come."""
 
-    def __init__(self, record: TapRecord, spec: ModelSpec, read: Callable[[str], NDArray[Any]], end_to_end: bool) -> None:
+    def __init__(
+        self, record: TapRecord, spec: ModelSpec, read: Callable[[str], NDArray[Any]], end_to_end: bool, precision: Precision
+    ) -> None:
         self._record = record
+        self._precision = precision
+        self._u = unit_roundoff(precision.dtype)
         self._spec = spec
         self._read = _LayerReader(read)
         self._expected = expected_stages(spec)
         self._usable: dict[Stage, NDArray[Any]] = {}
         self._structure = self._check_structure()
         self._usable_record = TapRecord(record.seq, record.pos, record.token_ids, self._usable, pass_of_token=record.pass_of_token)
-        self._local = StageLocal(self._usable_record, spec, self._read)
+        self._local = StageLocal(self._usable_record, spec, self._read, precision)
         self._end_to_end = end_to_end
         self._copies = max(2, -(-TWIN_TOKENS // len(record.seq)))
         self._checks: list[StageCheck] = []
-        self._notes: list[str] = []
+        self._notes: list[str] = [] if precision == FLOAT32 else [f"stored in {precision}; bounds follow that"]
         self._routing: list[LayerRouting] = []
 
     def report(self) -> VerifyReport:
@@ -145,10 +157,10 @@ class _Verification:
                 self._notes.append("end to end: experts' weights are replayed with the choices: under this rule they jump")
         r, copies = self._record, self._copies
         n_tokens = len(r.seq)
-        nudge = 1 + np.random.default_rng(0).uniform(-2 * tolerance.U, 2 * tolerance.U, (copies * n_tokens, self._spec.hidden_size))
+        nudge = 1 + np.random.default_rng(0).uniform(-2 * self._u, 2 * self._u, (copies * n_tokens, self._spec.hidden_size))
         nudge[:n_tokens] = 1
         exact = DenseReference(self._spec, self._read).stages(r.token_ids, r.seq, r.pos, routing=routing, routing_weights=shares)
-        twin = DenseReference(self._spec, self._read, dtype=np.float32).stages(
+        twin = DenseReference(self._spec, self._read, dtype=np.float32, precision=self._precision).stages(
             np.tile(r.token_ids, copies),
             np.repeat(np.arange(copies), n_tokens) * (r.seq.max() + 1) + np.tile(r.seq, copies),
             np.tile(r.pos, copies),
@@ -183,6 +195,15 @@ class _Verification:
                 ids = self._usable.get((layer, "topk_ids"))
                 expert, n_failed = expert_of(name, element, ids, token), int((~np.isfinite(value)).sum())
                 out[layer, name] = self._fail(layer, name, f"holds {value[at]}", token, element, expert, n_failed)
+            if is_stored(name):
+                other = np.argwhere(~np.isnan(value) & (rounded(value, self._precision.dtype) != value))
+                if len(other):
+                    token, element = int(other[0][0]), tuple(int(i) for i in other[0][1:])
+                    message = f"holds {value[tuple(other[0])]}, which is no number of {self._precision.dtype}: it was stored unrounded"
+                    ids = self._usable.get((layer, "topk_ids"))
+                    out[layer, name] = self._fail(
+                        layer, name, message, token, element, expert_of(name, element, ids, token), len(other)
+                    )  # fmt: skip
             self._usable[layer, name] = value
         for layer, name in self._record.stages:
             if (layer, name) not in set(self._expected):
@@ -312,7 +333,7 @@ class _Verification:
         size = np.abs(exact).reshape(n_tokens, -1).max(axis=1)
         scale = np.maximum(size, np.median(size))
         worst_naive = (naive_error / np.where(scale > 0, scale, 1)).max()
-        allowed = TWIN_FACTOR * worst_naive * scale + tolerance.sum_bound(number, scale)
+        allowed = TWIN_FACTOR * worst_naive * scale + self._u / tolerance.U * tolerance.sum_bound(number, scale)
         ratio = _ratio(error, allowed)
         token = int(ratio.argmax())
         at = np.unravel_index(int(distance[token].argmax()), exact.shape[1:])

@@ -78,3 +78,7 @@ class TraceError(WseError, ValueError):
 
 class TieError(WseError, ArithmeticError):
     """Equal scores leave a token's experts open, and the routing rule rejects ties."""
+
+
+class NumberOverflowError(WseError, OverflowError):
+    """A stage gives a number that is too large for the format in which it is stored."""

@@ -84,6 +84,7 @@ def attention(
                 plan.admitted.first, plan.admitted.ranges, sequences.first_token, sequences.n_new, base, capacity, k, v, context.flat,
                 m, denominator,
             )  # fmt: skip
+            context.settle()
     wafer.record(*events)
     if not probe:
         return None

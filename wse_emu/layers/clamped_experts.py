@@ -92,5 +92,6 @@ def combine(wafer: Wafer, y: PlacedTensor, selection: Selection, out: PlacedTens
             for col in split.used.tolist():
                 combine_panel = COMBINE_INTO.body
                 combine_panel(panel(y, col, m), selection.rows, selection.scale, 0, panel(out, col, bands.n_tokens))
+            out.settle()
     macs = int(selection.counts.sum()) * split.total
     wafer.record(Event(None, "", "launch", COMBINE_INTO.name, count=int(rows.size * split.used.size), macs=macs))

@@ -15,10 +15,13 @@ from wse_emu.wafer.placement import Split, TokenBands
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.wafer import Wafer
 from wse_kernels.elementwise import add_bias, clip_to, scale_by_sigmoid, soft_cap
+from wse_kernels.storage import copy_to
 
 ADD_BIAS = Kernel(body=add_bias, params=("x", "bias"), inout=("x",), code_bytes=128)
 CLIP = Kernel(body=clip_to, params=("x", "limit"), inout=("x",), code_bytes=128)
 SOFT_CAP = Kernel(body=soft_cap, params=("x", "cap"), inout=("x",), code_bytes=416)
+COPY = Kernel(body=copy_to, params=("x", "out"), out=("out",), code_bytes=96)
+"""Into a tensor of another format it rounds, as every write does."""
 SCALE_BY_SIGMOID = Kernel(body=scale_by_sigmoid, params=("x", "gate"), inout=("x",), code_bytes=352)
 
 

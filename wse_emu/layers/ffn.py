@@ -95,7 +95,7 @@ def dense_ffn(
     """
     width = weights.down.n_in
     place = wafer.placement((bands.n_tokens, width), x.placement.axis0, ("col", Split.balanced(width, wafer.cols)))
-    with wafer.empty("ffn hidden", place) as h:
+    with wafer.empty("ffn hidden", place, stored=x.stored) as h:
         _every_token(wafer, x, weights, h, out, bands, chunk)
         if probe is not None:
             probe("ffn_hidden", h)
@@ -142,7 +142,7 @@ def experts_ffn(
     ----------
     wafer : Wafer
     x, out : PlacedTensor, (T, hidden), float32
-        `out` is written.
+        `out` is written; each expert adds to it, so it should not be of a format of 16 bits. What `x` is stored in, hidden layers are too.
     routing : Routing
     experts : iterable of sequences of (expert id, FfnWeights)
         In ascending order, those together whose weights are there at the same time; must hold every chosen expert.
@@ -166,14 +166,15 @@ def experts_ffn(
     if not begun:
         wafer.launch(FILL_ZERO, x=out)
     complete = False  # on every row of a band
-    with wafer.empty("expert hidden", place) as h:
+    with wafer.empty("expert hidden", place, stored=x.stored) as h:
         with ExitStack() as stack:
             lists = stack.enter_context(_ExpertLists(wafer, routing, bands, n_experts, sorted_once=implementation == "optimized"))
             if implementation == "functional":
                 _mask_every_token(wafer, x, routing, experts, lists, h, out, bands, taps, chunk)
                 return
-            scaled = stack.enter_context(wafer.empty("weighted tokens", x.placement)) if before else None
+            scaled = stack.enter_context(wafer.empty("weighted tokens", x.placement, stored=x.stored)) if before else None
             fused = wafer.cores is None and taps is None and not before and experts_together(bands.n_tokens) > 1
+            fused = fused and h.stored is None  # one driver stores nothing between its products
             for group in experts:
                 if fused and all(weights.clamped is None for _, weights in group):
                     _at_once(wafer, x, group, lists, h, out, bands, chunk)
@@ -292,6 +293,8 @@ def _on_selected(
                     j0, j1 = int(split.starts[col]), int(split.stops[col])
                     panels[name] = tensor.flat[n * j0 : n * j1].reshape(n, j1 - j0)
                 kernel.body(*({**panels, "rows": selection.rows, "scale": selection.scale}[name] for name in kernel.params))
+            for name in (*kernel.out, *kernel.inout):
+                tensors[name].settle()
     macs = int(selection.counts.sum()) * split.total if kernel.macs else 0
     wafer.record(Event(None, "", "launch", kernel.name, count=int(rows.size * split.used.size), macs=macs))
 

@@ -63,6 +63,7 @@ def head_norm(
         mesh_head_norm(
             qkv.flat, bands.n_tokens, heads.units.offsets, heads.queries_per_kv, heads.head_dim // 2, *weights, size, guard
         )  # fmt: skip
+        qkv.settle()
 
 
 def _account(

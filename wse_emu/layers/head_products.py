@@ -43,8 +43,10 @@ def head_products(
     """
     rows = x.placement.axis0
     with (
-        wafer.empty("one head", wafer.placement((bands.n_tokens, weights.n_in), rows, ("col", x_units.scaled(2)))) as own,
-        wafer.empty("product of a head", wafer.placement((bands.n_tokens, weights.n_out), rows, ("col", out_units.scaled(2)))) as product,
+        wafer.empty("one head", wafer.placement((bands.n_tokens, weights.n_in), rows, ("col", x_units.scaled(2))), stored=x.stored) as own,
+        wafer.empty(
+            "product of a head", wafer.placement((bands.n_tokens, weights.n_out), rows, ("col", out_units.scaled(2))), stored=out.stored
+        ) as product,
     ):
         start = len(wafer.ledger)
         for head in range(weights.n_heads):

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from wse_emu.foundation.attention_pattern import FULL, AttentionPattern, keys_below, keys_of, n_keys_of
 from wse_emu.foundation.errors import InputError
+from wse_emu.foundation.precision import HalfType
 from wse_emu.layers.heads import HeadLayout
 from wse_emu.wafer import costs
 from wse_emu.wafer.cores import Block
@@ -34,6 +35,7 @@ from wse_emu.wafer.kernel import Kernel
 from wse_emu.wafer.ledger import Event, NewTokens
 from wse_emu.wafer.placement import Ints, Split, TokenBands
 from wse_emu.wafer.sram import Reservation
+from wse_emu.wafer.storage import HALF_BYTES, overflow, round_in_place
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.traffic import Traffic
 from wse_emu.wafer.wafer import Wafer
@@ -97,6 +99,8 @@ class KVCache:
         Of each layer; by default all keys are kept.
     aliases : sequence of int, optional
         The layers of this cache that passes of fewer layers speak of: their layer i is ``aliases[i]``.
+    stored : {"bfloat16", "float16", "cb16"}, optional
+        Format to which keys and values are rounded where they are stored, in two bytes each; float32 by default.
 
     Raises
     ------
@@ -106,9 +110,13 @@ class KVCache:
 
     def __init__(
         self, wafer: Wafer, heads: HeadLayout, n_layers: int, capacity: Ints, patterns: Seq[AttentionPattern] = (), *,
-        aliases: Seq[int] | None = None,
+        aliases: Seq[int] | None = None, stored: HalfType | None = None,
     ) -> None:  # fmt: skip
         self.wafer = wafer
+        self.stored = stored
+        self._n_bytes = 4 if stored is None else HALF_BYTES
+        self._per_token: Ints = heads.units.sizes * 2 * heads.kv_slots
+        """(n_cols,) numbers of one token on each column of cores."""
         self.heads = heads
         self.capacity = np.asarray(capacity, np.int64)
         self.lengths = np.zeros(self.capacity.size, np.int64)
@@ -147,7 +155,7 @@ class KVCache:
 
     def _allocate(self, layer: int) -> Reservation:
         rows = np.full(self.wafer.rows, int(self._rows[layer].sum()), np.int64)
-        return self.wafer.sram.allocate(f"keys and values of layer {layer}", rows, self.heads.units.sizes * 2 * self.heads.kv_slots, 4)
+        return self.wafer.sram.allocate(f"keys and values of layer {layer}", rows, self._per_token, self._n_bytes)
 
     def _carve(self, layer: int, s: int) -> None:
         """Blocks of one sequence on all cores."""
@@ -157,7 +165,7 @@ class KVCache:
             for row in range(self.wafer.rows):
                 arena = self.wafer.cores.arena(row, col)
                 names = ("keys", "values")[: self.heads.kv_slots]
-                self._blocks[layer][s, row, col] = tuple(arena.allocate(name, shape, np.float32) for name in names)
+                self._blocks[layer][s, row, col] = tuple(arena.allocate(name, shape, np.float32, self.stored) for name in names)
 
     def _resize(self, layer: int, sequences: Sequences, held: Seq[int]) -> None:
         """Make room for so many keys of each of some sequences; what lay in their blocks is elsewhere then."""
@@ -207,7 +215,7 @@ class KVCache:
     def n_bytes(self) -> int:
         """Bytes of the keys and values held now, in all layers."""
         held = {p: sum(n_keys_of(p.held_after(n)) for n in self.lengths.tolist()) for p in set(self._patterns)}
-        return sum(held[p] for p in self._patterns[: len(self._reserved)]) * 2 * self.heads.kv_slots * self.heads.units.total * 4
+        return sum(held[p] for p in self._patterns[: len(self._reserved)]) * int(self._per_token.sum()) * self._n_bytes
 
     def attention_plan(self, sequences: Sequences, pattern: AttentionPattern, make: Callable[[], AttentionPlan]) -> AttentionPlan:
         """What attention over the newest sequences asks for: the same in all layers with one pattern, so made once."""
@@ -274,7 +282,8 @@ class KVCache:
         layer = self._aliases[layer]
         plan = self._plan_append(sequences, bands, self._patterns[layer])
         most = bands.split.max_size  # at most all of a row's tokens leave at one time
-        program = (KVCache.append, self.heads, most) if self._patterns[layer] is FULL else None  # in other layers the cache itself grows
+        grows = self._patterns[layer] is not FULL  # the cache itself, so that no two situations are alike
+        program = None if grows else (KVCache.append, self.heads, self.stored, most)
         with self.wafer.working(program, lambda: self._outgoing(most)):
             if self.wafer.cores is not None:
                 self._shift(layer, sequences, plan.shifts, plan.before, plan.held)
@@ -285,7 +294,7 @@ class KVCache:
                 if not self.wafer.is_dry:
                     k, v, base, cap = self._k[layer], self._v[layer], self._bases[sequences.slot], self.capacity[sequences.slot]
                     mesh_store_kv(
-                        qkv.flat, self.heads.units.offsets, self.heads.queries_per_kv,
+                        self._as_stored(qkv), self.heads.units.offsets, self.heads.queries_per_kv,
                         sequences.first_token, sequences.n_new, sequences.start, base, cap, k, v,
                     )  # fmt: skip
         self.wafer.record(plan.stored)
@@ -293,9 +302,25 @@ class KVCache:
     @contextmanager
     def _outgoing(self, n_tokens: int) -> Iterator[None]:
         """Hold the code and the room that keys and values of so many tokens of a row take on their way."""
-        rows, cols = np.full(self.wafer.rows, n_tokens), self.heads.units.sizes * 2 * self.heads.kv_slots
-        with self.wafer.sram.code(STORE_KV.name, STORE_KV.code_bytes), self.wafer.sram.reserved("outgoing keys and values", rows, cols, 4):
+        rows, sram = np.full(self.wafer.rows, n_tokens), self.wafer.sram
+        with (
+            sram.code(STORE_KV.name, STORE_KV.code_bytes),
+            sram.reserved("outgoing keys and values", rows, self._per_token, self._n_bytes),
+        ):
             yield
+
+    def _as_stored(self, qkv: PlacedTensor) -> NDArray[np.float32]:
+        """Batched executor: the projections, keys and values as the cache takes them."""
+        if self.stored is None or self.stored == qkv.stored:
+            return qkv.flat
+        flat, q = qkv.flat.copy(), 2 * self.heads.queries_per_kv
+        kept = flat.reshape(-1, q + 2 * self.heads.kv_slots)[:, q:]
+        rounded = kept.reshape(-1)  # a copy: queries lie between
+        beyond = round_in_place(rounded, self.stored)
+        if beyond is not None:
+            raise overflow(f"layer {self.wafer.ledger.current_scope[0]}: keys or values", beyond, self.stored)
+        kept[...] = rounded.reshape(kept.shape)
+        return flat
 
     def forget(self, layer: int, sequences: Sequences, bands: TokenBands) -> None:
         """Give up the keys and values that a layer's later queries do not admit, after it attended; the others shift."""
@@ -407,7 +432,7 @@ class KVCache:
             row0 = first + run.first - int(row_starts[run.source])
             core = (run.source, col)
             with cores.borrowing() as borrow:
-                k, v = (borrow(core, name, (run.n, w), np.float32) for name, w in zip(names, widths, strict=True))
+                k, v = (borrow(core, name, (run.n, w), np.float32, self.stored) for name, w in zip(names, widths, strict=True))
                 cores.run(STORE_KV, core, {"qkv": qkv.held[core], "q_slots": self.heads.queries_per_kv, "row0": row0, "k": k, "v": v})
                 for piece, block in zip((k, v), columns[run.target], strict=False):
                     if run.source == run.target:

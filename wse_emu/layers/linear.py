@@ -187,6 +187,7 @@ def _batched(
         out.flat, m if take or compact else n_tokens, out.placement.axis1[1].offsets, all_rows if put is None else put.rows,
         _NO_SCALE if put is None else put.scale, mode,
     )  # fmt: skip
+    out.settle(m * out.placement.shape[1] if take or compact else None)
 
 
 # ---- what it costs

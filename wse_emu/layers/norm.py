@@ -51,6 +51,7 @@ def rms_norm(
         return
     if weight is not None:
         mesh_rms_norm(x.flat, n_tokens, features.offsets, weight, size, guard, out.flat)
+        out.settle()
     wafer.ledger.extend(events)
 
 

@@ -35,6 +35,8 @@ def run_selected(
                 blocks = {name: panel(tensor, col, m) for name, tensor in tensors.items()}
                 extra = {n: panel(v, col, 1) if isinstance(v, PlacedTensor) else v for n, v in others.items()}
                 kernel.body(*({**blocks, **extra}[name] for name in kernel.params))
+            for name in (*kernel.out, *kernel.inout):
+                tensors[name].settle()
     wafer.record(Event(None, "", "launch", kernel.name, count=int(rows.size * split.used.size)))
 
 

@@ -20,9 +20,9 @@ def attention_block(weights: PublishedWeights, layer: int, x: Floats, seq: Ints,
     flat = norm
     for name, flat in (_attend if spec.latent is None else latent_attention)(weights, layer, norm, seq, pos):
         yield name, flat
-    out = formulas.linear(flat, weights.layer(layer, "w_o"))
+    out = weights.stored(formulas.linear(flat, weights.layer(layer, "w_o")))
     if spec.biases.out:
-        out = out + weights.layer(layer, "b_o")
+        out = weights.stored(out + weights.layer(layer, "b_o"))
     yield "attn_out", out
     yield from joined(weights, layer, x, out, "attn_after_norm", "attn_residual")
 
@@ -32,17 +32,17 @@ def _attend(weights: PublishedWeights, layer: int, norm: Floats, seq: Ints, pos:
     spec = weights.spec
     now: dict[str, Floats] = {}
     for name, heads in (("q", spec.num_heads), ("k", spec.num_kv_heads), ("v", spec.num_kv_heads)):
-        y = formulas.linear(norm, weights.layer(layer, "w_" + name))
+        y = weights.stored(formulas.linear(norm, weights.layer(layer, "w_" + name)))
         if spec.biases.qkv:
-            y = y + weights.layer(layer, "b_" + name)
+            y = weights.stored(y + weights.layer(layer, "b_" + name))
         now[name] = y.reshape(-1, heads, spec.head_dim)
         yield name, now[name]
     steps = {"_norm": _normalise, "_clip": _clip, "_rope": _rotate}
     for suffix in spec.qkv_suffixes(layer):
         for name in "qkv" if suffix == "_clip" else "qk":
-            now[name] = steps[suffix](weights, layer, name, now[name], seq, pos)
+            now[name] = weights.stored(steps[suffix](weights, layer, name, now[name], seq, pos))
             yield name + suffix, now[name]
-    q, k, v = now["q"], now["k"], now["v"]
+    q, k, v = now["q"], weights.kept(now["k"]), weights.kept(now["v"])
     maximum, denominator, context = np.empty(q.shape[:2], weights.dtype), np.empty(q.shape[:2], weights.dtype), np.empty_like(q)
     cap, sinks = spec.scales.scores_cap, weights.layer(layer, "sinks") if spec.attn_sinks else None
     for s in np.unique(seq):  # tokens of different sequences never meet, so each has a matrix of its own
@@ -51,7 +51,7 @@ def _attend(weights: PublishedWeights, layer: int, norm: Floats, seq: Ints, pos:
         maximum[t], denominator[t], context[t] = formulas.attention(q[t], k[t], v[t], mask, spec.attention_scale, cap, sinks)
     yield "attn_max", maximum
     yield "attn_denominator", denominator
-    yield "attn_context", context.reshape(len(norm), -1)
+    yield "attn_context", weights.stored(context.reshape(len(norm), -1))
 
 
 def joined(weights: PublishedWeights, layer: int, x: Floats, out: Floats, after_norm: str, stage: str) -> Iterator[tuple[str, Floats]]:
@@ -60,7 +60,7 @@ def joined(weights: PublishedWeights, layer: int, x: Floats, out: Floats, after_
     if spec.norm.after:
         out = weights.normed(layer, after_norm, out)
         yield after_norm, out
-    yield stage, x + out * out.dtype.type(spec.scales.residual)
+    yield stage, weights.stored(x + out * out.dtype.type(spec.scales.residual))
 
 
 def _normalise(weights: PublishedWeights, layer: int, name: str, x: Floats, seq: Ints, pos: Ints) -> Floats:

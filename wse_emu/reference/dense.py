@@ -10,6 +10,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from wse_emu.foundation.errors import InputError
 from wse_emu.foundation.model_spec import ModelSpec
+from wse_emu.foundation.precision import FLOAT32, Precision
 from wse_emu.foundation.taps import Stage
 from wse_emu.reference import formulas, tensors
 from wse_emu.reference.attention import attention_block, joined
@@ -33,6 +34,8 @@ class DenseReference:
     dtype : dtype
         float64 for the reference. float32 gives the *naive twin*: the same formulas in plain float32 NumPy, whose distance from the
         reference is what a straightforward implementation of that precision loses.
+    precision : Precision
+        For the twin: formats to which it rounds what its stages give, and keys and values. The reference itself rounds nothing.
 
     Raises
     ------
@@ -40,12 +43,14 @@ class DenseReference:
         If `dtype` is neither.
     """
 
-    def __init__(self, spec: ModelSpec, read: Reader, *, dtype: DTypeLike = np.float64) -> None:
+    def __init__(self, spec: ModelSpec, read: Reader, *, dtype: DTypeLike = np.float64, precision: Precision = FLOAT32) -> None:
         self.spec = spec
         self.dtype = np.dtype(dtype)
         if self.dtype not in (np.dtype(np.float64), np.dtype(np.float32)):
             raise InputError(f"`dtype` of the reference must be float64 or float32, got {self.dtype}")
-        self._weights = PublishedWeights(spec, read, self.dtype)
+        if self.dtype == np.float64 and precision != FLOAT32:
+            raise InputError(f"`precision` is for the naive twin, with `dtype` float32; got {precision} with {self.dtype}")
+        self._weights = PublishedWeights(spec, read, self.dtype, precision)
 
     def forward(
         self, token_ids: NDArray[Any], seq: NDArray[Any], pos: NDArray[Any], *, routing: Routing | None = None
@@ -117,6 +122,7 @@ class DenseReference:
             x = formulas.cast((x * np.float32(spec.scales.embedding)).astype(np.float32), self.dtype)
         if nudge is not None:
             x = formulas.cast(x * nudge, self.dtype)
+        x = weights.stored(x)
         yield (None, "embedding"), x
         for layer in range(spec.num_layers):
             for name, value in attention_block(weights, layer, x, seq, pos):

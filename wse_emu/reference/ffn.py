@@ -27,13 +27,14 @@ def dense_ffn(weights: PublishedWeights, layer: int, x: Floats, expert: Expert =
     clamped = weights.spec.clamped_experts if isinstance(expert, int) else None
     if clamped is not None:
         b_gate, b_up, b_down = (weights.layer(layer, name, expert) for name in ("b_gate", "b_up", "b_down"))
-        hidden = formulas.clamped_glu(gate + b_gate, up + b_up, clamped.alpha, clamped.limit)
+        hidden = weights.stored(formulas.clamped_glu(gate + b_gate, up + b_up, clamped.alpha, clamped.limit))
         yield "ffn_hidden", hidden
         yield "ffn_out", formulas.linear(hidden, weights.layer(layer, "w_down", expert)) + b_down
         return
-    hidden = formulas.glu(gate, up, weights.spec.activation)
+    hidden = weights.stored(formulas.glu(gate, up, weights.spec.activation))
     yield "ffn_hidden", hidden
-    yield "ffn_out", formulas.linear(hidden, weights.layer(layer, "w_down", expert))
+    out = formulas.linear(hidden, weights.layer(layer, "w_down", expert))
+    yield "ffn_out", weights.stored(out) if expert is None else out  # others join a sum
 
 
 def experts_ffn(
@@ -84,11 +85,11 @@ def experts_ffn(
         mask = ids == expert  # (T, k), at most one slot of a token
         factor = np.where(mask, share, 0).sum(axis=1, keepdims=True)
         before = rule.probability_before_ffn
-        stage = dict(dense_ffn(weights, layer, x * factor if before else x, expert))  # every token, chosen or not
+        stage = dict(dense_ffn(weights, layer, weights.stored(x * factor) if before else x, expert))  # every token, chosen or not
         t, slot = np.nonzero(mask)
         hidden[t, slot] = stage["ffn_hidden"][t]
         outs[t, slot] = stage["ffn_out"][t]
         combined += np.where(mask.any(axis=1, keepdims=True), stage["ffn_out"] if before else factor * stage["ffn_out"], 0)
     yield "expert_hidden", hidden
     yield "expert_out", outs
-    yield "ffn_out", combined
+    yield "ffn_out", weights.stored(combined)

@@ -26,24 +26,28 @@ def latent_attention(weights: PublishedWeights, layer: int, norm: Floats, seq: I
     heads, nope, rank = spec.num_heads, latent.qk_nope_head_dim, latent.kv_lora_rank
     source, role = norm, "w_q"
     if latent.q_lora_rank is not None:
-        short = formulas.linear(norm, weights.layer(layer, "w_q_a"))
+        short = weights.stored(formulas.linear(norm, weights.layer(layer, "w_q_a")))
         yield "query_a", short
-        source, role = formulas.rms_norm(short, weights.norm(layer, "q_a_norm"), latent.norm_eps), "w_q_b"
+        source, role = weights.stored(formulas.rms_norm(short, weights.norm(layer, "q_a_norm"), latent.norm_eps)), "w_q_b"
         yield "query_a_norm", source
-    query = formulas.linear(source, weights.layer(layer, role)).reshape(len(norm), heads, -1)
+    query = weights.stored(formulas.linear(source, weights.layer(layer, role))).reshape(len(norm), heads, -1)
     yield "query", query
-    both = formulas.linear(norm, weights.layer(layer, "w_kv_a"))
+    both = weights.stored(formulas.linear(norm, weights.layer(layer, "w_kv_a")))
     yield "latent_a", both
-    kept = formulas.rms_norm(both[:, :rank], weights.norm(layer, "kv_a_norm"), latent.norm_eps)
+    kept = weights.stored(formulas.rms_norm(both[:, :rank], weights.norm(layer, "kv_a_norm"), latent.norm_eps))
     yield "latent", kept
     angles, factor = rotary.rotary_angles(spec, seq, pos)
-    turned = formulas.rotate(query[..., nope:], angles, factor, interleaved=spec.rotary.interleaved)
-    key = formulas.rotate(both[:, None, rank:], angles, factor, interleaved=spec.rotary.interleaved)
+    turned, key = (
+        weights.stored(formulas.rotate(x, angles, factor, interleaved=spec.rotary.interleaved))
+        for x in (query[..., nope:], both[:, None, rank:])
+    )
     yield "query_rope", turned
     yield "rope_key", key[:, 0]
     of_heads = weights.layer(layer, "w_kv_b").reshape(heads, nope + latent.v_head_dim, rank)
-    yield "query_latent", per_head(query[..., :nope], of_heads[:, :nope].transpose(0, 2, 1))
+    absorbed = weights.stored(per_head(query[..., :nope], of_heads[:, :nope].transpose(0, 2, 1)))
+    yield "query_latent", absorbed
     t = len(norm)
+    kept, key = weights.kept(kept), weights.kept(key)
     expanded = formulas.linear(kept, of_heads.reshape(-1, rank)).reshape(t, heads, -1)
     q = np.concatenate([query[..., :nope], turned], axis=2)
     k = np.concatenate([expanded[..., :nope], np.broadcast_to(key, (t, heads, key.shape[2]))], axis=2)
@@ -60,8 +64,8 @@ def latent_attention(weights: PublishedWeights, layer: int, norm: Floats, seq: I
         )  # fmt: skip
     yield "attn_max", maximum
     yield "attn_denominator", denominator
-    yield "attn_latent", mixed
-    yield "attn_context", context.reshape(t, -1)
+    yield "attn_latent", weights.stored(mixed)
+    yield "attn_context", weights.stored(context.reshape(t, -1))
 
 
 def per_head(x: Floats, weight: Floats) -> Floats:

@@ -9,8 +9,7 @@ from scipy.special import expit, logsumexp, softmax
 
 from wse_emu.foundation.routing_rule import RoutingRule
 from wse_emu.reference.formulas import Floats, Ints
-
-_MANTISSA_AND_LEAST_EXPONENT = {"bfloat16": (7, -126), "float16": (10, -14), "cb16": (9, -30)}
+from wse_emu.reference.storage import rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,17 +20,6 @@ class Scores:
     """(T, E) scores for the choice, the correction bias included."""
     groups: Floats
     """(T, n_group) scores of groups."""
-
-
-def rounded(x: Floats, dtype: str) -> Floats:
-    """`x` to the nearest number of a 16-bit format, ties to even; beyond its largest, infinity is not considered."""
-    if dtype == "float32":
-        return x
-    mantissa, least = _MANTISSA_AND_LEAST_EXPONENT[dtype]
-    exponent = np.maximum(np.frexp(x)[1] - 1, least)
-    step = np.ldexp(np.ones_like(x), exponent - mantissa)
-    out: Floats = np.rint(x / step) * step
-    return out
 
 
 def scores(logits: Floats, kind: str) -> Floats:

@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 
 from wse_emu.foundation.errors import CheckpointError
 from wse_emu.foundation.model_spec import ModelSpec
+from wse_emu.foundation.precision import FLOAT32, Precision
 from wse_emu.reference import formulas, tensors
 from wse_emu.reference.formulas import Floats
+from wse_emu.reference.storage import rounded
 
 Reader = Callable[[str], NDArray[Any]]
 """Published tensor name to its values, a real floating array in the published ``[out, in]`` order."""
@@ -27,11 +29,21 @@ class PublishedWeights:
         ``read(name)`` returns one published tensor.
     dtype : dtype
         Of the computation.
+    precision : Precision
+        Formats to which `stored` and `kept` round what stages give.
     """
 
-    def __init__(self, spec: ModelSpec, read: Reader, dtype: np.dtype[Any]) -> None:
-        self.spec, self.dtype = spec, dtype
+    def __init__(self, spec: ModelSpec, read: Reader, dtype: np.dtype[Any], precision: Precision = FLOAT32) -> None:
+        self.spec, self.dtype, self.precision = spec, dtype, precision
         self._read = read
+
+    def stored(self, x: Floats) -> Floats:
+        """What a stage gives, as it is stored."""
+        return rounded(x, self.precision.dtype)
+
+    def kept(self, x: Floats) -> Floats:
+        """Keys or values as the cache keeps them."""
+        return rounded(x, self.precision.kv)
 
     def layer(self, layer: int, role: str, expert: tensors.Expert = None) -> Floats:
         """Tensor of one layer by its role; see `tensors.layer_tensor`."""
@@ -46,8 +58,8 @@ class PublishedWeights:
         """A norm of the residual stream, of `x` (T, hidden)."""
         weight, eps = self.norm(layer, role), self.spec.rms_norm_eps
         if self.spec.norm.kind == "rms":
-            return formulas.rms_norm(x, weight, eps)
-        return formulas.layer_norm(x, weight, self.norm_bias(layer, role), eps)
+            return self.stored(formulas.rms_norm(x, weight, eps))
+        return self.stored(formulas.layer_norm(x, weight, self.norm_bias(layer, role), eps))
 
     def norm_bias(self, layer: int | None, role: str) -> Floats | None:
         """Bias of a norm of the residual stream, where it has one."""

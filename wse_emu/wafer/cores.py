@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from wse_emu.foundation.errors import KernelError, RouteError, SramOverflowError, UninitializedReadError, WseError
+from wse_emu.foundation.precision import HalfType
 from wse_emu.foundation.wafer_spec import WaferSpec
 from wse_emu.wafer.kernel import Core, Kernel
+from wse_emu.wafer.storage import HALF_BYTES, nearest
 from wse_emu.wafer.traffic import Traffic
 from wse_kernels._jit import COMPILE_ERRORS
 
 Slices = tuple[slice | NDArray[np.int64], ...] | slice
-Borrow = Callable[[tuple[int, int], str, tuple[int, ...], DTypeLike], "Block"]
+
 WHOLE: slice = slice(None)
 _POISON = {
     np.dtype(np.float32): np.array([0x7FC0D1AD], np.uint32).view(np.float32)[0],
@@ -30,18 +32,33 @@ _POISON = {
 """NaNs that no arithmetic makes of its own: an output that still holds one was not written."""
 _GRAIN = 4
 """Bytes to which the size of a block is rounded up."""
+_HELD = 4 // HALF_BYTES
+"""Bytes of the host for one of SRAM: a number of 16 bits is held as a float32."""
+
+
+class Borrow(Protocol):
+    """Gives work blocks."""
+
+    def __call__(
+        self, core: tuple[int, int], name: str, shape: tuple[int, ...], dtype: DTypeLike, stored: HalfType | None = None
+    ) -> Block:
+        """A block on a core."""
 
 
 class Block:
-    """One core's piece of a tensor: a view of the core's arena, and which elements have been written."""
+    """One core's piece of a tensor: a view of the core's arena, and which elements have been written.
 
-    __slots__ = ("__weakref__", "_derive", "_parts", "array", "core", "defined", "name", "start")
+    Where it holds numbers of 16 bits (`stored`), whatever is written to it is rounded to them.
+    """
 
-    def __init__(self, core: tuple[int, int], name: str, start: int, array: NDArray[Any]) -> None:
+    __slots__ = ("__weakref__", "_derive", "_parts", "array", "core", "defined", "name", "start", "stored")
+
+    def __init__(self, core: tuple[int, int], name: str, start: int, array: NDArray[Any], stored: HalfType | None = None) -> None:
         self.core = core
         self.name = name
         self.start = start
         self.array = array
+        self.stored = stored
         self.defined: NDArray[np.bool_] = np.zeros(array.shape, np.bool_)
         self._derive: Callable[[NDArray[Any]], NDArray[Any]] | None = None
         self._parts: WeakSet[Block] = WeakSet()
@@ -54,14 +71,27 @@ class Block:
         self.array[where] = poison
         self.defined[where] = False
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of SRAM that it takes."""
+        return self.array.size * (self.array.itemsize if self.stored is None else HALF_BYTES)
+
     def settle(self) -> None:
         """After a kernel that writes the block: what it left untouched stays undefined, as far as that can be told (floating point)."""
         poison = _POISON.get(self.array.dtype)
         if poison is None or self.defined.all():
             self.defined.fill(True)
-            return
-        bits = f"u{self.array.itemsize}"
-        self.defined |= self.array.view(bits) != poison.view(bits)
+        else:
+            bits = f"u{self.array.itemsize}"
+            self.defined |= self.array.view(bits) != poison.view(bits)
+        if self.stored is not None:
+            self.array[self.defined] = self._rounded(self.array[self.defined])
+
+    def _rounded(self, value: Any) -> Any:
+        """`value` as SRAM takes it."""
+        if self.stored is None:
+            return value
+        return nearest(np.asarray(value, np.float32), self.stored, f"core {self.core}: `{self.name}`")
 
     def prefix(self, *shape: int) -> Block:
         """A poisoned block of `shape` in the first bytes of this one."""
@@ -91,7 +121,7 @@ class Block:
     def _part(self, derive: Callable[[NDArray[Any]], NDArray[Any]]) -> Block:
         """A block in this one's memory, which follows it when the arena moves it."""
         part = object.__new__(Block)
-        part.core, part.name, part.start = self.core, self.name, self.start
+        part.core, part.name, part.start, part.stored = self.core, self.name, self.start, self.stored
         part._parts = self._parts  # all parts of a block, and theirs, are found from the block itself
         part._derive, before = derive, self._derive
         if before is not None:
@@ -125,31 +155,35 @@ class Block:
 
     def write(self, value: Any, where: Slices = WHOLE) -> None:
         """Store `value` and mark the elements as defined."""
-        self.array[where] = value
+        self.array[where] = self._rounded(value)
         self.defined[where] = True
 
 
 class Arena:
-    """SRAM of one core, without its code; blocks are carved first-fit and moved together when free bytes lie scattered."""
+    """SRAM of one core, without its code; blocks are carved first-fit and moved together when free bytes lie scattered.
+
+    Addresses and sizes are bytes of SRAM. Each stands for two bytes of the host, for a number of 16 bits is held as a float32.
+    """
 
     def __init__(self, core: tuple[int, int], spec: WaferSpec) -> None:
         self.core = core
-        self._memory = np.zeros((spec.sram_bytes_per_core - spec.base_code_bytes) // _GRAIN * _GRAIN, np.uint8)
+        self._size = (spec.sram_bytes_per_core - spec.base_code_bytes) // _GRAIN * _GRAIN
+        self._memory = np.zeros(_HELD * self._size, np.uint8)
         self._blocks: list[Block] = []
 
-    def allocate(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> Block:
-        """Carve a poisoned block; alignment is that of the element type."""
+    def allocate(self, name: str, shape: tuple[int, ...], dtype: DTypeLike, stored: HalfType | None = None) -> Block:
+        """Carve a poisoned block; alignment is that of the element type. With `stored` its float32 numbers are of that format."""
         dtype = np.dtype(dtype)
-        size = _whole_words(int(np.prod(shape)) * dtype.itemsize)
+        size = _whole_words(int(np.prod(shape)) * (dtype.itemsize if stored is None else HALF_BYTES))
         start = self._find(size, dtype.itemsize)
         if start is None:
             self._compact()
             start = self._find(size, dtype.itemsize)
         if start is None:
             raise SramOverflowError(
-                f"core {self.core}: `{name}` needs {size} bytes; blocks hold {sum(map(_size, self._blocks))} of {self._memory.size}"
+                f"core {self.core}: `{name}` needs {size} bytes; blocks hold {sum(map(_size, self._blocks))} of {self._size}"
             )
-        block = Block(self.core, name, start, self._view(start, shape, dtype))
+        block = Block(self.core, name, start, self._view(start, shape, dtype), stored)
         self._blocks.append(block)
         self._blocks.sort(key=lambda b: b.start)
         return block
@@ -170,7 +204,7 @@ class Arena:
 
     def _view(self, start: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         size = int(np.prod(shape)) * dtype.itemsize
-        return self._memory[start : start + size].view(dtype).reshape(shape)
+        return self._memory[_HELD * start : _HELD * start + size].view(dtype).reshape(shape)
 
     def _find(self, size: int, alignment: int) -> int | None:
         at = 0
@@ -178,11 +212,11 @@ class Arena:
             if block.start - at >= size:
                 return at
             at = max(at, -(-(block.start + _size(block)) // alignment) * alignment)
-        return at if self._memory.size - at >= size else None
+        return at if self._size - at >= size else None
 
     def _compact(self) -> None:
         """Blocks of 8-byte elements to the low end, the others to the high end: no byte is lost to alignment between them."""
-        low, high = 0, self._memory.size
+        low, high = 0, self._size
         contents = [block.array.copy() for block in self._blocks]
         for block, content in zip(self._blocks, contents, strict=True):
             size = _size(block)
@@ -196,7 +230,7 @@ class Arena:
 
 
 def _size(block: Block) -> int:
-    return _whole_words(block.array.nbytes)
+    return _whole_words(block.n_bytes)
 
 
 def _whole_words(n_bytes: int) -> int:
@@ -230,11 +264,13 @@ class Cores:
 
     @contextmanager
     def borrowing(self) -> Iterator[Borrow]:
-        """Work blocks that live as long as the ``with`` block: it gives a function ``borrow(core, name, shape, dtype)``."""
+        """Work blocks that live as long as the ``with`` block: it gives a function ``borrow(core, name, shape, dtype, stored)``."""
         held: list[Block] = []
 
-        def borrow(core: tuple[int, int], name: str, shape: tuple[int, ...], dtype: DTypeLike) -> Block:
-            held.append(self.arena(*core).allocate(name, shape, dtype))
+        def borrow(
+            core: tuple[int, int], name: str, shape: tuple[int, ...], dtype: DTypeLike, stored: HalfType | None = None
+        ) -> Block:
+            held.append(self.arena(*core).allocate(name, shape, dtype, stored))
             return held[-1]
 
         try:

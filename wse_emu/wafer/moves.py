@@ -160,6 +160,7 @@ def chain_row(wafer: Wafer, partials: PlacedTensor, out: PlacedTensor) -> None:
     """
     _check(wafer, partials, out, "partials")
     _check_type(partials, np.float32, "a chain along a row")
+    _check_sums(partials)
     plan = _chain_row_plan(partials.placement, out.placement, partials.name, out.name)
     last = int(plan.stations[-1])
     with wafer.empty("inbox", partials.placement) as inbox, wafer.sram.code(CHAIN_ADD.name, CHAIN_ADD.code_bytes):
@@ -169,6 +170,7 @@ def chain_row(wafer: Wafer, partials: PlacedTensor, out: PlacedTensor) -> None:
                 total = np.empty(out.placement.shape, np.float32)
                 chain_panels(partials.flat, total.size, np.arange(plan.stations.size), total.reshape(-1))
                 to_panels(total, out.placement, out.flat)
+                out.settle()
             return
         wafer.check_routes(*plan.events)
         _read(partials.held.values())
@@ -241,6 +243,7 @@ def chain_col(wafer: Wafer, partials: PlacedTensor, out: PlacedTensor, op: Chain
         raise RouteError(f"`op` must be one of {', '.join(_STATION)}, got {op!r}")
     station, dtype = _STATION[op]
     _check_type(partials, dtype, f"a chain of `{op}`")
+    _check_sums(partials)
     plan = _chain_col_plan(partials.placement, out.placement, partials.name, out.name, station.name)
     first_row, last = int(plan.stations[0]), int(plan.stations[-1])
     with wafer.empty("inbox", partials.placement, partials.dtype) as inbox, wafer.sram.code(station.name, station.code_bytes):
@@ -253,6 +256,7 @@ def chain_col(wafer: Wafer, partials: PlacedTensor, out: PlacedTensor, op: Chain
                 for at in range(1, plan.stations.size):
                     _combine(op, total, whole[at * m : (at + 1) * m])
                 to_panels(total, out.placement, out.flat)
+                out.settle()
             return
         wafer.check_routes(*plan.events)
         _read(partials.held.values())
@@ -358,6 +362,7 @@ def send(wafer: Wafer, source: PlacedTensor, out: PlacedTensor, from_core: tuple
         wafer.record(event)
         if not wafer.is_dry:
             out.block(*end)[...] = source.block(*start)
+            out.settle()
         return
     wafer.check_routes(event)
     traffic = wafer.cores.traffic()
@@ -386,6 +391,7 @@ def gather_to_core(wafer: Wafer, source: PlacedTensor, out: PlacedTensor) -> Non
         wafer.record(event)
         if not wafer.is_dry:
             to_panels(_whole(source), out.placement, out.flat)
+            out.settle()
         return
     wafer.check_routes(event)
     _read(source.held.values())
@@ -529,6 +535,7 @@ def _shift(wafer: Wafer, source: PlacedTensor, out: PlacedTensor, n: int, passed
             total, step = plan.source.total, n * size
             result[max(step, 0) : total + min(step, 0)] = whole[max(-step, 0) : total - max(step, 0)]
             to_panels(np.moveaxis(result, 0, plan.axis), out.placement, out.flat)
+            out.settle()
         return
     wafer.check_routes(plan.event)
     moving = [(core, block) for core, block in source.held.items() if 0 <= core[passed == "col"] + n < length]
@@ -562,6 +569,7 @@ def _copy(wafer: Wafer, source: PlacedTensor, out: PlacedTensor, event: Event) -
     wafer.record(event)
     if not wafer.is_dry:
         to_panels(_whole(source), out.placement, out.flat)
+        out.settle()
 
 
 def _whole(tensor: PlacedTensor) -> NDArray[Any]:
@@ -623,6 +631,11 @@ def _check(wafer: Wafer, source: PlacedTensor, out: PlacedTensor, role: str, *, 
 def _check_type(tensor: PlacedTensor, dtype: type[np.generic], what: str) -> None:
     if tensor.dtype != dtype:
         raise RouteError(f"`{tensor.name}`: {what} takes {np.dtype(dtype)}, got {tensor.dtype}")
+
+
+def _check_sums(partials: PlacedTensor) -> None:
+    if partials.stored is not None:
+        raise RouteError(f"`{partials.name}`: partial results are chained in float32, got {partials.stored}; leave `stored` out")
 
 
 def _core(wafer: Wafer, core: tuple[int, int], name: str) -> tuple[int, int]:

@@ -8,9 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wse_emu.foundation.errors import PlacementError, SramStateError
+from wse_emu.foundation.precision import HalfType
 from wse_emu.wafer.cores import Block
 from wse_emu.wafer.placement import Placement
 from wse_emu.wafer.sram import Reservation
+from wse_emu.wafer.storage import overflow, round_in_place
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -24,11 +26,11 @@ class PlacedTensor:
     Use it as a context manager, or call `free`, to give its SRAM back.
     """
 
-    __slots__ = ("_reservation", "blocks", "data", "dtype", "name", "ndim", "placement", "wafer")
+    __slots__ = ("_reservation", "blocks", "data", "dtype", "name", "ndim", "placement", "stored", "wafer")
 
     def __init__(
         self, wafer: Wafer, name: str, placement: Placement, dtype: np.dtype[Any], ndim: int, reservation: Reservation,
-        data: NDArray[Any] | None, blocks: dict[tuple[int, int], Block] | None,
+        data: NDArray[Any] | None, blocks: dict[tuple[int, int], Block] | None, stored: HalfType | None = None,
     ) -> None:  # fmt: skip
         self.wafer = wafer
         self.name = name
@@ -36,6 +38,8 @@ class PlacedTensor:
         """Where the blocks lie; print it."""
         self.dtype = dtype
         self.ndim = ndim
+        self.stored = stored
+        """Format of 16 bits to which its float32 numbers are rounded where SRAM is written; None leaves them."""
         self._reservation: Reservation | None = reservation
         self.data = data
         """Flat column-panel-major buffer (batched executor), else None."""
@@ -47,6 +51,22 @@ class PlacedTensor:
         """The buffer of the batched executor; asking for it elsewhere is a mistake of the program."""
         assert self.data is not None, f"`{self.name}` has no flat buffer"
         return self.data
+
+    def settle(self, n: int | None = None) -> None:
+        """Round what a program wrote into `flat` to the format that is stored: everything, or the first `n` numbers.
+
+        Raises
+        ------
+        NumberOverflowError
+            If a finite number is beyond the format's largest.
+        """
+        if self.stored is None or self.data is None:
+            return
+        beyond = round_in_place(self.data if n is None else self.data[:n], self.stored)
+        if beyond is not None:
+            layer, stage = self.wafer.ledger.current_scope
+            at = ", ".join(([] if layer is None else [f"layer {layer}"]) + ([stage] if stage else []))
+            raise overflow(f"{at}: `{self.name}`" if at else f"`{self.name}`", beyond, self.stored)
 
     @property
     def held(self) -> dict[tuple[int, int], Block]:
@@ -131,4 +151,4 @@ class PlacedTensor:
             self.free()
 
     def __repr__(self) -> str:
-        return f"PlacedTensor({self.name!r}, {self.shape}, {self.dtype})"
+        return f"PlacedTensor({self.name!r}, {self.shape}, {self.dtype if self.stored is None else self.stored})"

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from wse_emu.foundation.arguments import show
 from wse_emu.foundation.errors import KernelError, PlacementError, RouteError, SpecError
+from wse_emu.foundation.precision import HalfType
 from wse_emu.foundation.wafer_spec import WSE3, WaferSpec
 from wse_emu.wafer import costs
 from wse_emu.wafer.cores import Block, Cores
@@ -19,6 +20,7 @@ from wse_emu.wafer.kernel import Kernel, Scratch
 from wse_emu.wafer.ledger import Event, Ledger
 from wse_emu.wafer.placement import GridAxis, Ints, Placement, Split, placed
 from wse_emu.wafer.sram import Reservation, SramTracker
+from wse_emu.wafer.storage import FORMATS, HALF_BYTES
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.turn import Turn, in_turn
 from wse_kernels._jit import COMPILE_ERRORS
@@ -210,7 +212,9 @@ class Wafer:
             raise PlacementError(f"a placement takes integers, grid axes and splits: {error}") from error
 
     @in_turn
-    def empty(self, name: str, placement: Placement, dtype: DTypeLike = np.float32, *, ndim: int = 2) -> PlacedTensor:
+    def empty(
+        self, name: str, placement: Placement, dtype: DTypeLike = np.float32, *, ndim: int = 2, stored: HalfType | None = None
+    ) -> PlacedTensor:
         """Reserve SRAM for a tensor; its content is undefined.
 
         Parameters
@@ -222,11 +226,14 @@ class Wafer:
         dtype : dtype, default float32
             Integers and floating point numbers of 4 or 8 bytes.
         ndim : int
+        stored : {"bfloat16", "float16", "cb16"}, optional
+            The tensor's float32 numbers are rounded to this format (nearest, ties to even) wherever a launch or a move writes them, and
+            take two bytes each. On the fabric each is a wavelet, as a float32 is.
 
         Raises
         ------
         PlacementError
-            If the placement is for another grid, or the element type is none of these.
+            If the placement is for another grid, the element type is none of these, or `stored` is no format of 16 bits for float32.
         SramOverflowError
             If it does not fit on some core.
         """
@@ -239,7 +246,11 @@ class Wafer:
             )
         if ndim not in (1, 2) or (ndim == 1 and (placement.shape[0] != 1 or placement.axis0[0] is not None)):
             raise PlacementError(f"`{name}`: `ndim` is 2, or 1 for a tensor of shape (1, n) with a whole first axis, got {ndim!r}")
-        reservation = self.sram.allocate(name, placement.row_factor, placement.col_factor, dtype.itemsize)
+        if stored is not None and (not isinstance(stored, str) or stored not in FORMATS or dtype != np.float32):
+            formats = ", ".join(FORMATS)
+            raise PlacementError(f"`{name}`: `stored` must be one of {formats} or None, of float32 numbers, got {show(stored)} of {dtype}")
+        n_bytes = dtype.itemsize if stored is None else HALF_BYTES
+        reservation = self.sram.allocate(name, placement.row_factor, placement.col_factor, n_bytes)
         data: NDArray[Any] | None = None
         blocks: dict[tuple[int, int], Block] | None = None
         if self.cores is not None:
@@ -248,10 +259,11 @@ class Wafer:
                 for col in np.flatnonzero(placement.col_factor):
                     i0, i1, j0, j1 = placement.ranges(int(row), int(col))
                     shape = (i1 - i0, j1 - j0) if ndim == 2 else (j1 - j0,)
-                    blocks[int(row), int(col)] = self.cores.arena(int(row), int(col)).allocate(name, shape, dtype)
+                    blocks[int(row), int(col)] = self.cores.arena(int(row), int(col)).allocate(name, shape, dtype, stored)
         elif not self.is_dry:
-            data = np.empty(placement.shape[0] * placement.shape[1], dtype)
-        return PlacedTensor(self, name, placement, dtype, ndim, reservation, data, blocks)
+            # Numbers that no program wrote must not be beyond a format's largest: `PlacedTensor.settle` looks at all.
+            data = (np.empty if stored is None else np.zeros)(placement.shape[0] * placement.shape[1], dtype)
+        return PlacedTensor(self, name, placement, dtype, ndim, reservation, data, blocks, stored)
 
     @in_turn
     def release(self, tensor: PlacedTensor, reservation: Reservation) -> None:
@@ -369,6 +381,7 @@ class Wafer:
             if tensor.data is not None:
                 assert array is not None
                 to_panels(array.reshape(place.shape), place, tensor.data)
+                tensor.settle()
             return
         assert array is not None
         self.check_routes(event)
@@ -641,6 +654,8 @@ class Wafer:
             if isinstance(error, COMPILE_ERRORS):
                 raise
             raise kernel.failed(error) from error
+        for name in (*kernel.out, *kernel.inout):
+            args[name].settle()
 
     def _launch_isolated(self, kernel: Kernel, args: dict[str, Any], plan: _LaunchPlan) -> int:
         assert self.cores is not None
