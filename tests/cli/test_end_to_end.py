@@ -249,3 +249,19 @@ def test_run_on_too_small_a_grid_is_exit_three(capsys: pytest.CaptureFixture[str
     code, document, err = run(capsys, "run", "--prompt", "a " * 200, "--rows", "1", "--cols", "1")
     assert (code, document) == (3, None)
     assert err.count("\n") == 1
+
+
+def test_a_run_in_16_bits_verifies_and_says_so(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "ids.txt").write_text("1 2 3 4 5")
+    words = [str(checkpoint), "--ids", str(tmp_path / "ids.txt"), "--rows", "3", "--cols", "3", "--dtype", "bfloat16"]
+    code, document, err = run(capsys, "run", *words, "--kv-dtype", "cb16", "--max-new-tokens", "3")
+    assert code == 0, err
+    assert document["precision"] == {"dtype": "bfloat16", "kv_dtype": "cb16"}
+    assert document["verification"]["passed"]
+    assert invoke(["verify", *words]) == 0
+    out = capsys.readouterr().out
+    assert "executor batched, stored in bfloat16\n" in out
+    assert "stored in bfloat16; bounds follow that" in out
+    plans = [run(capsys, "plan", str(checkpoint), "--prompt-tokens", "8", "--rows", "3", *more)[1] for more in ((), ("--dtype", "float16"))]
+    assert plans[0]["plan"]["kv_bytes"] == 2 * plans[1]["plan"]["kv_bytes"]
+    assert (plans[1]["dtype"], plans[1]["kv_dtype"]) == ("float16", "float16")

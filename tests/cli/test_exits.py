@@ -31,6 +31,7 @@ CODES = {
     errors.BusyError: Exit.INTERNAL,
     errors.ForkError: Exit.INTERNAL,
     errors.TieError: Exit.INTERNAL,
+    errors.NumberOverflowError: Exit.USAGE,
     KeyboardInterrupt: Exit.INTERRUPTED,
     BrokenPipeError: Exit.BROKEN_PIPE,
     PermissionError: Exit.CHECKPOINT,

@@ -11,6 +11,7 @@ from wse_emu.foundation.errors import (
     CheckpointError,
     ConfigError,
     InputError,
+    NumberOverflowError,
     PlacementError,
     SaveError,
     SpecError,
@@ -60,6 +61,7 @@ _CODES: tuple[tuple[type[BaseException], Exit], ...] = (
     (SpecError, Exit.USAGE),
     (InputError, Exit.USAGE),
     (TraceError, Exit.USAGE),
+    (NumberOverflowError, Exit.USAGE),  # of a format that was asked for
     (KeyboardInterrupt, Exit.INTERRUPTED),
     (BrokenPipeError, Exit.BROKEN_PIPE),
     (WseError, Exit.INTERNAL),
