@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,6 +14,7 @@ from wse_emu.layers.ffn import FILL_ZERO, read_compact
 from wse_emu.layers.linear import DEFAULT_CHUNK, Selection, matmul
 from wse_emu.layers.stream import StreamedMatrix, StreamedVector
 from wse_emu.wafer import costs
+from wse_emu.wafer.ledger import Event
 from wse_emu.wafer.placement import Split, TokenBands
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.wafer import Wafer
@@ -109,12 +112,7 @@ def _drain(wafer: Wafer, y: PlacedTensor, wanted: Selection, bands: TokenBands) 
     """Send the wanted tokens' logits out at the north edge, every feature band its own share of the columns."""
     n_bands, split = bands.n_feature_bands, y.placement.axis1[1]
     if wafer.cores is None:
-        band = np.arange(wafer.rows) % n_bands
-        events = []
-        for size in np.unique(split.sizes[split.used]).tolist():
-            words = wanted.counts * (size * (band + 1) // n_bands - size * band // n_bands)
-            events.append(costs.edge("drain", "logits", words, (split.sizes == size).astype(np.int64)))
-        wafer.record(costs.merge("drain", "logits", events))
+        wafer.record(_drained(n_bands, wanted.counts.tobytes(), split))
         return read_compact(y, bands, wanted)
     out, traffic = np.zeros((wanted.n_tokens, split.total), np.float32), wafer.cores.traffic()
     done = np.cumsum(wanted.counts[::n_bands]) - wanted.counts[::n_bands]
@@ -127,3 +125,14 @@ def _drain(wafer: Wafer, y: PlacedTensor, wanted: Selection, bands: TokenBands) 
             out[at : at + m, split.starts[col] + low : split.starts[col] + high] = piece
     wafer.record(traffic.event("drain", "logits", costs.COLORS["drain"]))
     return out
+
+
+@lru_cache(maxsize=256)
+def _drained(n_bands: int, count_bytes: bytes, split: Split) -> Event:
+    """What sending out logits split over columns comes to, for so many wanted tokens (int64) on each row."""
+    counts, events = np.frombuffer(count_bytes, np.int64), []
+    band = np.arange(counts.size) % n_bands
+    for size in np.unique(split.sizes[split.used]).tolist():
+        words = counts * (size * (band + 1) // n_bands - size * band // n_bands)
+        events.append(costs.edge("drain", "logits", words, (split.sizes == size).astype(np.int64)))
+    return costs.merge("drain", "logits", events)

@@ -414,6 +414,8 @@ def read_compact(tensor: PlacedTensor, bands: TokenBands, selection: Selection) 
         return whole
     if tensor.data is not None:
         m = selection.n_tokens
+        if m == 1:
+            return tensor.flat[:n].reshape(1, n).copy()
         for col in split.used.tolist():
             j0, j1 = int(split.starts[col]), int(split.stops[col])
             whole[:, j0:j1] = tensor.flat[m * j0 : m * j1].reshape(m, j1 - j0)

@@ -169,9 +169,9 @@ class MappedStore:
     """Weights in a layout file, mapped: resident only where they were touched, forgotten behind the layer.
 
     The file is held open, so that it may be removed or replaced meanwhile. One that was written to or cut since it was opened is noticed
-    whenever a tensor is asked for and when it is let go of, and refused. What this cannot catch is a cut at the very moment at which a
-    kernel reads: the system then ends the process (SIGBUS). Only this user can do that, and nothing here does: files are made aside and
-    renamed.
+    whenever tensors are prepared, or asked for without that, and when they are let go of, and refused. What this cannot catch is a cut at
+    the very moment at which a kernel reads: the system then ends the process (SIGBUS). Only this user can do that, and nothing here does:
+    files are made aside and renamed.
 
     Parameters
     ----------
@@ -225,6 +225,8 @@ class MappedStore:
         """Bytes of the tensors that were used and not forgotten yet, least recently used first."""
         self._idle_bytes = 0
         """Their sum."""
+        self._in_use: set[str] = set()
+        """Tensors that were prepared and not let go of yet."""
         self.after_fork()
         note_forks(self)
         self._bytes: NDArray[np.uint8] | None = np.frombuffer(self._map, dtype=np.uint8)
@@ -267,12 +269,14 @@ class MappedStore:
 
     def vector(self, name: str) -> NDArray[np.float32]:
         """Norm weight (n,), read-only."""
-        self._check_untouched()
+        if name not in self._in_use:
+            self._check_untouched()
         return self._tensors.vector(name)
 
     def tiles(self, name: str) -> NDArray[np.float32]:
         """Flat tiled matrix (n_in * n_out,), read-only."""
-        self._check_untouched()
+        if name not in self._in_use:
+            self._check_untouched()
         return self._tensors.tiles(name)
 
     def embed(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -292,9 +296,14 @@ class MappedStore:
         if self._bytes is None:
             return
         self._check_untouched()
-        with self._lock, self._counted():
-            was_idle = [self._idle.pop(n, 0) for n in names]
-            self._idle_bytes -= sum(was_idle)
+        with self._lock:
+            try:
+                was_idle = [self._idle.pop(n, 0) for n in names]
+                self._idle_bytes -= sum(was_idle)
+            except BaseException:
+                self._count_anew()
+                raise
+            self._in_use.update(names)
         new = [n for n, was in zip(names, was_idle, strict=True) if not was]
         if new and hasattr(mmap, "MADV_WILLNEED"):
             for begin, end in ranges([self._placed[n] for n in new]):
@@ -304,14 +313,9 @@ class MappedStore:
         """Whether all of the tensors were used and did not leave this process since."""
         return all(name in self._idle for name in names)
 
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Count anew what is idle if the block is interrupted (Ctrl-C) between a change of it and of its sum."""
-        try:
-            yield
-        except BaseException:
-            self._idle_bytes = sum(self._idle.values())
-            raise
+    def _count_anew(self) -> None:
+        """Add up what is idle after an interrupt (Ctrl-C), which may have come between a change of it and of its sum."""
+        self._idle_bytes = sum(self._idle.values())
 
     def drop(self, names: Sequence[str]) -> None:
         """Let go of the tensors: of all that were let go of, the least recently used leave this process beyond `resident_bytes`.
@@ -323,15 +327,20 @@ class MappedStore:
         if self._bytes is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
         leaving: list[str] = []
-        with self._lock, self._counted():
-            for name in names:
-                n_bytes = self._placed[name].nbytes
-                self._idle_bytes += n_bytes - self._idle.pop(name, 0)
-                self._idle[name] = n_bytes
-            while self._idle_bytes > self._resident_bytes:
-                name, n_bytes = self._idle.popitem(last=False)
-                self._idle_bytes -= n_bytes
-                leaving.append(name)
+        with self._lock:
+            try:
+                for name in names:
+                    n_bytes = self._placed[name].nbytes
+                    self._idle_bytes += n_bytes - self._idle.pop(name, 0)
+                    self._idle[name] = n_bytes
+                while self._idle_bytes > self._resident_bytes:
+                    name, n_bytes = self._idle.popitem(last=False)
+                    self._idle_bytes -= n_bytes
+                    leaving.append(name)
+            except BaseException:
+                self._count_anew()
+                raise
+            self._in_use.difference_update(names)
             if leaving:
                 for begin, end in ranges([self._placed[n] for n in leaving]):
                     self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)

@@ -66,6 +66,7 @@ class Tensors:
         self._name = name
         self._embed_shape = (spec.vocab_size, spec.hidden_size)
         self._weights = {w.name: w for w in all_weights(spec)}
+        self._streamed = frozenset(self._weights) - {"embed"}
         self._make: Callable[[WeightShape], NDArray[np.float32]] | None = make
         self._made: dict[str, NDArray[np.float32]] = {}
         self.after_fork()
@@ -92,6 +93,8 @@ class Tensors:
 
     def check_names(self, names: Sequence[str]) -> None:
         """Raise `StoreError` for a name that is neither a vector nor a matrix."""
+        if self._make is not None and self._streamed.issuperset(names):
+            return
         for name in names:
             self._weight(name, "vector or tiled matrix", (1, 2, 3))
 

@@ -387,6 +387,11 @@ class Placement:
                 factor *= int(split.sizes[0])
         return factor
 
+    @cached_property
+    def factor_bytes(self) -> tuple[bytes, bytes]:
+        """Both, as what one placement's blocks are told apart by."""
+        return self.row_factor.tobytes(), self.col_factor.tobytes()
+
     def _factor(self, grid: GridAxis, n: int) -> Ints:
         split = self.split_of(grid)
         return np.ones(n, np.int64) if split is None else split.sizes

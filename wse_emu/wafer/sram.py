@@ -172,15 +172,20 @@ class SramTracker:
         return tuple(entry[0] for entry in self._live.values())
 
     @in_turn
-    def allocate(self, name: str, row_factor: Ints, col_factor: Ints, itemsize: int) -> Reservation:
+    def allocate(
+        self, name: str, row_factor: Ints, col_factor: Ints, itemsize: int, factor_bytes: tuple[bytes, bytes] | None = None
+    ) -> Reservation:
         """Reserve ``itemsize * row_factor[r] * col_factor[c]`` bytes on every core (r, c), rounded up to whole 4-byte words.
+
+        `factor_bytes` are the bytes of both factors, if they are at hand.
 
         Raises
         ------
         SramOverflowError
             If a core has not that much left; nothing is reserved then.
         """
-        kind = row_factor.tobytes(), col_factor.tobytes(), itemsize
+        rows, cols = factor_bytes or (row_factor.tobytes(), col_factor.tobytes())
+        kind = rows, cols, itemsize
         level = self._level.after.get(kind)
         if level is None:
             size = self._block_bytes(row_factor, col_factor, itemsize)  # may tell classes apart: the level is another one then

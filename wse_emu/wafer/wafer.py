@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -250,7 +251,7 @@ class Wafer:
             formats = ", ".join(FORMATS)
             raise PlacementError(f"`{name}`: `stored` must be one of {formats} or None, of float32 numbers, got {show(stored)} of {dtype}")
         n_bytes = dtype.itemsize if stored is None else HALF_BYTES
-        reservation = self.sram.allocate(name, placement.row_factor, placement.col_factor, n_bytes)
+        reservation = self.sram.allocate(name, placement.row_factor, placement.col_factor, n_bytes, placement.factor_bytes)
         data: NDArray[Any] | None = None
         blocks: dict[tuple[int, int], Block] | None = None
         if self.cores is not None:
@@ -374,8 +375,7 @@ class Wafer:
                 f"`{tensor.name}` {tensor.shape} {tensor.dtype} cannot take an array of shape {array.shape} and type {array.dtype}"
             )
         place = tensor.placement
-        words = place.row_factor * (tensor.dtype.itemsize // _WORD)
-        event = costs.edge(kind, tensor.name, words, place.col_factor)
+        event = _injected(kind, tensor.name, place, tensor.dtype.itemsize // _WORD)
         if self.cores is None:
             self.record(event)
             if tensor.data is not None:
@@ -733,6 +733,12 @@ def from_panels(flat: NDArray[Any], place: Placement, whole: NDArray[Any]) -> No
     """Inverse of `to_panels`."""
     for start, stop in _panels(place):
         whole[:, start:stop] = flat[place.shape[0] * start : place.shape[0] * stop].reshape(place.shape[0], stop - start)
+
+
+@lru_cache(maxsize=1024)
+def _injected(kind: str, name: str, place: Placement, n_words: int) -> Event:
+    """What bringing in a tensor of `n_words` words an element comes to."""
+    return costs.edge(kind, name, place.row_factor * n_words, place.col_factor)
 
 
 def _panels(place: Placement) -> list[tuple[int, int]]:
