@@ -83,6 +83,32 @@ def head_scale(qkv: F32, total: F32, q_weight: F32, k_weight: F32, q_slots: int,
                     qkv[i, j + e] = (qkv[i, j + e] * r) * w
 
 
+@kernel()
+def head_scale_plain(qkv: F32, total: F32, q_slots: int, size: np.float32, eps: np.float32) -> None:
+    """`head_scale` without weights: ``x = x * (1 / sqrt(total / size + eps))``.
+
+    Parameters
+    ----------
+    qkv : ndarray, (t, n_units * (q_slots + 2) * 2), float32
+        This core's block, read and written; values stay as they are.
+    total : ndarray, (t, n_heads * (q_slots + 1)), float32
+        Sums of squares of whole heads, in the order of `head_squares`; the core's units are divided evenly among its heads.
+    q_slots : int
+    size, eps : float32
+        Elements of a head; guard against a zero head.
+    """
+    slots = q_slots + 1
+    units = qkv.shape[1] // (2 * (q_slots + 2)) // (total.shape[1] // slots)
+    for i in range(total.shape[0]):
+        for n in range(total.shape[1]):
+            head, s = n // slots, n % slots
+            r = _ONE / np.sqrt(total[i, n] / size + eps)
+            for u in range(units):
+                j = ((head * units + u) * (q_slots + 2) + s) * 2
+                qkv[i, j] = qkv[i, j] * r
+                qkv[i, j + 1] = qkv[i, j + 1] * r
+
+
 @helper
 def _place_of(n_tokens: int, i: int, unit_starts: I64, col: int, unit: int) -> int:
     """Units before one of a token, in the panel of a column and in all panels before it."""

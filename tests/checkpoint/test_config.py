@@ -152,7 +152,7 @@ def test_sizes_have_no_default(name: str) -> None:
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "`rope_scaling`: `low_freq_factor` is missing"),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 1}},
-            "`low_freq_factor` and `high_freq_factor` must be positive and rising, got 4.0 and 1.0",
+            "`low_freq_factor` and `high_freq_factor` must be positive, the first not larger, got 4.0 and 1.0",
         ),
         (
             {"rope_scaling": {"rope_type": "longrope", "short_factor": [1] * 4, "long_factor": [1] * 3}},

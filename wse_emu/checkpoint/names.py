@@ -103,7 +103,7 @@ def layer_roles(spec: ModelSpec, layer: int) -> Iterator[tuple[str, tuple[int, .
         yield from (("w_q", (q, h)), ("w_k", (kv, h)), ("w_v", (kv, h)))
     if spec.biases.qkv:
         yield from (("b_q", (q,)), ("b_k", (kv,)), ("b_v", (kv,)))
-    if spec.qk_norm is not None:
+    if spec.qk_norm is not None and spec.qk_norm.weighted:
         of_head = spec.qk_norm.over == "head"
         yield from (("q_norm", (d if of_head else q,)), ("k_norm", (d if of_head else kv,)))
     if spec.attn_sinks:

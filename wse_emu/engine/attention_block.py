@@ -15,6 +15,7 @@ from wse_emu.layers.elementwise import bias, clip
 from wse_emu.layers.head_norm import head_norm
 from wse_emu.layers.linear import all_gather_bands, matmul
 from wse_emu.layers.qk_norm import qk_norm
+from wse_emu.layers.query_temperature import TUNE_QUERIES, place_factors, temperature_factors
 from wse_emu.layers.rotary import ROTATE_QK, place_rotary, rotary_tables
 from wse_emu.layers.stream import StreamedVector
 from wse_emu.layers.tiles import move_tokens
@@ -48,6 +49,10 @@ def _place_tables(run: ForwardPass, tile: AttentionTile, stack: ExitStack) -> No
     """Rotary tables of a tile, for the layer that runs."""
     spec, part = run.spec, tile.run
     if not spec.rotates(run.current_layer):
+        if spec.query_temperature is not None:
+            if tile.factors is None and not run.wafer.is_dry:
+                tile.factors = temperature_factors(spec.query_temperature, part.sequences)
+            part.factors = stack.enter_context(place_factors(run.wafer, run.heads, part.bands, tile.factors))
         return
     local = spec.rotates_locally(run.current_layer)
     if local not in tile.tables and not run.wafer.is_dry:
@@ -136,6 +141,11 @@ def _prepare(run: ForwardPass, qkv: PlacedTensor) -> None:
             with run.scope("clip"):
                 clip(run.wafer, qkv, spec.clip_qkv)
                 run.tap_qkv(qkv, suffix, "qkv")
+        elif suffix == "_tuned":
+            assert run.factors is not None
+            with run.scope("query_temperature"):
+                run.wafer.launch(TUNE_QUERIES, qkv=qkv, factor=run.factors, q_slots=spec.queries_per_kv)
+                run.tap_qkv(qkv, suffix, "q")
         else:
             cos, sin = run.rotary(layer)
             with run.scope("rotary"):
@@ -146,6 +156,9 @@ def _prepare(run: ForwardPass, qkv: PlacedTensor) -> None:
 def _normalise(run: ForwardPass, qkv: PlacedTensor) -> None:
     spec, store, prefix = run.spec, run.weights.store, layer_prefix(run.current_layer)
     assert spec.qk_norm is not None
+    if not spec.qk_norm.weighted:
+        head_norm(run.wafer, qkv, run.heads, None, None, spec.rms_norm_eps, run.bands)
+        return
     names = (prefix + "q_norm", prefix + "k_norm")
     head_weights = None if run.wafer.is_dry else (store.vector(names[0]), store.vector(names[1]))
     norm = head_norm if spec.qk_norm.over == "head" else qk_norm

@@ -40,7 +40,7 @@ class ForwardResult:
     taps: TapRecord | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class AttentionTile:
     """A part of the batch on its way through attention."""
 
@@ -49,6 +49,8 @@ class AttentionTile:
     """First of its tokens among all of the pass."""
     tables: dict[bool, tuple[NDArray[np.float32], NDArray[np.float32]]] = field(default_factory=dict)
     """Rotary tables at the host, which come in anew with every tile."""
+    factors: NDArray[np.float32] | None = None
+    """The queries' temperature at the host, likewise."""
 
 
 class ForwardPass:
@@ -86,6 +88,8 @@ class ForwardPass:
         """Where the residual stream lies."""
         self.tables: dict[bool, tuple[PlacedTensor, PlacedTensor]] = {}
         """Rotary cosines and sines, of the layers that turn locally and of the others."""
+        self.factors: PlacedTensor | None = None
+        """Factor of each token's queries in layers without rotation, where there is one."""
         self.layer: int | None = None
         """Layer that runs; None before the first and after the last."""
         self.tiles = [] if whole or self.options.bta_max_tile is None else self._cut(self.options.bta_max_tile)

@@ -22,6 +22,7 @@ from wse_emu.layers.edges import logits
 from wse_emu.layers.heads import HeadLayout
 from wse_emu.layers.kv_cache import KVCache, Sequences
 from wse_emu.layers.linear import Selection
+from wse_emu.layers.query_temperature import place_factors, temperature_factors
 from wse_emu.layers.rotary import place_rotary
 from wse_emu.layers.stream import StreamedVector
 from wse_emu.memoryx.prefetch import LayerStream
@@ -146,6 +147,10 @@ def _execute(run: ForwardPass, token_ids: Ints, wanted: Ints, stream: LayerStrea
             run.tables[local] = place_rotary(wafer, spec, run.sequences, run.heads, run.bands, local=local)
             for table in run.tables[local]:
                 stack.enter_context(table)
+        tuned = spec.query_temperature
+        if tuned is not None and not run.tiles and not all(map(spec.rotates, range(spec.num_layers))):
+            factors = None if wafer.is_dry else temperature_factors(tuned, run.sequences)
+            run.factors = stack.enter_context(place_factors(wafer, run.heads, run.bands, factors))
         run.tap("embedding", x)
         run.note_hidden(x)
     for layer in range(spec.num_layers):

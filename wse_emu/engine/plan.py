@@ -73,17 +73,18 @@ def sequences_of(slots: list[int], n_new: list[int], start: list[int], length: l
     return Sequences(first, n, at, np.array(slots, np.int64), at + n if length is None else np.array(length, np.int64))
 
 
-def _kind(spec: ModelSpec, layer: int) -> tuple[bool, AttentionPattern, int | None, bool]:
+def _kind(spec: ModelSpec, layer: int) -> tuple[bool, AttentionPattern, int | None, int | None, bool]:
     """What tells layers apart: network, attention, rotation."""
-    return spec.is_moe_layer(layer), spec.pattern(layer), spec.window(layer), spec.rotates(layer)
+    return spec.is_moe_layer(layer), spec.pattern(layer), spec.window(layer), spec.chunk(layer), spec.rotates(layer)
 
 
 def kinds_of_layers(spec: ModelSpec) -> tuple[ModelSpec, list[int]]:
     """The model with one layer of each kind, and how many of each it has; kinds differ in network, attention or rotation."""
     kinds = Counter(_kind(spec, i) for i in range(spec.num_layers))
-    moe, patterns, windows, rotates = zip(*kinds, strict=True)
+    moe, patterns, windows, chunks, rotates = zip(*kinds, strict=True)
     few: dict[str, Any] = {"num_layers": len(kinds), "patterns": patterns if spec.patterns else ()}
     few["sliding_layers"] = tuple(i for i, window in enumerate(windows) if window is not None)
+    few["chunked_layers"] = tuple(i for i, chunk in enumerate(chunks) if chunk is not None)
     few["dense_layers"] = tuple(i for i, is_moe in enumerate(moe) if spec.is_moe and not is_moe)
     few["rotary"] = replace(spec.rotary, skipped_layers=tuple(i for i, turns in enumerate(rotates) if not turns))
     return replace(spec, **few), list(kinds.values())

@@ -187,6 +187,10 @@ class StageLocal:
             (angles, factor), interleaved = self._angles[spec.rotates_locally(layer)], spec.rotary.interleaved
             rotated = formulas.rotate(x, angles, factor, interleaved=interleaved).astype(np.float64)
             return rotated, tolerance.rotary_bound(x, angles, factor, interleaved=interleaved)
+        if name.endswith("_tuned"):
+            assert spec.query_temperature is not None
+            factor = formulas.temperature(spec.query_temperature, self._record.pos)[:, None, None]
+            return x * factor, tolerance.tuned_bound(x * factor, factor)
         assert spec.qk_norm is not None
         rows = x if spec.qk_norm.over == "head" else x.reshape(len(x), -1)
         norm, bound = self._rms_norm(rows, layer, name)

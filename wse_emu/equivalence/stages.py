@@ -15,6 +15,8 @@ from wse_emu.foundation.taps import Stage, TapRecord
 PROJECTED = ("attn_norm", "q", "k", "v")
 LATENT = ("latent_a", "latent", "query_rope", "rope_key", "query_latent")
 """Of latent attention, before attention itself; queries come first."""
+TOUCHED: Mapping[str, str] = {"_norm": "qk", "_clip": "qkv", "_rope": "qk", "_tuned": "q"}
+"""What each of `ModelSpec.qkv_suffixes` changes."""
 ATTENTION = ("attn_max", "attn_denominator", "attn_context", "attn_out")
 ROUTER = ("router_logits", "topk_ids", "topk_weights")
 ROUTER_OF_ALL = ("router_logits", "router_scores", "topk_ids", "topk_weights")
@@ -83,7 +85,7 @@ def expected_stages(spec: ModelSpec) -> list[Stage]:
     for layer in range(spec.num_layers):
         names = [*PROJECTED] if spec.latent is None else [*_latent(spec.latent)]
         for suffix in spec.qkv_suffixes(layer) if spec.latent is None else ():
-            names += [name + suffix for name in ("qkv" if suffix == "_clip" else "qk")]
+            names += [name + suffix for name in TOUCHED[suffix]]
         after = spec.norm.after
         names += ATTENTION if spec.latent is None else (*ATTENTION[:2], "attn_latent", *ATTENTION[2:])
         names += [*(["attn_after_norm"] if after else []), "attn_residual", "ffn_norm"]
@@ -105,9 +107,8 @@ def _mixture(spec: ModelSpec) -> list[str]:
 
 def attended(spec: ModelSpec, layer: int) -> tuple[str, str, str]:
     """Stages of the queries, keys and values that attention uses."""
-    suffixes = spec.qkv_suffixes(layer)
-    last = suffixes[-1] if suffixes else ""
-    return "q" + last, "k" + last, "v" if spec.clip_qkv is None else "v_clip"
+    q, k, v = (["", *(s for s in spec.qkv_suffixes(layer) if name in TOUCHED[s])][-1] for name in "qkv")
+    return "q" + q, "k" + k, "v" + v
 
 
 def stage_shape(spec: ModelSpec, name: str, n_tokens: int) -> tuple[int, ...]:
@@ -200,7 +201,7 @@ def _inputs_in_layer(spec: ModelSpec, layer: int, name: str) -> tuple[str, ...]:
     if name in ATTENTION:
         return {"attn_max": (q, k), "attn_denominator": (q, k, "attn_max"), "attn_context": (q, k, v, "attn_max", "attn_denominator")}[name]
     head, _, suffix = name.partition("_")
-    steps = [s for s in spec.qkv_suffixes(layer) if head != "v" or s == "_clip"]
+    steps = [s for s in spec.qkv_suffixes(layer) if head in TOUCHED[s]]
     at = steps.index("_" + suffix)
     return (head + (steps[at - 1] if at else ""),)
 

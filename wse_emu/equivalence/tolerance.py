@@ -121,6 +121,15 @@ def rotary_bound(x: F64, angles: F64, factor: float | F64 = 1.0, *, interleaved:
     return bound
 
 
+def tuned_bound(y: F64, factor: F64) -> F64:
+    """Bound of queries ``y = x * factor`` that grow with their position; y (T, heads, d), factor (T, 1, 1).
+
+    The factor is a float64 expression rounded once, and so is the product.
+    """
+    bound: F64 = 2 * U * (1 + U) * np.abs(y) + SUBNORMAL * (1 + factor)
+    return bound
+
+
 def score_bound(q: F64, k: F64, scale: float) -> F64:
     """Bound of the scaled scores ``scale * q @ k.T``; q (T, d), k (S, d) -> (T, S).
 

@@ -15,6 +15,7 @@ from wse_emu.foundation.clamped_experts import ClampedExperts
 from wse_emu.foundation.errors import SpecError
 from wse_emu.foundation.latent_attention import LatentAttention
 from wse_emu.foundation.norm_spec import NormSpec, QkNorm
+from wse_emu.foundation.query_temperature import QueryTemperature
 from wse_emu.foundation.rope_scaling import RopeScaling
 from wse_emu.foundation.rotary_spec import RotarySpec
 from wse_emu.foundation.routing_rule import MIXTRAL_ROUTING, RoutingRule
@@ -23,7 +24,7 @@ from wse_emu.foundation.shared_experts import SharedExperts
 
 FAMILIES = (
     "llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "qwen2_moe", "olmoe", "granitemoe", "gemma2", "gemma3_text", "dots1", "glm4_moe",
-    "hunyuan_v1_moe", "ernie4_5_moe", "minimax_m2", "gpt_oss", "phimoe", "deepseek_v2", "deepseek_v3", "dbrx",
+    "hunyuan_v1_moe", "ernie4_5_moe", "minimax_m2", "gpt_oss", "phimoe", "deepseek_v2", "deepseek_v3", "dbrx", "llama4_text",
 )  # fmt: skip
 """Model families (Hugging Face ``model_type``) that this version runs."""
 
@@ -70,6 +71,12 @@ class ModelSpec:
     """Keys that a query of a sliding layer sees, itself included."""
     sliding_layers: tuple[int, ...] = ()
     """Layers with that window, ascending; the others see all keys before."""
+    chunk_size: int | None = None
+    """Keys of a block: a query of a chunked layer sees those of its own block, up to its own."""
+    chunked_layers: tuple[int, ...] = ()
+    """Layers with such blocks, ascending; none of them has a window."""
+    query_temperature: QueryTemperature | None = None
+    """How queries of layers without rotation grow with their position; None leaves them."""
     patterns: tuple[AttentionPattern, ...] = ()
     """Which keys the queries of each layer admit, one entry for each layer; () is what `sliding_window` says."""
     num_experts: int = 0
@@ -122,7 +129,7 @@ class ModelSpec:
         for name in ("top_k", "moe_intermediate_size", "dense_layers"):
             if not self.num_experts and getattr(self, name):
                 raise SpecError(f"`{name}` must be {'empty' if name == 'dense_layers' else 0} for a dense model, got {getattr(self, name)}")
-        for name in ("sliding_layers", "dense_layers"):
+        for name in ("sliding_layers", "chunked_layers", "dense_layers"):
             layers = getattr(self, name)
             if any(type(i) is not int or not 0 <= i < self.num_layers for i in layers) or any(a >= b for a, b in pairwise(layers)):
                 raise SpecError(f"`{name}` must be ascending layers in 0..{self.num_layers - 1}, got {layers}")
@@ -132,6 +139,13 @@ class ModelSpec:
             raise SpecError(f"`sliding_window` must be an integer >= 1 or None, got {self.sliding_window!r}")
         if (self.sliding_window is None) != (not self.sliding_layers):
             raise SpecError(f"`sliding_window` and `sliding_layers` belong together, got {self.sliding_window} and {self.sliding_layers}")
+        if self.chunk_size is not None and (type(self.chunk_size) is not int or self.chunk_size < 1):
+            raise SpecError(f"`chunk_size` must be an integer >= 1 or None, got {self.chunk_size!r}")
+        if (self.chunk_size is None) != (not self.chunked_layers):
+            raise SpecError(f"`chunk_size` and `chunked_layers` belong together, got {self.chunk_size} and {self.chunked_layers}")
+        both = sorted(set(self.sliding_layers) & set(self.chunked_layers))
+        if both:
+            raise SpecError(f"`sliding_layers` and `chunked_layers` both name layer {both[0]}: a layer has a window or blocks")
         self._check_rules()
         if self.patterns and len(self.patterns) != self.num_layers:
             raise SpecError(f"`patterns` must have one entry for each of {self.num_layers} layers, got {len(self.patterns)}")
@@ -152,7 +166,7 @@ class ModelSpec:
         without = {
             "qk_norm": self.qk_norm, "clip_qkv": self.clip_qkv, "attn_sinks": self.attn_sinks or None, "dim of rotary": self.rotary.dim,
             "skipped_layers of rotary": self.rotary.skipped_layers or None, "local_theta of rotary": self.rotary.local_theta,
-            "qkv of biases": self.biases.qkv or None,
+            "qkv of biases": self.biases.qkv or None, "query_temperature": self.query_temperature,
         }  # fmt: skip
         for name, value in without.items():
             if value is not None:
@@ -203,12 +217,16 @@ class ModelSpec:
         """Window that the checkpoint gives a layer, in keys, a query's own included; None is none."""
         return self.sliding_window if _holds(self.sliding_layers, layer) else None
 
+    def chunk(self, layer: int) -> int | None:
+        """Block that the checkpoint gives a layer, in keys; None is none."""
+        return self.chunk_size if _holds(self.chunked_layers, layer) else None
+
     def pattern(self, layer: int) -> AttentionPattern:
         """Keys that the queries of a layer admit."""
         if self.patterns:
             return self.patterns[layer]
-        window = self.window(layer)
-        return FULL if window is None else AttentionPattern(window=window)
+        window, chunk = self.window(layer), self.chunk(layer)
+        return FULL if window is None and chunk is None else AttentionPattern(window=window, chunk=chunk)
 
     def with_attention(self, attention: AttentionPattern | Sequence[AttentionPattern], dense_layers: Sequence[int] = ()) -> ModelSpec:
         """The same model with other patterns of attention.
@@ -264,12 +282,16 @@ class ModelSpec:
         return self.num_kv_heads if self.latent is None else 1
 
     def qkv_suffixes(self, layer: int) -> tuple[str, ...]:
-        """What happens to queries and keys after their projection, in order, of "_norm", "_clip" and "_rope"; to values only "_clip"."""
-        norm = () if self.qk_norm is None else ("_norm",)
+        """What happens to queries and keys after their projection, in order, of "_norm", "_clip", "_rope" and "_tuned".
+
+        To values only "_clip" happens, "_tuned" (`query_temperature`) to queries only.
+        """
+        norm = () if self.qk_norm is None or (self.qk_norm.rotated_only and not self.rotates(layer)) else ("_norm",)
         late = self.qk_norm is not None and self.qk_norm.after_rotary
         clip = () if self.clip_qkv is None else ("_clip",)
         rope = ("_rope",) if self.rotates(layer) else ()
-        return (*clip, *rope, *norm) if late else (*norm, *clip, *rope)
+        tuned = () if self.query_temperature is None or self.rotates(layer) else ("_tuned",)
+        return (*clip, *rope, *norm, *tuned) if late else (*norm, *clip, *rope, *tuned)
 
     def rotates(self, layer: int) -> bool:
         """Whether a layer's queries and keys are rotated."""
@@ -290,7 +312,7 @@ class ModelSpec:
         h, n_q, n_kv = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         attention = 2 * h * (n_q + n_kv) if self.latent is None else self.latent.params(h, self.num_heads, self.head_dim)
         attention += self.biases.qkv * (n_q + 2 * n_kv) + self.biases.out * h
-        if self.qk_norm is not None:
+        if self.qk_norm is not None and self.qk_norm.weighted:
             attention += 2 * self.head_dim if self.qk_norm.over == "head" else n_q + n_kv
         attention += self.num_heads * self.attn_sinks
         n_moe = len(self.moe_layers)

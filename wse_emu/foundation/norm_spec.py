@@ -36,9 +36,17 @@ class QkNorm:
     """Every head by itself, or all heads of a token together."""
     after_rotary: bool = False
     """Whether they are rotated first."""
+    weighted: bool = True
+    """Whether the norm has weights; without them it is that of every head."""
+    rotated_only: bool = False
+    """Whether layers without rotation have no such norm either."""
 
     def __post_init__(self) -> None:
         if self.over not in ("head", "row"):
             raise SpecError(f"`over` of `qk_norm` must be 'head' or 'row', got {self.over!r}")
         if self.over == "row" and self.after_rotary:
             raise SpecError("`qk_norm` over a row comes before the rotation: `after_rotary` must be false")
+        if self.over == "row" and not self.weighted:
+            raise SpecError("`qk_norm` over a row has weights: `weighted` must be true")
+        if self.rotated_only and self.weighted:
+            raise SpecError("`rotated_only` of `qk_norm` is for norms without weights: `weighted` must be false")

@@ -47,7 +47,7 @@ class RopeScaling:
     """yarn: numerator and denominator of the default attention factor."""
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
-    """llama3: turns in the original context below which a pair is interpolated, and above which it is left alone."""
+    """llama3: turns in the original context below which a pair is interpolated, and above which it is left alone; alike, there is none between."""
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
     """longrope: divisor of every pair's frequency, for sequences within the original context and beyond it."""
@@ -84,9 +84,9 @@ class RopeScaling:
             )
         if self.kind == "llama3":
             low, high = self.low_freq_factor, self.high_freq_factor
-            if low is None or high is None or not 0 < low < high < math.inf:
+            if low is None or high is None or not 0 < low <= high < math.inf:
                 raise SpecError(
-                    f"rotary scaling llama3: `low_freq_factor` and `high_freq_factor` must be positive and rising, got {low!r} and {high!r}"
+                    f"rotary scaling llama3: `low_freq_factor` and `high_freq_factor` must be positive, the first not larger, got {low!r} and {high!r}"
                 )
         if self.kind == "longrope" and self.attention_factor is None and self.original_max_position_embeddings < 2:
             raise SpecError("rotary scaling longrope: `original_max_position_embeddings` must be at least 2 to give an attention factor")

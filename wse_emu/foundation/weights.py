@@ -85,7 +85,7 @@ def layer_weights(spec: ModelSpec, layer: int) -> list[WeightShape]:
     shapes |= {"w_qkv": (h, n_q + 2 * n_kv)} if spec.latent is None else _latent(spec, spec.latent)
     if spec.biases.qkv:
         shapes["b_qkv"] = (n_q + 2 * n_kv,)
-    if spec.qk_norm is not None:
+    if spec.qk_norm is not None and spec.qk_norm.weighted:
         shapes |= {"q_norm": (d,), "k_norm": (d,)} if spec.qk_norm.over == "head" else {"q_norm": (n_q,), "k_norm": (n_kv,)}
     if spec.attn_sinks:
         shapes["sinks"] = (spec.num_heads,)

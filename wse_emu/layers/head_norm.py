@@ -16,7 +16,7 @@ from wse_emu.wafer.moves import CHAIN_ADD
 from wse_emu.wafer.placement import TokenBands
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.wafer import Wafer
-from wse_kernels.head_norm import head_scale, head_squares, mesh_head_norm
+from wse_kernels.head_norm import head_scale, head_scale_plain, head_squares, mesh_head_norm
 
 HEAD_SQUARES = Kernel(
     body=head_squares,
@@ -28,13 +28,16 @@ HEAD_SQUARES = Kernel(
 HEAD_SCALE = Kernel(
     body=head_scale, params=("qkv", "total", "q_weight", "k_weight", "q_slots", "size", "eps"), inout=("qkv",), code_bytes=320
 )
+HEAD_SCALE_PLAIN = Kernel(
+    body=head_scale_plain, params=("qkv", "total", "q_slots", "size", "eps"), inout=("qkv",), code_bytes=256
+)
 
 
 def head_norm(
-    wafer: Wafer, qkv: PlacedTensor, heads: HeadLayout, names: tuple[str, str],
+    wafer: Wafer, qkv: PlacedTensor, heads: HeadLayout, names: tuple[str, str] | None,
     weights: tuple[NDArray[np.float32], NDArray[np.float32]] | None, eps: float, bands: TokenBands,
 ) -> None:  # fmt: skip
-    """Normalise the queries and keys of every head, before they are rotated.
+    """Normalise the queries and keys of every head.
 
     Parameters
     ----------
@@ -42,9 +45,9 @@ def head_norm(
     qkv : PlacedTensor, (T, n_qkv), float32
         Complete on every row of a token's band; read and written.
     heads : HeadLayout
-    names : tuple of str
-        Of the two weights, in the ledger.
-    weights : two ndarrays, (head_dim,), float32, in the order of the pair units, or None with the ``dry`` executor
+    names : tuple of str, optional
+        Of the two weights, in the ledger; None is a norm without weights.
+    weights : two ndarrays, (head_dim,), float32, in the order of the pair units, or None with the ``dry`` executor or without weights
         For queries and for keys; each core receives the elements of its units, and does not keep them.
     eps : float
         Rounded to float32.
@@ -59,7 +62,8 @@ def head_norm(
     else:
         wafer.ledger.extend(events)
     if qkv.data is not None:
-        assert weights is not None
+        if weights is None:  # a product with 1 changes no bit
+            weights = (np.ones(heads.head_dim, np.float32),) * 2
         mesh_head_norm(
             qkv.flat, bands.n_tokens, heads.units.offsets, heads.queries_per_kv, heads.head_dim // 2, *weights, size, guard
         )  # fmt: skip
@@ -67,7 +71,7 @@ def head_norm(
 
 
 def _account(
-    wafer: Wafer, qkv: PlacedTensor, heads: HeadLayout, names: tuple[str, str],
+    wafer: Wafer, qkv: PlacedTensor, heads: HeadLayout, names: tuple[str, str] | None,
     weights: tuple[NDArray[np.float32], NDArray[np.float32]] | None, size: np.float32, eps: np.float32, bands: TokenBands,
 ) -> None:  # fmt: skip
     """The norm as its launches and moves; cores of their own compute there, a fused driver computes elsewhere."""
@@ -77,6 +81,9 @@ def _account(
     with wafer.empty("head sums of squares", sums) as total:
         run(HEAD_SQUARES, qkv=qkv, q_slots=q, ss=total)
         _chain_cut_heads(wafer, total, heads, slots, bands)
+        if names is None:
+            run(HEAD_SCALE_PLAIN, qkv=qkv, total=total, q_slots=q, size=size, eps=eps)
+            return
         w_q, w_k = weights if weights is not None else (None, None)
         with (
             stream_vector(wafer, names[0], _laid_out(w_q, heads), heads.unit_weights, bands) as of_q,

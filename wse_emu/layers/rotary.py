@@ -124,6 +124,8 @@ def _kept_by_turns(scaling: RopeScaling, plain: F64) -> F64:
     assert scaling.low_freq_factor is not None
     assert scaling.high_freq_factor is not None
     turns = scaling.original_max_position_embeddings * plain / (2 * np.pi)
+    if scaling.low_freq_factor == scaling.high_freq_factor:
+        return (turns >= scaling.low_freq_factor).astype(np.float64)
     share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept: F64 = np.minimum(np.maximum(share, 0.0), 1.0)
     return kept

@@ -37,9 +37,9 @@ def _attend(weights: PublishedWeights, layer: int, norm: Floats, seq: Ints, pos:
             y = weights.stored(y + weights.layer(layer, "b_" + name))
         now[name] = y.reshape(-1, heads, spec.head_dim)
         yield name, now[name]
-    steps = {"_norm": _normalise, "_clip": _clip, "_rope": _rotate}
+    steps = {"_norm": _normalise, "_clip": _clip, "_rope": _rotate, "_tuned": _tune}
     for suffix in spec.qkv_suffixes(layer):
-        for name in "qkv" if suffix == "_clip" else "qk":
+        for name in {"_clip": "qkv", "_tuned": "q"}.get(suffix, "qk"):
             now[name] = weights.stored(steps[suffix](weights, layer, name, now[name], seq, pos))
             yield name + suffix, now[name]
     q, k, v = now["q"], weights.kept(now["k"]), weights.kept(now["v"])
@@ -74,6 +74,11 @@ def _normalise(weights: PublishedWeights, layer: int, name: str, x: Floats, seq:
 def _clip(weights: PublishedWeights, layer: int, name: str, x: Floats, seq: Ints, pos: Ints) -> Floats:
     assert weights.spec.clip_qkv is not None
     return np.clip(x, -weights.spec.clip_qkv, weights.spec.clip_qkv)
+
+
+def _tune(weights: PublishedWeights, layer: int, name: str, x: Floats, seq: Ints, pos: Ints) -> Floats:
+    assert weights.spec.query_temperature is not None
+    return x * formulas.cast(formulas.temperature(weights.spec.query_temperature, pos), x.dtype)[:, None, None]
 
 
 def _rotate(weights: PublishedWeights, layer: int, name: str, x: Floats, seq: Ints, pos: Ints) -> Floats:

@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 from scipy.special import expit
 
 from wse_emu.foundation.attention_pattern import FULL, AttentionPattern
+from wse_emu.foundation.query_temperature import QueryTemperature
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
@@ -55,6 +56,12 @@ def rotate(x: Floats, angles: NDArray[np.float64], factor: float | NDArray[np.fl
     a, b = x[..., first], x[..., second]
     out = x.copy()
     out[..., first], out[..., second] = a * cos - b * sin, b * cos + a * sin
+    return out
+
+
+def temperature(tuned: QueryTemperature, pos: Ints) -> NDArray[np.float64]:
+    """Factor of the queries at positions `pos` (T,): ``log1p(floor((pos + 1) / floor_scale)) * attn_scale + 1``, float64."""
+    out: NDArray[np.float64] = np.log1p(np.floor((pos + 1.0) / tuned.floor_scale)) * tuned.attn_scale + 1.0
     return out
 
 

@@ -70,7 +70,7 @@ def _stretched(scaling: RopeScaling, plain: F64, theta: float, pairs: F64, lengt
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         assert low is not None
         assert high is not None
-        keep = np.clip((turns - low) / (high - low), 0, 1)
+        keep = np.where(turns < low, 0.0, 1.0) if low == high else np.clip((turns - low) / (high - low), 0, 1)
     else:
         # YaRN: linear in the pair's index between the pairs that turn beta_fast and beta_slow times.
         first, last = (_pair_of(turning, original, theta, len(pairs)) for turning in (scaling.beta_fast, scaling.beta_slow))

@@ -73,6 +73,7 @@ _OTHER_NAMES: dict[str, dict[str, str]] = {
     },
     "gpt_oss": {"router": "mlp.router.weight", "router_bias": "mlp.router.bias"},
     "phimoe": {"router": "block_sparse_moe.gate.weight"},
+    "llama4_text": {"router": "feed_forward.router.weight"},
     "minimax_m2": {
         "router": "block_sparse_moe.gate.weight",
         "e_score_correction_bias": "block_sparse_moe.e_score_correction_bias",
@@ -87,6 +88,7 @@ _SHARED = {
     "hunyuan_v1_moe": "mlp.shared_mlp.",
     "deepseek_v2": "mlp.shared_experts.",
     "deepseek_v3": "mlp.shared_experts.",
+    "llama4_text": "feed_forward.shared_expert.",
 }
 
 
@@ -178,12 +180,15 @@ def _ffn_tensor(spec: ModelSpec, layer: int, role: str, expert: Expert) -> Publi
     if expert == "shared":
         return Published(f"{prefix}{_SHARED[spec.family]}{role[2:]}_proj.weight", shape)
     if expert is None:
-        return Published(f"{prefix}mlp.{role[2:]}_proj.weight", shape)
+        network = "feed_forward" if spec.family == "llama4_text" else "mlp"
+        return Published(f"{prefix}{network}.{role[2:]}_proj.weight", shape)
     if spec.family in ("mixtral", "minimax_m2", "phimoe"):
         matrix = {"w_gate": "w1", "w_up": "w3", "w_down": "w2"}[role]
         return Published(f"{prefix}block_sparse_moe.experts.{expert}.{matrix}.weight", shape)
     if spec.family == "gpt_oss":
         return _gpt_oss_expert(spec, prefix + "mlp.experts.", role, expert)
+    if spec.family == "llama4_text":
+        return _llama4_expert(spec, prefix + "feed_forward.experts.", role, expert)
     if spec.family == "granitemoe":
         return _granite_expert(spec, prefix + "block_sparse_moe.", role, expert)
     return Published(f"{prefix}mlp.experts.{expert}.{role[2:]}_proj.weight", shape)
@@ -196,6 +201,15 @@ def _granite_expert(spec: ModelSpec, prefix: str, role: str, expert: int) -> Pub
         return Published(prefix + "output_linear.weight", (h, f), (e, h, f), lambda whole: whole[expert])
     half = 0 if role == "w_gate" else 1
     return Published(prefix + "input_linear.weight", (f, h), (e, 2 * f, h), lambda whole: whole[expert].reshape(2, f, h)[half])
+
+
+def _llama4_expert(spec: ModelSpec, prefix: str, role: str, expert: int) -> Published:
+    """All experts in one tensor, (in, out); the gate's columns before those of the up projection."""
+    e, h, f = spec.num_experts, spec.hidden_size, spec.moe_intermediate_size
+    if role == "w_down":
+        return Published(prefix + "down_proj", (h, f), (e, f, h), lambda whole: whole[expert].T)
+    half = 0 if role == "w_gate" else 1
+    return Published(prefix + "gate_up_proj", (f, h), (e, h, 2 * f), lambda whole: whole[expert].reshape(h, 2, f)[:, half].T)
 
 
 def _gpt_oss_expert(spec: ModelSpec, prefix: str, role: str, expert: int) -> Published:

@@ -50,7 +50,10 @@ class PublishedWeights:
         return self.tensor(tensors.layer_tensor(self.spec, layer, role, expert))
 
     def norm(self, layer: int | None, role: str) -> Floats:
-        """Weight of a norm as it is applied: ``1 + w`` where the family means that."""
+        """Weight of a norm as it is applied: ``1 + w`` where the family means that, ones where heads' norms have none."""
+        of_heads = self.spec.qk_norm
+        if role in ("q_norm", "k_norm") and of_heads is not None and not of_heads.weighted:
+            return np.ones(self.spec.head_dim, self.dtype)
         weight = self.tensor(tensors.final_norm(self.spec) if layer is None else tensors.layer_tensor(self.spec, layer, role))
         return weight + weight.dtype.type(1) if self.spec.norm.unit_offset else weight
 

@@ -15,6 +15,7 @@ from wse_emu.checkpoint.families.gpt_oss import GPT_OSS
 from wse_emu.checkpoint.families.granite import GRANITEMOE
 from wse_emu.checkpoint.families.hunyuan import HUNYUAN_V1_MOE
 from wse_emu.checkpoint.families.llama import LLAMA, MISTRAL, MIXTRAL
+from wse_emu.checkpoint.families.llama4 import LLAMA4_TEXT
 from wse_emu.checkpoint.families.minimax import MINIMAX_M2
 from wse_emu.checkpoint.families.olmoe import OLMOE
 from wse_emu.checkpoint.families.phimoe import PHIMOE
@@ -26,7 +27,7 @@ from wse_emu.foundation.errors import ConfigError
 
 _ALL = (
     LLAMA, MISTRAL, MIXTRAL, QWEN3, QWEN3_MOE, QWEN2_MOE, OLMOE, GRANITEMOE, GEMMA2, GEMMA3_TEXT, DOTS1, GLM4_MOE, HUNYUAN_V1_MOE,
-    ERNIE4_5_MOE, MINIMAX_M2, GPT_OSS, PHIMOE, DEEPSEEK_V2, DEEPSEEK_V3, DBRX,
+    ERNIE4_5_MOE, MINIMAX_M2, GPT_OSS, PHIMOE, DEEPSEEK_V2, DEEPSEEK_V3, DBRX, LLAMA4_TEXT,
 )  # fmt: skip
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in _ALL})
