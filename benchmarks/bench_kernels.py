@@ -34,6 +34,7 @@ from wse_kernels import (
     matmul,
     norm,
     qk_norm,
+    query_temperature,
     rope,
     routing,
     storage,
@@ -644,6 +645,54 @@ def _head_scale(smoke: bool) -> Case:
     peers = {"numpy": numpy, **torch_side(torch)}
     right = right.reshape(qkv.shape)
     return Case(ours, peers, (right,), (relative(right, 8),), Work(bytes=2 * qkv.nbytes), parallel=False)
+
+
+@CASES.add("head_scale_plain")
+def _head_scale_plain(smoke: bool) -> Case:
+    t, q, units = _heads(smoke)
+    before = normal(t, units * (q + 2) * 2)
+    split = before.reshape(t, units, q + 2, 2)
+    total = (split[:, :, : q + 1] ** 2).sum(axis=(1, 3))
+    size, qkv = np.float32(2 * units), before.copy()
+    right = split.astype(np.float64)
+    right[:, :, : q + 1] *= (1 / np.sqrt(total.astype(np.float64) / size + EPS))[:, None, :, None]
+
+    def ours() -> F32:
+        qkv[...] = before
+        head_norm.head_scale_plain(qkv, total, q, size, EPS)
+        return qkv
+
+    def by_formula(x: Any, factor: Any) -> Any:
+        x[:, :, : q + 1] *= factor[:, None, :, None]
+        return x.reshape(before.shape)
+
+    def torch(t: Any, of: Any) -> Call:
+        source, sums = of(split), of(total)
+        return lambda: by_formula(source.clone(), t.rsqrt(sums / float(size) + float(EPS)))
+
+    peers = {"numpy": lambda: by_formula(split.copy(), 1 / np.sqrt(total / size + EPS)), **torch_side(torch)}
+    right = right.reshape(qkv.shape)
+    return Case(ours, peers, (right,), (relative(right, 8),), Work(bytes=2 * qkv.nbytes), parallel=False)
+
+
+@CASES.add("tune_queries")
+def _tune_queries(smoke: bool) -> Case:
+    t, q, units = _heads(smoke)
+    before, factor = normal(t, units * (q + 2) * 2), 1 + np.abs(normal(t, 1, seed=1))
+    split, qkv = before.reshape(t, units, q + 2, 2), before.copy()
+
+    def ours() -> F32:
+        qkv[...] = before
+        query_temperature.tune_queries(qkv, factor, q)
+        return qkv
+
+    def by_formula(x: Any, of_token: Any) -> Any:
+        x[:, :, :q] *= of_token[:, :, None, None]
+        return x.reshape(before.shape)
+
+    peers = {"numpy": lambda: by_formula(split.copy(), factor), **torch_call(lambda t, x, f: by_formula(x.clone(), f), split, factor)}
+    right = by_formula(split.astype(np.float64), factor)
+    return Case(ours, peers, (right,), (relative(right, 2),), Work(bytes=2 * qkv.nbytes), parallel=False)
 
 
 @CASES.add("qk_squares")

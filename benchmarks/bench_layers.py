@@ -36,6 +36,7 @@ from wse_emu.layers.layer_norm import layer_norm
 from wse_emu.layers.linear import Selection, all_gather_bands, matmul
 from wse_emu.layers.norm import add_residual, rms_norm, stream_vector
 from wse_emu.layers.qk_norm import qk_norm
+from wse_emu.layers.query_temperature import place_factors
 from wse_emu.layers.rotary import ROTATE_QK, place_rotary
 from wse_emu.layers.router import RouterWeights, report_chosen, route
 from wse_emu.layers.stream import StreamedHeads
@@ -619,6 +620,20 @@ def _place_rotary(layer: Layer) -> Case:
     work = Work(bytes=4 * 2 * right[0].size, tokens=layer.n_tokens)
     # Half an ulp of the table, and what an ulp of the frequency turns the last position by.
     return Case(ours, {"numpy": numpy, **torch_side(torch)}, right, (U, U), work)
+
+
+@both("place_factors")
+def _place_factors(layer: Layer) -> Case:
+    wafer = layer.wafer()
+    values = (1 + np.arange(layer.n_tokens, dtype=np.float32) / layer.n_tokens)[:, None]
+
+    def ours() -> Any:
+        with place_factors(wafer, layer.heads, layer.bands, values) as factors:
+            last = int(layer.heads.units.used[-1])
+            return np.concatenate([factors.block(row, last) for row in layer.bands.split.representatives.tolist()])
+
+    peers = {"numpy": values.copy, **torch_call(lambda t, v: v.clone(), values)}
+    return Case(ours, peers, (values.astype(np.float64),), (0.0,), Work(bytes=values.nbytes, tokens=layer.n_tokens))
 
 
 @both("rotate (launch)")

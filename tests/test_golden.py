@@ -227,6 +227,21 @@ def spoilt(spec: ModelSpec, theta: float) -> Iterator[tuple[str, ModelSpec]]:
         yield "attention: window ignored", dataclasses.replace(spec, sliding_window=None, sliding_layers=(), rotary=alike)
         yield "attention: window one longer", dataclasses.replace(spec, sliding_window=spec.sliding_window + 1)
         yield "attention: window one shorter", dataclasses.replace(spec, sliding_window=spec.sliding_window - 1)
+    if spec.chunk_size is not None:
+        yield "attention: chunks ignored", dataclasses.replace(spec, chunk_size=None, chunked_layers=())
+        yield "attention: chunks one longer", dataclasses.replace(spec, chunk_size=spec.chunk_size + 1)
+        yield "attention: chunks one shorter", dataclasses.replace(spec, chunk_size=spec.chunk_size - 1)
+    if spec.query_temperature is not None:
+        yield "queries' temperature: ignored", dataclasses.replace(spec, query_temperature=None)
+        weaker = dataclasses.replace(spec.query_temperature, attn_scale=0.1)
+        yield "queries' temperature: `attn_scale` ignored", dataclasses.replace(spec, query_temperature=weaker)
+        later = dataclasses.replace(spec.query_temperature, floor_scale=spec.query_temperature.floor_scale + 1)
+        yield "queries' temperature: `floor_scale` one more", dataclasses.replace(spec, query_temperature=later)
+        yield "norms of queries and keys: left out", dataclasses.replace(spec, qk_norm=None)
+        turned = dataclasses.replace(spec.rotary, interleaved=False)
+        yield "rotary: halves are the pairs, not neighbours", dataclasses.replace(spec, rotary=turned)
+        rule = dataclasses.replace(spec.routing, probability_before_ffn=False)
+        yield "experts: weight on the output, not on the input", dataclasses.replace(spec, routing=rule)
     if spec.rotary.local_theta is not None:
         alike = dataclasses.replace(spec.rotary, local_theta=None)
         yield "rotary: layers with a window turn as the others", dataclasses.replace(spec, rotary=alike)

@@ -147,6 +147,14 @@ DBRX = COMMON | DBRX_SIZES | {
     "num_local_experts": 6, "num_experts_per_tok": 2, "tie_word_embeddings": False,
 }  # fmt: skip
 """As published, and under the names of the other families, by which the tools go."""
+LLAMA4 = COMMON | {
+    "architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text", "vocab_size": 57, "hidden_size": 28, "intermediate_size": 13,
+    "intermediate_size_mlp": 26, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10,
+    "rope_theta": 500.0, "num_local_experts": 6, "num_experts_per_tok": 2, "moe_layers": [0, 2], "no_rope_layers": [1, 0, 1],
+    "attention_chunk_size": 11, "use_qk_norm": True, "attn_temperature_tuning": True, "floor_scale": 40, "attn_scale": 0.9,
+    "attention_bias": False, "tie_word_embeddings": False,
+}  # fmt: skip
+"""No answer to the padded prompts reaches position 40: transformers counts padding as positions there."""
 ROPE = LLAMA | {
     "torch_dtype": "float32", "hidden_size": 28, "intermediate_size": 34, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "max_position_embeddings": 120, "tie_word_embeddings": False,
@@ -220,6 +228,7 @@ CHECKPOINTS: dict[str, Config] = {
     "deepseek_v3-float32": _in("float32", DEEPSEEK_V3, LATENT_STRETCHED, {"rope_interleave": True}),
     "deepseek_v3-halves-float32": _in("float32", DEEPSEEK_V3, {"q_lora_rank": None, "rope_interleave": False}),
     "dbrx-float32": _in("float32", DBRX),
+    "llama4_text-float32": _in("float32", LLAMA4),
 }  # fmt: skip
 """Directory under tests/golden to config.json."""
 
@@ -242,7 +251,7 @@ def expert_width(config: Config) -> int:
 
 def shared_width(config: Config) -> int:
     """Width of the shared experts together; 0 without any."""
-    if config["model_type"] == "hunyuan_v1_moe":
+    if config["model_type"] in ("hunyuan_v1_moe", "llama4_text"):
         return int(config["intermediate_size"])
     counted = config.get("n_shared_experts", config.get("moe_num_shared_experts", 0))
     return int(config.get("shared_expert_intermediate_size", counted * expert_width(config)))
@@ -252,6 +261,8 @@ def is_sparse(config: Config, layer: int) -> bool:
     """Whether a layer is a mixture of experts."""
     if not n_experts(config):
         return False
+    if "moe_layers" in config:
+        return layer in config["moe_layers"]
     if "first_k_dense_replace" in config:
         return bool(layer >= config["first_k_dense_replace"])
     if "moe_layer_start_index" in config:
@@ -273,7 +284,12 @@ def has_sparse(config: Config) -> bool:
 def has_normed_heads(config: Config) -> bool:
     """Whether queries and keys are normalised."""
     normed = ("qwen3", "qwen3_moe", "olmoe", "gemma3_text", "dots1", "hunyuan_v1_moe", "minimax_m2")
-    return config["model_type"] in normed or config.get("use_qk_norm", False)
+    return config["model_type"] in normed or (config.get("use_qk_norm", False) and not is_llama4(config))
+
+
+def is_llama4(config: Config) -> bool:
+    """Whether heads have norms without weights, layers chunks of keys or no rotation, and experts their weights on the input."""
+    return bool(config["model_type"] == "llama4_text")
 
 
 def normed_over_row(config: Config) -> bool:
@@ -298,7 +314,7 @@ def has_correction(config: Config) -> bool:
 
 def by_sigmoid(config: Config) -> bool:
     """Whether routers take the sigmoid of their logits."""
-    return config["model_type"] in ("dots1", "glm4_moe", "minimax_m2", "deepseek_v3")
+    return config["model_type"] in ("dots1", "glm4_moe", "minimax_m2", "deepseek_v3", "llama4_text")
 
 
 def has_output_bias(config: Config) -> bool:

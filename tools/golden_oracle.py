@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -82,14 +83,15 @@ def load(directory: Path, changes: Mapping[str, Any] | None = None) -> Any:
 
 
 def _named_as_usual(model: Any) -> Any:
-    """DBRX's modules under the names of a Llama's as well; its routers give logits, weights and choices, as all others do."""
+    """Modules of DBRX and Llama 4 under a Llama's names as well; their routers give logits, weights and choices, as all others do."""
+    if model.config.model_type == "llama4_text":
+        for layer in model.model.layers:
+            alias(layer, mlp=layer.feed_forward)
+            if layer.is_moe_layer:
+                _llama4_mixture(layer.feed_forward)
+        return model
     if model.config.model_type != "dbrx":
         return model
-
-    def alias(module: Any, **names: Any) -> None:
-        for name, value in names.items():
-            object.__setattr__(module, name, value)  # not a second submodule
-
     body = model.transformer
     alias(model, model=body)
     alias(body, layers=body.blocks, embed_tokens=body.wte, norm=body.norm_f)
@@ -104,6 +106,30 @@ def _named_as_usual(model: Any) -> Any:
         mixture.router.forward = forward
         mixture.route_tokens_to_experts = lambda decided: decided[1:]
     return model
+
+
+def alias(module: Any, **names: Any) -> None:
+    """Give modules other names, without making them submodules twice."""
+    for name, value in names.items():
+        object.__setattr__(module, name, value)
+
+
+def _llama4_mixture(mixture: Any) -> None:
+    """Let transformers' own mixture go by a router that gives logits, weights and choices."""
+    scored, mixed = mixture.router.forward, type(mixture).forward
+
+    def route(x: Tensor) -> tuple[Tensor, ...]:
+        scores, logits = scored(x)
+        ids = logits.topk(mixture.top_k, -1).indices
+        return logits, scores.gather(-1, ids), ids
+
+    def forward(x: Tensor) -> Any:
+        logits, weights, ids = mixture.router(x.reshape(-1, x.shape[-1]))
+        scores = torch.zeros_like(logits).scatter(-1, ids, weights)
+        parts = {name: getattr(mixture, name) for name in ("hidden_dim", "experts", "shared_expert")}
+        return mixed(SimpleNamespace(router=lambda _: (scores, logits), **parts), x)
+
+    mixture.router.forward, mixture.forward = route, forward
 
 
 def _made_plain(directory: Path, plain: Path, written: dict[str, Any]) -> None:

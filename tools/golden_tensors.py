@@ -15,6 +15,7 @@ from golden_models import (
     has_output_bias,
     is_biased,
     is_latent,
+    is_llama4,
     is_sparse,
     n_experts,
     normed_over_row,
@@ -34,6 +35,7 @@ ROUTERS = {
     "granitemoe": "block_sparse_moe.router.layer.weight",
     "hunyuan_v1_moe": "mlp.gate.wg.weight",
     "gpt_oss": "mlp.router.weight",
+    "llama4_text": "feed_forward.router.weight",
 }
 CORRECTIONS: dict[str, tuple[str, tuple[int, ...]]] = {
     "dots1": ("mlp.gate.e_score_correction_bias", ()),
@@ -51,6 +53,7 @@ SHARED = {
     "hunyuan_v1_moe": "mlp.shared_mlp.",
     "deepseek_v2": "mlp.shared_experts.",
     "deepseek_v3": "mlp.shared_experts.",
+    "llama4_text": "feed_forward.shared_expert.",
 }
 
 
@@ -64,6 +67,7 @@ def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
     n_q, n_kv = config["num_attention_heads"] * d, config["num_key_value_heads"] * d
     family = config["model_type"]
     normed, gemma = has_normed_heads(config), family.startswith("gemma")
+    small = normed or is_llama4(config)  # what is small before the norm shows its epsilon
     over_row = normed_over_row(config)
     tensors: dict[str, NDArray[np.float64]] = {}
     packed: dict[str, NDArray[np.uint8]] = {}
@@ -85,6 +89,10 @@ def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
     def granite_experts(prefix: str, n: int, width: int) -> None:
         tensors[prefix + "input_linear.weight"] = rng.standard_normal((n, 2 * width, h)) * 1.5 / np.sqrt(h)
         tensors[prefix + "output_linear.weight"] = rng.standard_normal((n, h, width)) / np.sqrt(width)
+
+    def llama4_experts(prefix: str, n: int, width: int) -> None:
+        tensors[prefix + "gate_up_proj"] = rng.standard_normal((n, h, 2 * width)) * 1.5 / np.sqrt(h)
+        tensors[prefix + "down_proj"] = rng.standard_normal((n, width, h)) * 1.5 / np.sqrt(width)
 
     def mxfp4(name: str, n: int, n_out: int, n_in: int, middle: int) -> None:
         packed[name + "_blocks"] = rng.integers(0, 256, (n, n_out, n_in // 32, 16), np.uint8)
@@ -123,10 +131,10 @@ def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
         matrix(prefix + "o_proj.weight", h, heads * of_value)
 
     def usual_attention(p: str) -> None:
-        matrix(p + "self_attn.q_proj.weight", n_q, h, 0.3 if normed else 1.5)
-        matrix(p + "self_attn.k_proj.weight", n_kv, h, 0.3 if normed else 1.5)
+        matrix(p + "self_attn.q_proj.weight", n_q, h, 0.3 if small else 1.5)
+        matrix(p + "self_attn.k_proj.weight", n_kv, h, 0.3 if small else 1.5)
         matrix(p + "self_attn.v_proj.weight", n_kv, h)
-        if normed:  # what is small before the norm shows its epsilon
+        if normed:
             q_norm, k_norm = HEAD_NORMS.get(family, ("q_norm", "k_norm"))
             norm(f"{p}self_attn.{q_norm}.weight", n_q if over_row else d, 1.5)
             norm(f"{p}self_attn.{k_norm}.weight", n_kv if over_row else d, 1.5)
@@ -154,7 +162,8 @@ def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
             norm(p + "pre_feedforward_layernorm.weight", h)
             norm(p + "post_feedforward_layernorm.weight", h)
         if not is_sparse(config, i):
-            ffn(p + "mlp.", *PROJECTIONS, config["intermediate_size"])
+            network, width = ("feed_forward.", "intermediate_size_mlp") if is_llama4(config) else ("mlp.", "intermediate_size")
+            ffn(p + network, *PROJECTIONS, config[width])
             continue
         matrix(p + ROUTERS.get(family, "mlp.gate.weight"), n_experts(config), h, 1.0 if by_sigmoid(config) else 2.0)
         if family in CORRECTIONS:
@@ -163,6 +172,8 @@ def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
         if family == "gpt_oss":
             bias(p + "mlp.router.bias", n_experts(config), 0.5)
             gpt_oss_experts(p + "mlp.experts.", n_experts(config), expert_width(config))
+        elif is_llama4(config):
+            llama4_experts(p + "feed_forward.experts.", n_experts(config), expert_width(config))
         elif family == "granitemoe":
             granite_experts(p + "block_sparse_moe.", n_experts(config), expert_width(config))
         else:

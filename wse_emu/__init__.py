@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from wse_emu.foundation.latent_attention import LatentAttention
     from wse_emu.foundation.model_spec import ModelSpec
     from wse_emu.foundation.norm_spec import NormSpec, QkNorm
+    from wse_emu.foundation.query_temperature import QueryTemperature
     from wse_emu.foundation.rotary_spec import RotarySpec
     from wse_emu.foundation.routing_rule import ROUTING_PRESETS, RoutingRule
     from wse_emu.foundation.scales import Scales
@@ -65,6 +66,7 @@ _HOME = {
     "wse_emu.foundation.model_spec": ("ModelSpec",),
     "wse_emu.foundation.latent_attention": ("LatentAttention",),
     "wse_emu.foundation.norm_spec": ("NormSpec", "QkNorm"),
+    "wse_emu.foundation.query_temperature": ("QueryTemperature",),
     "wse_emu.foundation.rotary_spec": ("RotarySpec",),
     "wse_emu.foundation.routing_rule": ("ROUTING_PRESETS", "RoutingRule"),
     "wse_emu.foundation.scales": ("Scales",),
@@ -100,6 +102,7 @@ __all__ = [
     "NumberOverflowError",
     "PlacementError",
     "QkNorm",
+    "QueryTemperature",
     "RotarySpec",
     "RouteError",
     "RoutingRule",

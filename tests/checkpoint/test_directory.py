@@ -205,7 +205,7 @@ OWN_RULES: dict[str, dict[str, Any]] = {
 """What families with rules of their own cannot be without."""
 
 
-ONE_BY_ONE = [name for name, family in FAMILIES.items() if family.moe is not None and name not in ("gpt_oss", "dbrx")]
+ONE_BY_ONE = [name for name, family in FAMILIES.items() if family.moe is not None and name not in ("gpt_oss", "dbrx", "llama4_text")]
 """Families whose experts are published one by one, or in another form than transformers keeps them."""
 
 

@@ -44,7 +44,11 @@ DEEPSEEK: dict[str, Any] = {
     "qk_rope_head_dim": 12, "v_head_dim": 8,
 }  # fmt: skip
 DEEPSEEK_V2 = {**DEEPSEEK, "model_type": "deepseek_v2", "q_lora_rank": None, "topk_method": "group_limited_greedy"}
-EVERY = [DBRX, PHIMOE, GPT_OSS, DOTS, GLM, HUNYUAN, ERNIE, MINIMAX, GRANITE, GEMMA, DEEPSEEK, DEEPSEEK_V2]
+LLAMA4: dict[str, Any] = {
+    **SHAPE, "model_type": "llama4_text", "intermediate_size_mlp": 20, "num_local_experts": 4, "num_experts_per_tok": 1,
+    "no_rope_layer_interval": 2, "interleave_moe_layer_step": 2, "attention_chunk_size": 5,
+}  # fmt: skip
+EVERY = [LLAMA4, DBRX, PHIMOE, GPT_OSS, DOTS, GLM, HUNYUAN, ERNIE, MINIMAX, GRANITE, GEMMA, DEEPSEEK, DEEPSEEK_V2]
 
 
 def back(spec: ModelSpec) -> ModelSpec:
@@ -240,6 +244,50 @@ def test_dbrx_nests_its_fields() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             parse_config({**DBRX, **change})
+
+
+def test_llama4_says_which_layers_turn_and_which_are_mixtures() -> None:
+    spec = parse_config(LLAMA4)
+    assert (spec.intermediate_size, spec.moe_intermediate_size, spec.dense_layers) == (20, 14, (0, 2))
+    assert (spec.rotary.skipped_layers, spec.chunk_size, spec.chunked_layers) == ((1, 3), 5, (0, 2))
+    assert (spec.shared_experts, spec.rotary.interleaved) == (wse.SharedExperts(intermediate_size=14), True)
+    assert spec.query_temperature == wse.QueryTemperature(floor_scale=8192, attn_scale=0.1)
+    assert (spec.qkv_suffixes(0), spec.qkv_suffixes(1)) == (("_rope", "_norm"), ("_tuned",))
+    assert spec.routing.probability_before_ffn
+    assert not spec.routing.expert_weighting_normalization
+    given = parse_config({**LLAMA4, "no_rope_layers": [1, 1, 0, 1, 0], "moe_layers": [3], "layer_types": ["chunked_attention"] * 4})
+    assert (given.rotary.skipped_layers, given.moe_layers, given.chunked_layers) == ((2,), (3,), (0, 1, 2, 3))
+    free = parse_config({**LLAMA4, "attention_chunk_size": None, "attn_temperature_tuning": False, "use_qk_norm": False})
+    assert (free.chunk_size, free.query_temperature, free.qk_norm) == (None, None, None)
+    dense = parse_config({**LLAMA4, "moe_layers": []})
+    assert (dense.is_moe, dense.intermediate_size) == (False, 20)
+    alike = {"rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0}
+    released = parse_config({**LLAMA4, "no_rope_layers": [], "rope_scaling": {**alike, "original_max_position_embeddings": 8192}})
+    assert released.rotary == spec.rotary
+    for each in (given, free, dense, released):
+        assert back(each) == each
+    for change, message in (
+        ({"no_rope_layers": [1, 0]}, "`no_rope_layers` must hold 1 .rotated. or 0 for each of 4 layers"),
+        ({"layer_types": ["full_attention"]}, "`layer_types` must name full_attention or chunked_attention for each of 4"),
+        ({"layer_types": ["chunked_attention"] * 4, "attention_chunk_size": None}, "`attention_chunk_size` is null"),
+        ({"attn_scale": -1}, "`attn_scale` of the queries' temperature must be a number >= 0"),
+        ({"moe_layers": [4]}, "`moe_layers` must be a list of layers in 0..3"),
+        ({"intermediate_size_mlp": 0}, "`intermediate_size_mlp` must be an integer"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_config({**LLAMA4, **change})
+    for field, message in (
+        ({"chunked_layers": ()}, "`chunk_size` and `chunked_layers` belong together"),
+        ({"sliding_window": 3, "sliding_layers": (0,)}, "both name layer 0"),
+        ({"chunk_size": 0}, "`chunk_size` must be an integer >= 1"),
+    ):
+        with pytest.raises(wse.SpecError, match=message):
+            replace(spec, **field)
+    with pytest.raises(wse.SpecError, match="`floor_scale` of the queries' temperature must be an integer >= 1, got 0"):
+        wse.QueryTemperature(floor_scale=0)
+    for wrong, message in (({"over": "row"}, "over a row has weights"), ({"weighted": True}, "`weighted` must be false")):
+        with pytest.raises(wse.SpecError, match=message):
+            wse.QkNorm(**{"weighted": False, "rotated_only": True, **wrong})
 
 
 def test_rules_that_break_are_errors_of_the_file() -> None:

@@ -13,6 +13,7 @@ from wse_kernels.elementwise import add_bias, add_scaled, clip_to, scale_by_sigm
 from wse_kernels.exp import gelu_tanh32, gelu_tanh_array, tanh32, tanh_array
 from wse_kernels.ffn import geglu_into
 from wse_kernels.qk_norm import qk_scale, qk_squares
+from wse_kernels.query_temperature import tune_queries
 
 F = np.float32
 U = 2.0**-24
@@ -89,6 +90,18 @@ def test_single_elements_follow_their_formulas() -> None:
     held = np.array([[np.nan, 9, -9]], F)
     clip_to(held, F(2))
     np.testing.assert_array_equal(held, np.array([[np.nan, 2, -2]], F))
+
+
+@pytest.mark.parametrize("q", [1, 3])
+def test_queries_alone_take_the_factor_of_their_token(q: int) -> None:
+    rng = np.random.default_rng(q)
+    qkv, factor = rng.standard_normal((4, 5 * (q + 2) * 2)).astype(F), rng.uniform(1, 2, (4, 1)).astype(F)
+    expected = qkv.reshape(4, 5, q + 2, 2).copy()
+    expected[:, :, :q] *= factor[:, :, None, None]
+    for body in (tune_queries, plain(tune_queries)):
+        out = qkv.copy()
+        body(out, factor, q)
+        np.testing.assert_array_equal(out, expected.reshape(4, -1))
 
 
 def test_geglu_writes_its_columns_only() -> None:

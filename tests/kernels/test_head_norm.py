@@ -12,7 +12,7 @@ from numba import config
 
 from wse_kernels._jit import plain
 from wse_kernels.fma import count_fma, fma
-from wse_kernels.head_norm import head_scale, head_squares, mesh_head_norm
+from wse_kernels.head_norm import head_scale, head_scale_plain, head_squares, mesh_head_norm
 
 F = np.float32
 U = 2.0**-24
@@ -115,6 +115,21 @@ def test_plain_python_gives_the_same_bits_and_the_stated_sum(n_heads: int, q: in
     assert total is not None
     r = F(1) / np.sqrt(total / F(2 * half) + EPS)
     assert after[0][0, 0] == (blocks[0][0, 0] * r) * weights[0][0]
+
+
+@pytest.mark.nojit
+@pytest.mark.parametrize(("n_heads", "q", "units"), [(1, 1, 3), (3, 2, 2)])
+def test_without_weights_the_bits_are_those_of_ones(n_heads: int, q: int, units: int) -> None:
+    rng = np.random.default_rng(4)
+    before = rng.standard_normal((3, n_heads * units * 2 * (q + 2))).astype(F)
+    total, ones = rng.uniform(1, 9, (3, n_heads * (q + 1))).astype(F), np.ones((1, 2 * units), F)
+    weighted = before.copy()
+    head_scale(weighted, total, ones, ones, q, F(2 * units), EPS)
+    for body in (head_scale_plain, plain(head_scale_plain)):
+        got = before.copy()
+        body(got, total, q, F(2 * units), EPS)
+        assert np.array_equal(got.view(np.int32), weighted.view(np.int32))
+    assert not np.array_equal(weighted, before)
 
 
 @pytest.mark.parametrize("n_cols", [1, 2, 7])

@@ -69,6 +69,11 @@ RULES = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 0.8, "rope_theta": 500.0},
         "ffn_config": {"ffn_hidden_size": 9, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "llama4_text": {
+        **SHAPE, "model_type": "llama4_text", "intermediate_size": 9, "intermediate_size_mlp": 14, "moe_layers": [0],
+        "num_local_experts": 4, "num_experts_per_tok": 2, "no_rope_layers": [1, 0], "attention_chunk_size": 4, "floor_scale": 3,
+        "attn_scale": 0.4,
+    },
     "gemma2": {
         **SHAPE, "model_type": "gemma2", "intermediate_size": 14, "sliding_window": 4, "query_pre_attn_scalar": 9,
         "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0,

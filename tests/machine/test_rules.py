@@ -28,6 +28,8 @@ def test_models_use_every_rule() -> None:
     assert {spec.qk_norm.after_rotary for spec in specs if spec.qk_norm is not None} == {True, False}
     assert {spec.rotary.interleaved for spec in specs} == {True, False}
     assert any(spec.rotary.skipped_layers for spec in specs)
+    assert any(spec.query_temperature is not None and spec.chunk_size is not None for spec in specs)
+    assert {spec.qk_norm.weighted for spec in specs if spec.qk_norm is not None} == {True, False}
     assert {spec.rotary.dim for spec in specs} == {None, 2, 4}
     assert {spec.shared_experts.gated for spec in specs if spec.shared_experts is not None} == {True, False}
     assert {spec.vocab_size for spec in specs} == {VOCAB}

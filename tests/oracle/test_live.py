@@ -257,6 +257,21 @@ MODELS: dict[str, dict[str, Any]] = {
         "d_model": 36, "n_heads": 6, "attn_config": {"kv_n_heads": 6, "clip_qkv": 8.0, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": 19, "moe_num_experts": 4, "moe_top_k": 1, "moe_normalize_expert_weights": None},
     },
+    "llama4_text": {
+        "hidden_size": 34, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10, "intermediate_size": 13,
+        "intermediate_size_mlp": 29, "num_hidden_layers": 4, "num_local_experts": 5, "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 2, "no_rope_layer_interval": 2, "attention_chunk_size": 7, "attn_temperature_tuning": False,
+    },
+    "llama4_text queries grow, two experts": {
+        "hidden_size": 28, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "intermediate_size": 17,
+        "num_local_experts": 3, "num_experts_per_tok": 2, "no_rope_layers": [0, 1], "attention_chunk_size": 5, "floor_scale": 4,
+        "attn_scale": 0.4, "attention_bias": True, "tie_word_embeddings": True,
+    },
+    "llama4_text no norms, no chunks": {
+        "hidden_size": 30, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 10, "intermediate_size": 21,
+        "num_local_experts": 4, "num_experts_per_tok": 1, "no_rope_layers": [1, 1], "attention_chunk_size": None, "use_qk_norm": False,
+        "rope": {"rope_type": "llama3", **STRETCHED, "low_freq_factor": 1.0, "high_freq_factor": 1.0},
+    },
     "llama linear": ROPE_SHAPE | {"rope": {"rope_type": "linear", "factor": 2.5}},
     "llama dynamic": ROPE_SHAPE | {"rope": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 16},
     "llama yarn": ROPE_SHAPE | {
@@ -276,7 +291,8 @@ CASES = [(name, seed) for name in MODELS for seed in (0, 1)]
 GRIDS = [(4, 4), (7, 5), (3, 11)]
 LENGTHS = ((1,), (13,), (5, 18, 11))
 EQUAL_LENGTHS = ((1,), (13,), (18, 18))
-"""Where rotary frequencies follow the length, transformers goes by the longest sequence of the batch."""
+"""Where rotary frequencies follow the length, transformers goes by the longest sequence of the batch; where queries grow with their
+position, it counts padding."""
 
 
 @pytest.fixture
@@ -308,7 +324,7 @@ def written_by_transformers(directory: Path, name: str, seed: int, dtype: str, *
             elif "embed" in parameter:
                 p.copy_(0.5 * noise)
             else:
-                by_sigmoid = name.split()[0] in ("dots1", "glm4_moe", "minimax_m2")
+                by_sigmoid = name.split()[0] in ("dots1", "glm4_moe", "minimax_m2", "llama4_text")
                 gain = 2.0 if parameter.endswith(("gate.weight", "wg.weight", "router.weight")) and not by_sigmoid else 1.5
                 p.copy_(gain * noise / p.shape[-1] ** 0.5)
     model.to(getattr(torch, dtype)).save_pretrained(directory, **options)
@@ -351,9 +367,10 @@ def test_forward_and_greedy_tokens_are_those_of_transformers(tmp_path: Path, ora
     rows, cols = GRIDS[(seed + len(name)) % len(GRIDS)]
     model = wse.from_pretrained(tmp_path / "model", wafer=wse.Wafer(wse.WSE3, rows=rows, cols=cols), cache_dir=tmp_path)
     scaling = model.spec.rope_scaling
-    equal = scaling is not None and scaling.follows_length
+    follows, grows = scaling is not None and scaling.follows_length, model.spec.query_temperature is not None
+    equal = follows or grows
     for lengths in EQUAL_LENGTHS if equal else LENGTHS:
-        ids, mask, expected = consult_fairly(oracle, oracle_model, lengths, seed, padding=2 if equal else 0)
+        ids, mask, expected = consult_fairly(oracle, oracle_model, lengths, seed, padding=2 if follows else 0)
         real, what = mask.bool(), f"lengths {lengths}"
         here = real.numpy()
         is_moe = expected.router_logits is not None

@@ -88,6 +88,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 0.5,
         },
     },
+    "llama4_text": {
+        **BASE, "model_type": "llama4_text", "intermediate_size": 12, "intermediate_size_mlp": 28, "num_local_experts": 4,
+        "num_experts_per_tok": 1, "moe_layers": [0, 2], "no_rope_layers": [1, 0, 1], "attention_chunk_size": 5, "floor_scale": 4,
+    },
     "dbrx": {
         "model_type": "dbrx", "vocab_size": 131, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64, "initializer_range": 0.2,
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.5, "rope_theta": 500.0},
@@ -112,7 +116,7 @@ def expected_parameters(spec: ModelSpec, tensors: TensorSource, dtype: str) -> d
                 own = own.replace(".router.layer.", ".router.").replace("mlp.moe_statics.", "mlp.gate.moe_statics.")
             own = own.replace(".gate.", ".router.") if spec.family == "phimoe" else own
             out[own] = read(tensor.name)
-    if spec.family in ("gpt_oss", "dbrx"):  # published as it is kept
+    if spec.family in ("gpt_oss", "dbrx", "llama4_text"):  # published as it is kept
         names = {t.name for role, t in published_names(spec).items() if ".experts." in role}
         return out | {name: read(name) for name in names}
     if spec.family == "granitemoe":  # published as it is kept

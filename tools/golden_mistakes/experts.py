@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from golden_models import Config, by_sigmoid, has_correction, has_dense, has_sparse, shared_width
-from golden_oracle import compared, router_of
+from golden_models import Config, by_sigmoid, has_correction, has_dense, has_sparse, is_llama4, shared_width
+from golden_oracle import alias, compared, router_of
 from torch import Tensor
 
 from golden_mistakes.subject import Subject, is_clamped, is_dbrx, misread, mistake
@@ -66,6 +66,9 @@ def _(subject: Subject) -> None:
             of.w1, of.v1 = of.v1, of.w1
             continue
         weight = mlp.experts.gate_up_proj
+        if is_llama4(subject.config):
+            weight.copy_(weight.roll(weight.shape[-1] // 2, -1))
+            continue
         alternating = is_clamped(subject.config)
         weight.copy_(weight.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if alternating else weight.roll(weight.shape[1] // 2, 1))
 
@@ -146,13 +149,45 @@ def _(subject: Subject) -> None:
         router.bias.zero_()
 
 
-@mistake("experts: weights in the opposite order", has_sparse)
+def weighs_outputs(config: Config) -> bool:
+    """Whether weights belong to what experts give."""
+    return has_sparse(config) and not is_llama4(config)
+
+
+@mistake("experts: weights in the opposite order", is_llama4)
+def _(subject: Subject) -> None:
+    for router in subject.routers:
+        router.register_forward_hook(lambda _m, _a, out: (out[0], out[1].flip(-1), out[2]))
+
+
+@mistake("experts: weight on the output, not on the input", is_llama4)
+def _(subject: Subject) -> None:
+    for mlp in subject.sparse:
+
+        def forward(x: Tensor, mlp: Any = mlp) -> tuple[Tensor, Tensor]:
+            flat = x.reshape(-1, x.shape[-1])
+            logits, weights, ids = mlp.router(flat)
+            scores = torch.zeros_like(logits).scatter(-1, ids, weights)
+            outs = mlp.experts(flat.repeat(mlp.num_experts, 1)).view(mlp.num_experts, *flat.shape)
+            return mlp.shared_expert(flat) + (scores.T[..., None] * outs).sum(0), logits
+
+        mlp.forward = forward
+
+
+@mistake("experts: columns of gate and up alternate, not halves", is_llama4)
+def _(subject: Subject) -> None:
+    for mlp in subject.sparse:
+        weight = mlp.experts.gate_up_proj
+        weight.copy_(torch.cat((weight[..., ::2], weight[..., 1::2]), -1))
+
+
+@mistake("experts: weights in the opposite order", weighs_outputs)
 def _(subject: Subject) -> None:
     for mlp in subject.sparse:
         mlp.experts.register_forward_pre_hook(lambda _m, args: (*args[:2], args[2].flip(-1)))
 
 
-@mistake("experts: weight on the input, not on the output", has_sparse)
+@mistake("experts: weight on the input, not on the output", weighs_outputs)
 def _(subject: Subject) -> None:
     for mlp in subject.sparse:
 
@@ -178,6 +213,12 @@ def _(subject: Subject) -> None:
     layers = subject.model.model.layers
     sparse = next(layer for layer in layers if router_of(layer) is not None)
     dense = next(layer for layer in layers if router_of(layer) is None)
+    if is_llama4(subject.config):
+        sparse.feed_forward, dense.feed_forward = dense.feed_forward, sparse.feed_forward
+        sparse.is_moe_layer, dense.is_moe_layer = False, True
+        for layer in (sparse, dense):
+            alias(layer, mlp=layer.feed_forward)
+        return
     sparse.mlp, dense.mlp = dense.mlp, sparse.mlp
 
 
@@ -186,7 +227,7 @@ def _(subject: Subject) -> None:
 
 def normalized(config: Config) -> bool:
     """Whether there are mixtures whose weights are divided by their sum."""
-    return has_sparse(config) and config.get("norm_topk_prob", True) and not by_sparsemixer(config)
+    return has_sparse(config) and config.get("norm_topk_prob", True) and not by_sparsemixer(config) and not is_llama4(config)
 
 
 def by_sparsemixer(config: Config) -> bool:

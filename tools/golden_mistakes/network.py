@@ -17,7 +17,7 @@ def without_residual(source: Any, sink: Any, factor: float) -> None:
 
     def subtract(module: Any, args: tuple[Any, ...], out: Any) -> Any:
         before = kept[0] / factor
-        return out - before if isinstance(out, Tensor) else (out[0] - before, *out[1:])
+        return out - before if isinstance(out, Tensor) else (out[0] - before.view_as(out[0]), *out[1:])
 
     source.register_forward_pre_hook(lambda _m, args: kept.__setitem__(slice(None), args[:1]))
     sink.register_forward_hook(subtract)

@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from golden_models import Config
+from golden_models import Config, is_llama4
 from golden_oracle import network, router_of
 from torch import nn
 
@@ -85,13 +85,16 @@ class Subject:
             return
 
         def adapted(right: Any) -> Any:  # one complex number for each pair
+            def placed(*heads: Any) -> tuple[Any, ...]:  # Llama 4 has heads behind tokens
+                return tuple(x.transpose(1, 2) for x in heads) if is_llama4(self.config) else heads
+
             def usual(q: Any, k: Any, cos: Any, sin: Any) -> Any:
                 half = cos.shape[-1] // 2
-                return right(q, k, torch.complex(cos[..., :half], sin[..., :half]))
+                return placed(*right(*placed(q, k), torch.complex(cos[..., :half], sin[..., :half])))
 
             def call(q: Any, k: Any, freqs: Any) -> Any:
                 parts = (torch.cat((part, part), -1) for part in (freqs.real, freqs.imag))
-                return wrong(usual)(q, k, *parts)
+                return placed(*wrong(usual)(*placed(q, k), *parts))
 
             return call
 

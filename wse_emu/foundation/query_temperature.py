@@ -26,4 +26,4 @@ class QueryTemperature:
         if type(self.floor_scale) is not int or self.floor_scale < 1:
             raise SpecError(f"`floor_scale` of the queries' temperature must be an integer >= 1, got {self.floor_scale!r}")
         if type(self.attn_scale) is not float or not 0 <= self.attn_scale <= MAX_FLOAT32:
-            raise SpecError(f"`attn_scale` of the queries' temperature must be a number >= 0 that float32 can hold, got {self.attn_scale!r}")
+            raise SpecError(f"`attn_scale` of the queries' temperature must be a number >= 0, in float32, got {self.attn_scale!r}")

@@ -47,7 +47,8 @@ class RopeScaling:
     """yarn: numerator and denominator of the default attention factor."""
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
-    """llama3: turns in the original context below which a pair is interpolated, and above which it is left alone; alike, there is none between."""
+    """llama3: turns in the original context below which a pair is interpolated, and above which it is left alone; none is between
+    where they are alike."""
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
     """longrope: divisor of every pair's frequency, for sequences within the original context and beyond it."""
@@ -86,7 +87,8 @@ class RopeScaling:
             low, high = self.low_freq_factor, self.high_freq_factor
             if low is None or high is None or not 0 < low <= high < math.inf:
                 raise SpecError(
-                    f"rotary scaling llama3: `low_freq_factor` and `high_freq_factor` must be positive, the first not larger, got {low!r} and {high!r}"
+                    "rotary scaling llama3: `low_freq_factor` and `high_freq_factor` must be positive, the first not larger, got "
+                    f"{low!r} and {high!r}"
                 )
         if self.kind == "longrope" and self.attention_factor is None and self.original_max_position_embeddings < 2:
             raise SpecError("rotary scaling longrope: `original_max_position_embeddings` must be at least 2 to give an attention factor")
