@@ -187,6 +187,15 @@ def _thin_matmul(
         group = take_ticket(tickets)
 
 
+@helper
+def _group_columns(n_out: int, n_parts: int) -> int:
+    """Columns that a thread takes at a time: a weight tile, or an equal part of it that is whole strips, for threads to take turns."""
+    width = WEIGHT_TILE_COLS
+    while n_parts > 1 and width > COLS and n_out < GROUPS_PER_THREAD * n_parts * width:
+        width //= 2
+    return width
+
+
 @kernel(driver=True)
 def _mesh_matmul(
     part: int, n_parts: int, tickets: I64, x: F32, n_x_rows: int, k_starts: I64, rows: I64,
@@ -203,47 +212,43 @@ def _mesh_matmul(
         )  # fmt: skip
         return
     n_blocks = (m + ROWS - 1) // ROWS
-    n_strips = (n_out + COLS - 1) // COLS
     share_rows = n_blocks >= _BLOCKS_PER_THREAD * n_parts
-    begin, end = part * n_blocks * n_strips // n_parts, (part + 1) * n_blocks * n_strips // n_parts
     first, last = 0, n_blocks
     if share_rows:
         first, last = part * n_blocks // n_parts, (part + 1) * n_blocks // n_parts
+    i0, i1 = first * ROWS, min(m, last * ROWS)
     part_rows = (last - first) * ROWS
-    starts = np.empty(ROWS, np.int64)
     a = np.empty(part_rows * n_in, np.float32)
     b = np.empty(WEIGHT_TILE_COLS * n_in, np.float32)
     t = np.empty((part_rows, COLS), np.float32)
     h = np.empty((part_rows, COLS // 2), np.float32)
-    _pack_rows(x, n_x_rows, k_starts, rows, first * ROWS, min(m, last * ROWS), starts, a)
-    last_strip = n_strips if share_rows else (end + n_blocks - 1) // n_blocks
-    packed_from, packed_to = 0, 0
-    for s in range(n_strips):
-        r0, r1 = first, last
-        if not share_rows:
-            r0, r1 = max(0, begin - s * n_blocks), min(n_blocks, end - s * n_blocks)
-        if r0 >= r1:
-            continue
-        j0, j1 = s * COLS, min((s + 1) * COLS, n_out)
-        tile = j0 // WEIGHT_TILE_COLS * WEIGHT_TILE_COLS
+    _pack_rows(x, n_x_rows, k_starts, rows, i0, i1, np.empty(ROWS, np.int64), a)
+    width = _group_columns(n_out, n_parts)
+    n_groups = (n_out + width - 1) // width
+    group = 0 if share_rows else take_ticket(tickets)
+    while group < n_groups:
+        first_col, last_col = group * width, min((group + 1) * width, n_out)
+        tile = first_col // WEIGHT_TILE_COLS * WEIGHT_TILE_COLS
         stride = min(WEIGHT_TILE_COLS, n_out - tile)
-        w0 = w_offset + tile * n_in + j0 - tile
-        strip = w
-        if n_blocks >= _PACKED_BLOCKS or j1 - j0 < COLS:
-            if s >= packed_to:
-                packed_from, packed_to = s, min((tile + stride + COLS - 1) // COLS, last_strip)
-                _pack_strips(w, w0, stride, min(packed_to * COLS, n_out) - j0, n_in, b)
-            strip, w0, stride = read_only(b), (s - packed_from) * n_in * COLS, COLS
-        _chain_strip(a, r0 - first, r1 - first, strip, w0, stride, k_starts, t)
-        i0, i1 = r0 * ROWS, min(m, r1 * ROWS)
-        block = t
-        if mode in (SWIGLU, GEGLU):
-            if mode == SWIGLU:
-                swiglu_into(t[: i1 - i0], 0, h[: i1 - i0])
+        w0 = w_offset + tile * n_in + first_col - tile
+        packed = n_blocks >= _PACKED_BLOCKS or (last_col - first_col) % COLS > 0
+        if packed:
+            _pack_strips(w, w0, stride, last_col - first_col, n_in, b)
+        for j0 in range(first_col, last_col, COLS):
+            j1 = min(j0 + COLS, last_col)
+            if packed:
+                _chain_strip(a, 0, last - first, read_only(b), (j0 - first_col) * n_in, COLS, k_starts, t)
             else:
-                geglu_into(t[: i1 - i0], 0, h[: i1 - i0])
-            block, j0, j1 = h, j0 // 2, j1 // 2
-        write_strip(block, i0, i1, j0, j1, out, n_out_rows, out_starts, out_rows, scale, mode == COMBINE)
+                _chain_strip(a, 0, last - first, w, w0 + j0 - first_col, stride, k_starts, t)
+            if mode == SWIGLU or mode == GEGLU:
+                if mode == SWIGLU:
+                    swiglu_into(t[: i1 - i0], 0, h[: i1 - i0])
+                else:
+                    geglu_into(t[: i1 - i0], 0, h[: i1 - i0])
+                write_strip(h, i0, i1, j0 // 2, j1 // 2, out, n_out_rows, out_starts, out_rows, scale, False)
+            else:
+                write_strip(t, i0, i1, j0, j1, out, n_out_rows, out_starts, out_rows, scale, mode == COMBINE)
+        group = group + 1 if share_rows else take_ticket(tickets)
 
 
 _driver = Driver(_mesh_matmul)

@@ -33,7 +33,7 @@ COLS = 4 * LANES if _HAS_AVX512 else 2 * LANES
 four vectors long, which memory delivers at twice the rate of two. Of the 16 of AVX2 a partial of 10, a row of weights and one element of x
 take 13, and the total waits on the stack while a core's k runs."""
 
-THIN_ROWS = 0 if _HAS_AVX512 else 2
+THIN_ROWS = 0 if _HAS_AVX512 else 6
 """Products of so few rows, which only wait for their weights, go row by row in thin tiles: one of 5 x 2 vectors would compute five rows and
 read 64 bytes at a time."""
 
