@@ -28,7 +28,7 @@ from wse_emu.foundation.taps import TapRecord
 from wse_emu.foundation.wafer_spec import WSE3
 from wse_emu.layers.ffn import MoeImplementation
 from wse_emu.layers.kv_cache import KVCache, Sequences
-from wse_emu.memoryx import RESIDENT_BYTES, ArrayStore, ShapeStore, WeightStore, open_store
+from wse_emu.memoryx import RESIDENT_BYTES, ArrayStore, DiskBytes, ShapeStore, WeightStore, open_store
 from wse_emu.sampling import Sampler
 from wse_emu.wafer.turn import Turn
 from wse_emu.wafer.wafer import Wafer
@@ -60,7 +60,7 @@ def from_pretrained(
     moe_implementation: MoeImplementation = "experimental", prefill_chunk: int | None = None, chunk: int | None = None,
     prefetch_depth: int = 1, resident_bytes: int = RESIDENT_BYTES, bta_max_tile: int | None = None,
     attention: Attention | None = None, dense_attention_layers: Sequence[int] = (), dtype: DType = "float32",
-    kv_dtype: DType | None = None, cache_dir: str | os.PathLike[str] | None = None,
+    kv_dtype: DType | None = None, skip_zero_weights: bool = False, cache_dir: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> WaferModel:  # fmt: skip
     """Open a Hugging Face directory; its weights stay in MemoryX.
@@ -101,6 +101,8 @@ def from_pretrained(
         there but for float32. Arithmetic and sums are float32. A number beyond the format's largest raises `NumberOverflowError`.
     kv_dtype : the same, optional
         Format of keys and values; by default `dtype`.
+    skip_zero_weights : bool
+        Leave zeros of matrices behind when they stream. Never changes a value.
     cache_dir : path, optional
         Where layout files are kept.
     progress : callable, optional
@@ -119,7 +121,7 @@ def from_pretrained(
     """
     options = _options(
         wafer, max_tokens, prefill_chunk, stream_experts, moe_implementation, chunk, prefetch_depth, bta_max_tile,
-        Precision(dtype=dtype, kv_dtype=kv_dtype),
+        Precision(dtype=dtype, kv_dtype=kv_dtype), skip_zero_weights,
     )  # fmt: skip
     check_callable("progress", progress)
     checkpoint = open_checkpoint(path)
@@ -141,6 +143,7 @@ def from_config(
     stream_experts: StreamExperts = "activated", moe_implementation: MoeImplementation = "experimental", prefill_chunk: int | None = None,
     chunk: int | None = None, prefetch_depth: int = 1, bta_max_tile: int | None = None, attention: Attention | None = None,
     dense_attention_layers: Sequence[int] = (), dtype: DType = "float32", kv_dtype: DType | None = None,
+    skip_zero_weights: bool = False,
 ) -> WaferModel:  # fmt: skip
     """Make a model with random weights, each made when it is first needed and then held in memory.
 
@@ -152,7 +155,7 @@ def from_config(
         The same seed gives the same weights.
     wafer, max_tokens, stream_experts, moe_implementation, prefill_chunk, chunk, prefetch_depth, bta_max_tile, attention
         As for `from_pretrained`.
-    dense_attention_layers, dtype, kv_dtype
+    dense_attention_layers, dtype, kv_dtype, skip_zero_weights
         As for `from_pretrained`.
 
     Returns
@@ -161,7 +164,7 @@ def from_config(
     """
     options = _options(
         wafer, max_tokens, prefill_chunk, stream_experts, moe_implementation, chunk, prefetch_depth, bta_max_tile,
-        Precision(dtype=dtype, kv_dtype=kv_dtype),
+        Precision(dtype=dtype, kv_dtype=kv_dtype), skip_zero_weights,
     )  # fmt: skip
     checkpoint = random_checkpoint(config, seed)
     dry = wafer is not None and wafer.is_dry
@@ -181,6 +184,7 @@ def _with_attention(spec: ModelSpec, attention: Attention | None, dense_layers: 
 def _options(
     wafer: Wafer | None, max_tokens: int | None, prefill_chunk: int | None, stream_experts: StreamExperts,
     moe_implementation: MoeImplementation, chunk: int | None, prefetch_depth: int, bta_max_tile: int | None, precision: Precision,
+    skip_zero_weights: bool,
 ) -> EngineOptions:  # fmt: skip
     """Options of the engine; all that a model is made with is checked before any file is touched."""
     if wafer is not None and not isinstance(wafer, Wafer):
@@ -190,7 +194,7 @@ def _options(
             raise SpecError(f"`{name}` must be an integer >= 1 or None, got {show(value)}")
     return EngineOptions(
         stream_experts=stream_experts, moe_implementation=moe_implementation, chunk=chunk, prefetch_depth=prefetch_depth,
-        bta_max_tile=bta_max_tile, precision=precision,
+        bta_max_tile=bta_max_tile, precision=precision, skip_zero_weights=skip_zero_weights,
     )  # fmt: skip
 
 
@@ -218,6 +222,7 @@ class WaferModel:
         self._chosen_grid = wafer is None
         self._wafer = wafer
         self._engine: Engine | None = None
+        self._disk_bytes = DiskBytes(checkpoint.tensors.stored_bytes, checkpoint.spec)
         if wafer is None and max_tokens is not None:
             limit = min(max_tokens, self.spec.context_length)
             self._choose_grid(Workload.of((limit,), 0, prefill_chunk))
@@ -458,7 +463,7 @@ class WaferModel:
             self._choose_grid(work)
             settled = self._settled(work)
         if self._engine is None or self._engine.options != settled:
-            self._engine = Engine(self.wafer, self.store, settled, spec=self.spec)
+            self._engine = Engine(self.wafer, self.store, settled, spec=self.spec, disk_bytes=self._disk_bytes)
         return self._engine
 
     def _settled(self, work: Workload) -> EngineOptions:

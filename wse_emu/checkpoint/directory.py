@@ -83,6 +83,10 @@ class DirectoryTensors:
         dtype = self._entry(name)[1].dtype
         return READABLE.get(dtype, dtype)
 
+    def stored_bytes(self, name: str) -> int:
+        """Bytes that a tensor takes in its file."""
+        return self._entry(name)[1].nbytes
+
     def read(self, name: str) -> NDArray[np.float32]:
         """Whole tensor, float32, C-contiguous, read-only."""
         file, entry = self._entry(name)

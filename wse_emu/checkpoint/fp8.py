@@ -111,6 +111,10 @@ class Fp8Tensors:
         """Stored type; of a matrix in FP8 ``"float32"``, which its numbers are rounded to."""
         return "float32" if name in self._coded else self._source.dtype(name)
 
+    def stored_bytes(self, name: str) -> int:
+        """Bytes that a tensor takes; of a matrix in FP8 those of its codes and of its scales."""
+        return self._source.stored_bytes(name) + (self._source.stored_bytes(name + _SCALES) if name in self._coded else 0)
+
     def read(self, name: str) -> NDArray[np.float32]:
         """Whole tensor, float32, C-contiguous, read-only."""
         return self.read_rows(name, 0, self.shape(name)[0]) if name in self._coded else self._source.read(name)

@@ -98,6 +98,11 @@ class Mxfp4Tensors:
         """Stored type; of a pair ``"bfloat16"``, which holds its numbers exactly."""
         return "bfloat16" if name in self._shapes else self._source.dtype(name)
 
+    def stored_bytes(self, name: str) -> int:
+        """Bytes that a tensor takes; of a pair those of its blocks and of its scales."""
+        parts = [name + suffix for suffix in _SUFFIXES] if name in self._shapes else [name]
+        return sum(map(self._source.stored_bytes, parts))
+
     def read(self, name: str) -> NDArray[np.float32]:
         """Whole tensor, float32, C-contiguous, read-only."""
         return self.read_rows(name, 0, self._shapes[name][0]) if name in self._shapes else self._source.read(name)

@@ -58,6 +58,10 @@ class RandomTensors:
         self.shape(name)
         return "float32"
 
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of a tensor."""
+        return 4 * math.prod(self.shape(name))
+
     def read(self, name: str) -> NDArray[np.float32]:
         """Whole tensor, float32, C-contiguous, read-only."""
         return self.read_rows(name, 0, self.shape(name)[0])

@@ -33,6 +33,9 @@ class TensorSource(Protocol):
     def dtype(self, name: str) -> str:
         """Stored type: ``"float32"``, ``"float16"`` or ``"bfloat16"``."""
 
+    def stored_bytes(self, name: str) -> int:
+        """Bytes that a tensor takes as it is stored, those of its scales included."""
+
     def read(self, name: str) -> NDArray[np.float32]:
         """Whole tensor, float32, C-contiguous, read-only."""
 

@@ -38,7 +38,7 @@ def plan(
     from wse_emu.cli.tables import console, sram_table
     from wse_emu.foundation.units import bytes_text
 
-    _, spec = read_config(model)
+    config, spec = read_config(model)
     spec = options.sparse(spec, window, sinks, dense_layers)
     from wse_emu.engine.options import EngineOptions
     from wse_emu.engine.plan import plan_model
@@ -56,6 +56,7 @@ def plan(
         batch=batch,
         prefill_chunk=prefill_chunk,
         options=EngineOptions(precision=options.precision(dtype, kv_dtype)),
+        config=config,
     )
     code = Exit.OK if made.fits else Exit.DOES_NOT_FIT
     if as_json:

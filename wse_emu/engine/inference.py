@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Literal
 
@@ -44,10 +44,13 @@ class Engine:
     options : EngineOptions
     spec : ModelSpec, optional
         The store's own by default; may differ from it in the patterns of attention.
+    disk_bytes : callable, optional
+        Bytes of a matrix of the layout as the checkpoint holds it; float32 by default.
     """
 
     def __init__(
-        self, wafer: Wafer, store: WeightStore, options: EngineOptions | None = None, *, spec: ModelSpec | None = None
+        self, wafer: Wafer, store: WeightStore, options: EngineOptions | None = None, *, spec: ModelSpec | None = None,
+        disk_bytes: Callable[[str], int] | None = None,
     ) -> None:  # fmt: skip
         self.wafer = wafer
         self.store = store
@@ -59,7 +62,7 @@ class Engine:
                 "with `probability_before_ffn` use 'experimental' or 'optimized'"
             )
         self.heads = _heads(self.spec, wafer.cols)
-        self.weights = ModelWeights(store, self.spec, self.options, shapes_only=wafer.is_dry)
+        self.weights = ModelWeights(store, self.spec, self.options, shapes_only=wafer.is_dry, disk_bytes=disk_bytes)
         self._stream: LayerStream | None = None
 
     def new_cache(self, capacity: Sequence[int] | Ints) -> KVCache:
@@ -184,6 +187,8 @@ def _heads(spec: ModelSpec, n_cols: int) -> HeadLayout:
     return HeadLayout(1, spec.num_heads, rank + spec.head_dim, n_cols, scale, cap, value_dim=rank)
 
 
-def shape_engine(wafer: Wafer, spec: ModelSpec, options: EngineOptions | None = None) -> Engine:
+def shape_engine(
+    wafer: Wafer, spec: ModelSpec, options: EngineOptions | None = None, *, disk_bytes: Callable[[str], int] | None = None
+) -> Engine:
     """An engine without weights, for the ``dry`` executor."""
-    return Engine(wafer, ShapeStore(spec), options)
+    return Engine(wafer, ShapeStore(spec), options, disk_bytes=disk_bytes)

@@ -34,12 +34,18 @@ class EngineOptions:
     """Batch tiling on attention: sequences of the batch that go through attention together; None is all. Experts still see all tokens at
     once. A smaller tile needs less SRAM in attention, and streams its weights once for each tile. It must divide the batch."""
 
+    skip_zero_weights: bool = False
+    """Leave weights of matrices that are zero (all bits; not -0) behind when they stream: their bytes and wavelets are not sent, and
+    messages without any other. A core finds zeros in their places and computes what it always does, so no value changes, be an activation
+    infinite or NaN. The matrix of a router is always sent whole. Without values (the ``dry`` executor, plans) everything counts."""
     precision: Precision = FLOAT32
     """Number formats of what lies in SRAM."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.precision, Precision):
             raise SpecError(f"`precision` must be a Precision, got {show(self.precision)}")
+        if type(self.skip_zero_weights) is not bool:
+            raise SpecError(f"`skip_zero_weights` must be True or False, got {show(self.skip_zero_weights)}")
         if not isinstance(self.stream_experts, str) or self.stream_experts not in ("activated", "all"):
             raise SpecError(f"`stream_experts` must be 'activated' or 'all', got {show(self.stream_experts)}")
         if self.moe_implementation not in get_args(MoeImplementation):

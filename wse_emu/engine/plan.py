@@ -7,13 +7,14 @@ reserved, and that is the peak of the whole run. No weights are needed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from wse_emu.checkpoint.stored import bytes_by_config
 from wse_emu.engine.inference import shape_engine
 from wse_emu.engine.options import CHUNKS, EngineOptions
 from wse_emu.engine.routing_trace import RoutingTrace
@@ -24,6 +25,7 @@ from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.precision import half_of
 from wse_emu.foundation.wafer_spec import WSE3, WaferSpec
 from wse_emu.layers.kv_cache import KVCache, Sequences
+from wse_emu.memoryx.disk import DiskBytes
 from wse_emu.wafer.sram import SramMap
 from wse_emu.wafer.wafer import Wafer
 
@@ -175,6 +177,7 @@ class Plan:
 def plan_model(
     spec: ModelSpec, *, wafer_spec: WaferSpec = WSE3, rows: int | None = None, cols: int | None = None, prompt_tokens: int = 512,
     new_tokens: int = 32, batch: int = 1, prefill_chunk: int | None = None, verify: bool = False, options: EngineOptions | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> Plan:  # fmt: skip
     """Place a model on a grid, or on the smallest square grid that holds it, without weights.
 
@@ -191,6 +194,8 @@ def plan_model(
     verify : bool
         Also leave room for what `WaferModel.verify` of the prompt takes.
     options : EngineOptions, optional
+    config : mapping, optional
+        The model's config.json, which says how its weights are stored: what is streamed is counted so. Without it they are float32.
 
     Returns
     -------
@@ -229,8 +234,8 @@ def plan_model(
     assert rows is not None
     assert cols is not None
     chunks = Counter(n for ((_, n),) in prompt_chunks((prompt_tokens,), prefill_chunk))
-    bytes_prefill = sum(times * _stream_bytes(spec, batch * n, options) for n, times in chunks.items())
-    bytes_token = _stream_bytes(spec, batch, options)
+    bytes_prefill = sum(times * _stream_bytes(spec, batch * n, options, config) for n, times in chunks.items())
+    bytes_token = _stream_bytes(spec, batch, options, config)
     held = kv_bytes(spec, wafer_spec, rows, cols, [prompt_tokens + new_tokens] * batch, options)
     longest = _max_context(spec, wafer_spec, rows, cols, prompt_tokens, batch, prefill_chunk, options)
     try:
@@ -292,12 +297,13 @@ def smallest_square(spec: ModelSpec, wafer_spec: WaferSpec, work: Workload, opti
     return high
 
 
-def _stream_bytes(spec: ModelSpec, n_tokens: int, options: EngineOptions) -> int:
+def _stream_bytes(spec: ModelSpec, n_tokens: int, options: EngineOptions, config: Mapping[str, Any] | None) -> int:
     """Weight bytes of one forward pass over `n_tokens`, from the ledger of a dry run of one layer of each kind on one boundless core."""
     roomy = replace(WSE3, sram_bytes_per_core=1 << 48)
     wafer = Wafer(roomy, rows=1, cols=1, executor="dry")
     few, n_alike = kinds_of_layers(spec)
-    engine = shape_engine(wafer, few, options)
+    disk = None if config is None else DiskBytes(bytes_by_config(config, few), few)
+    engine = shape_engine(wafer, few, options, disk_bytes=disk)
     cache = KVCache(wafer, engine.heads, few.num_layers, np.array([n_tokens]))
     trace = RoutingTrace.worst_case(len(few.moe_layers), n_tokens, spec.num_experts, spec.n_slots) if spec.is_moe else None
     engine.forward(np.zeros(n_tokens, np.int64), sequences_of([0], [n_tokens], [0]), cache, np.array([n_tokens - 1]), trace=trace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -27,10 +28,16 @@ class ModelWeights:
     options : EngineOptions
     shapes_only : bool
         Whether values are never asked for (the ``dry`` executor).
+    disk_bytes : callable, optional
+        Bytes of a matrix as the checkpoint holds it; float32 by default.
     """
 
-    def __init__(self, store: WeightStore, spec: ModelSpec, options: EngineOptions, *, shapes_only: bool) -> None:
+    def __init__(
+        self, store: WeightStore, spec: ModelSpec, options: EngineOptions, *, shapes_only: bool,
+        disk_bytes: Callable[[str], int] | None = None,
+    ) -> None:  # fmt: skip
         self.store, self.spec, self.options, self.shapes_only = store, spec, options, shapes_only
+        self._disk_bytes = disk_bytes
         self._layer_names: dict[int, tuple[str, ...]] = {}
 
     def layer_names(self, layer: int) -> tuple[str, ...]:
@@ -55,11 +62,16 @@ class ModelWeights:
 
     def matrix(self, name: str, n_in: int, n_out: int) -> StreamedMatrix:
         """A matrix of the store, on its way to the wafer."""
-        return StreamedMatrix(name, n_in, n_out, None if self.shapes_only else self.store.tiles(name))
+        return StreamedMatrix(name, n_in, n_out, *self._at_rest(name))
+
+    def _at_rest(self, name: str) -> tuple[NDArray[np.float32] | None, int | None, bool]:
+        """Values, bytes on disk, and whether zeros stay behind."""
+        tiles = None if self.shapes_only else self.store.tiles(name)
+        return tiles, None if self._disk_bytes is None else self._disk_bytes(name), self.options.skip_zero_weights
 
     def heads(self, name: str, n_in: int, n_out: int) -> StreamedHeads:
         """A matrix for every query head."""
-        return StreamedHeads(name, self.spec.num_heads, n_in, n_out, None if self.shapes_only else self.store.tiles(name))
+        return StreamedHeads(name, self.spec.num_heads, n_in, n_out, *self._at_rest(name))
 
     def vector(self, name: str) -> NDArray[np.float32] | None:
         """A vector of the store; None where only shapes are streamed."""
@@ -87,4 +99,5 @@ class ModelWeights:
             StreamedVector(prefix + name, self.vector(prefix + name)) if name in there else None
             for name in ("router_bias", "e_score_correction_bias")
         ]
-        return RouterWeights(self.matrix(prefix + "router", spec.hidden_size, spec.num_experts), *vectors)
+        gate = replace(self.matrix(prefix + "router", spec.hidden_size, spec.num_experts), skip_zeros=False)
+        return RouterWeights(gate, *vectors)

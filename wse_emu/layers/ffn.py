@@ -176,7 +176,7 @@ def experts_ffn(
             fused = wafer.cores is None and taps is None and not before and experts_together(bands.n_tokens) > 1
             fused = fused and h.stored is None  # one driver stores nothing between its products
             for group in experts:
-                if fused and all(weights.clamped is None for _, weights in group):
+                if fused and all(weights.clamped is None and not weights.gate_up.leaves_zeros for _, weights in group):
                     _at_once(wafer, x, group, lists, h, out, bands, chunk)
                     continue
                 for expert, weights in group:
@@ -211,7 +211,8 @@ def _at_once(
     """Several experts in one driver; on the wafer they come one by one, and are accounted for so."""
     for expert, weights in experts:
         tokens = lists.tokens(expert).tobytes()
-        program = _at_once, lists.kind, tokens, x.placement, out.placement, weights.gate_up.name, h.placement.shape, weights.mode, chunk
+        at_rest = tuple((matrix.name, matrix.n_bytes) for matrix in (weights.gate_up, weights.down))
+        program = _at_once, lists.kind, tokens, x.placement, out.placement, at_rest, h.placement.shape, weights.mode, chunk
         events = wafer.known_events(program)
         if events is not None:
             wafer.ledger.extend(events)

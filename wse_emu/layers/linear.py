@@ -133,8 +133,8 @@ def matmul(
     """
     selection = take or put or compact
     counts = (selection.counts if selection is not None else bands.split.sizes).tobytes()
-    program = matmul, bands, counts, x.placement, out.placement, weight.name, weight.n_in, mode, chunk
-    events = wafer.known_events(program)
+    program = matmul, bands, counts, x.placement, out.placement, weight.name, weight.n_in, weight.n_bytes, mode, chunk
+    events = None if weight.leaves_zeros else wafer.known_events(program)  # what zeros leave depends on more than shapes
     if events is None:
         with wafer.first_run(program):
             _whole(wafer, x, weight, out, bands, mode, take, put, compact, chunk, counts, elsewhere)
@@ -152,6 +152,9 @@ def _whole(
     unit = 2 if mode in _GATING else 1
     k_split, out_split = x.placement.axis1[1], out.placement.axis1[1]
     events = _events(wafer.rows, bands, counts, k_split, out_split, unit, mode, chunk, weight.name)
+    if wafer.cores is None:
+        stream = _nonzero_stream(events[0], bands, k_split, out_split, unit, chunk, weight) if weight.leaves_zeros else events[0]
+        events = (stream._replace(bytes=weight.bytes_of(stream.wavelets)), *events[1:])
     size = _piece_columns(bands, out_split, unit, chunk)
     rows = x.placement.axis0
     slab_place = wafer.placement((weight.n_in, 2 * size), ("col", k_split), (None, None))
@@ -263,6 +266,33 @@ def _events(
     return tuple(events)
 
 
+def _nonzero_stream(
+    dense: Event, bands: TokenBands, k_split: Split, out_split: Split, unit: int, chunk: int, weight: StreamedMatrix
+) -> Event:
+    """What is left of a matrix's stream where its zeros stay behind: messages without a weight are not sent."""
+    n_bands, step, used = bands.n_feature_bands, max(1, chunk // unit), bands.split.used
+    stations = k_split.used
+    count = words = hops = max_hops = 0
+    first_link = np.zeros(stations.size, np.int64)
+    for owner in out_split.used.tolist():
+        size, start = int(out_split.sizes[owner]), int(out_split.starts[owner])
+        for band in range(n_bands):
+            last_row = int(used[-1]) - (n_bands - 1) + band if n_bands > 1 else int(used[-1])
+            stop = _share(size, band + 1, n_bands)
+            for first in range(_share(size, band, n_bands), stop, step):
+                columns = weight.columns((start + first) * unit, (start + min(first + step, stop)) * unit)
+                by_row = np.count_nonzero(columns.view(np.uint32), axis=1)
+                n = np.add.reduceat(by_row, k_split.starts[stations])
+                count += int(np.count_nonzero(n))
+                words += int(n.sum())
+                hops += int(n.sum()) * last_row
+                first_link += n if last_row else 0
+                max_hops = max(max_hops, last_row if n.any() else 0)
+    return costs.moved(
+        "stream", dense.name, count=count, words=words, hops=hops, max_link=int(first_link.max(initial=0)), max_hops=max_hops
+    )  # fmt: skip
+
+
 # ---- one core at a time
 
 
@@ -277,7 +307,7 @@ def _isolated(
     selection = take or put or compact
     counts = selection.counts if selection is not None else bands.split.sizes
     n_bands, step = bands.n_feature_bands, max(1, chunk // unit)
-    products = RowProducts(wafer.cores, weight.name, x, slab, part, inbox)
+    products = RowProducts(wafer.cores, weight, x, slab, part, inbox)
     finished = macs = 0
 
     def local_rows(row: int, m: int) -> Callable[[int], Any]:

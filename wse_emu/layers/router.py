@@ -167,7 +167,7 @@ def route(
         np.zeros((n_tokens, n_experts), np.float32), np.zeros((n_tokens, slots), np.int64), np.zeros((n_tokens, slots), np.float32),
         np.zeros((n_tokens, n_experts) if rule.tokens_meet else (0, 0), np.float32),
     )  # fmt: skip
-    program = route, x.placement, bands, gate.name, n_experts, top_k, rule, groups, chunk
+    program = route, x.placement, bands, gate.name, gate.n_bytes, n_experts, top_k, rule, groups, chunk
     with ExitStack() as kept:  # what outlives this call, unless it fails
         ids = kept.enter_context(wafer.empty("chosen experts", place, np.int64))
         weights = kept.enter_context(wafer.empty("expert weights", place))
@@ -224,6 +224,7 @@ def _whole_router(
         if wafer.cores is None:
             _decide_at_once(wafer, x, router, bands, top_k, rule, groups, replay, found, ids, weights)
             events = _events(wafer.rows, wafer.cols, x.placement.axis1[1], bands, n_experts, top_k, chunk, gate.name, rule, groups)
+            events = (events[0]._replace(bytes=gate.bytes_of(events[0].wavelets)), *events[1:])
         else:
             events = _isolated(
                 wafer, x, gate, bands, decision, biases, chunk, slab, part, inbox, ids, weights, found.logits, found.scores, top_k, groups
@@ -450,7 +451,7 @@ def _isolated(
     assert cores is not None
     n_experts, slots, rule = gate.n_out, ids.placement.shape[1], decision.rule
     column_of, sequence_of = meeting_columns(bands.n_tokens, wafer.cols, groups)
-    products, told = RowProducts(cores, gate.name, x, slab, part, inbox), cores.traffic()
+    products, told = RowProducts(cores, gate, x, slab, part, inbox), cores.traffic()
     handed, shared, tally, macs = cores.traffic(), cores.traffic(), dict[str, int](), 0
     decided: dict[tuple[int, int, int], Mapping[str, Any]] = {}
     rows = range(bands.used_rows)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wse_emu.layers.stream import StreamedMatrix
 from wse_emu.wafer import costs
 from wse_emu.wafer.cores import Block, Cores, Slices
 from wse_emu.wafer.kernel import Kernel
@@ -31,18 +32,20 @@ class RowProducts:
     Parameters
     ----------
     cores : Cores
-    name : str
-        The matrix, in the ledger.
+    weight : StreamedMatrix
+        What its pieces are of.
     x : PlacedTensor
         Its columns, split over columns of cores, are the rows of the matrix.
     slab, part, inbox : PlacedTensor
         Work blocks: slabs of the piece in flight, partial sums, incoming sums.
     """
 
-    def __init__(self, cores: Cores, name: str, x: PlacedTensor, slab: PlacedTensor, part: PlacedTensor, inbox: PlacedTensor) -> None:
+    def __init__(
+        self, cores: Cores, weight: StreamedMatrix, x: PlacedTensor, slab: PlacedTensor, part: PlacedTensor, inbox: PlacedTensor
+    ) -> None:
         self.handed = cores.traffic()
         """Finished blocks on their way to their owners."""
-        self._cores, self._name, self._x = cores, name, x
+        self._cores, self._weight, self._name, self._x = cores, weight, weight.name, x
         self._slab, self._part, self._inbox = slab, part, inbox
         self._split = x.placement.axis1[1]
         self._stream, self._chain = cores.traffic(), cores.traffic()
@@ -56,7 +59,8 @@ class RowProducts:
             k0, k1 = int(self._split.starts[col]), int(self._split.stops[col])
             for row in rows:
                 self._slabs[row, col] = self._slab.held[row, col].prefix(k1 - k0, columns.shape[1])
-            self._cores.from_edge(self._stream, columns[k0:k1], col, [self._slabs[row, col] for row in rows])
+            slabs = [self._slabs[row, col] for row in rows]
+            self._cores.from_edge(self._stream, columns[k0:k1], col, slabs, skip_zeros=self._weight.leaves_zeros)
 
     def product(self, row: int, m: int, local_rows: Callable[[int], Any], *, compact: bool) -> Block:
         """One row's product with the piece streamed last, chained west to east; the (m, n) result lies on the last column.
@@ -92,8 +96,9 @@ class RowProducts:
 
     def events(self) -> list[Event]:
         """What was streamed, computed, chained and handed over."""
+        stream = self._stream.event("stream", self._name, costs.COLORS["stream"])
         return [
-            self._stream.event("stream", self._name, costs.COLORS["stream"]),
+            stream._replace(bytes=self._weight.bytes_of(stream.wavelets)),
             Event(None, "", "launch", PARTIAL_MATMUL.name, count=self._runs, macs=self._macs),
             self._chain.event("chain", self._name, costs.COLORS["chain"]),
             Event(None, "", "launch", CHAIN_ADD.name, count=self._added),

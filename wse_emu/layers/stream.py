@@ -26,6 +26,24 @@ class StreamedMatrix:
     n_in: int
     n_out: int
     tiles: NDArray[np.float32] | None
+    disk_bytes: int | None = None
+    """Bytes of its codes and scales as the checkpoint holds it; None is float32."""
+    skip_zeros: bool = False
+    """Whether weights that are zero (all bits; not -0) stay behind."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that cross the wafer's edge when all of it streams."""
+        return 4 * self.n_in * self.n_out if self.disk_bytes is None else self.disk_bytes
+
+    @property
+    def leaves_zeros(self) -> bool:
+        """Whether what streams depends on the values, which are there."""
+        return self.skip_zeros and self.tiles is not None
+
+    def bytes_of(self, n_weights: int) -> int:
+        """Bytes of so many of its weights, rounded up."""
+        return -(-self.n_bytes * n_weights // max(1, self.n_in * self.n_out))
 
     @property
     def values(self) -> NDArray[np.float32]:
@@ -51,7 +69,9 @@ class StreamedMatrix:
         assert start % TILE_COLS == 0
         assert stop % TILE_COLS == 0 or stop == self.n_out
         tiles = None if self.tiles is None else self.tiles[start * self.n_in : stop * self.n_in]
-        return StreamedMatrix(self.name, self.n_in, stop - start, tiles)
+        disk = self.disk_bytes
+        share = None if disk is None else disk * stop // self.n_out - disk * start // self.n_out
+        return StreamedMatrix(self.name, self.n_in, stop - start, tiles, share, self.skip_zeros)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +83,12 @@ class StreamedHeads:
     n_in: int
     n_out: int
     tiles: NDArray[np.float32] | None
+    disk_bytes: int | None = None
+    skip_zeros: bool = False
 
     def head(self, head: int) -> StreamedMatrix:
         """The matrix of one head, without a copy; in the ledger all go by one name."""
         size = self.n_in * self.n_out
         tiles = None if self.tiles is None else self.tiles[head * size : (head + 1) * size]
-        return StreamedMatrix(self.name, self.n_in, self.n_out, tiles)
+        share = None if self.disk_bytes is None else -(-self.disk_bytes // self.n_heads)
+        return StreamedMatrix(self.name, self.n_in, self.n_out, tiles, share, self.skip_zeros)

@@ -359,11 +359,17 @@ class Cores:
         traffic.message(source.core, [t.core for t in targets], payload.nbytes)
         self.deliver(payload, targets, to)
 
-    def from_edge(self, traffic: Traffic, payload: NDArray[Any], col: int, targets: Sequence[Block], to: Slices = WHOLE) -> None:
-        """Bring host data in at the north end of column `col` and copy it to `targets`, which lie on that column."""
+    def from_edge(
+        self, traffic: Traffic, payload: NDArray[Any], col: int, targets: Sequence[Block], to: Slices = WHOLE, *, skip_zeros: bool = False
+    ) -> None:
+        """Bring host data in at the north end of column `col` and copy it to `targets`, which lie on that column.
+
+        With `skip_zeros` elements whose bits are all zero stay at the host: a target is cleared before the others arrive.
+        """
         if payload.size == 0 or not targets:
             return
-        traffic.message((0, col), [t.core for t in targets], payload.nbytes)
+        n = np.count_nonzero(payload.view(f"u{payload.itemsize}")) if skip_zeros else payload.size
+        traffic.message((0, col), [t.core for t in targets], int(n) * payload.itemsize)
         self.deliver(payload, targets, to)
 
     def to_edge(self, traffic: Traffic, source: Block, where: Slices = WHOLE) -> NDArray[Any]:

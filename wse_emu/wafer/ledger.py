@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 from wse_emu.foundation.errors import InputError
 from wse_emu.foundation.files import whole_file
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 """Version of `Event`, `ForwardPass` and the JSON document; grows when a field is added or changes its meaning."""
 
 KINDS: Final = (
@@ -51,9 +51,9 @@ class Event(NamedTuple):
     macs: int = 0
     """Multiply-adds done by kernels (one fma each; additions, exponentials and comparisons are not counted)."""
     bytes: int = 0
-    """Payload injected into the fabric, each message once."""
+    """Payload injected into the fabric, each message once; of a matrix that streams, the bytes that the checkpoint stores it in."""
     wavelets: int = 0
-    """32-bit words of that payload, rounded up message by message."""
+    """32-bit words of that payload, rounded up message by message; a weight that streams, and a number of 16 bits, is one."""
     wavelet_hops: int = 0
     """Links crossed, summed over wavelets; a link of a multicast tree counts once."""
     max_link_wavelets: int = 0
