@@ -58,15 +58,16 @@ def config_of(checkpoint_bytes: float) -> dict[str, Any]:
 
 
 def streamed_bytes(config: dict[str, Any], trace: RoutingTrace, cols: int) -> int:
-    """What one forward pass must stream, from the configuration and the experts chosen; float32, every matrix once."""
+    """What one forward pass must stream, from the configuration and the experts chosen: every matrix once, as the checkpoint stores it."""
     h, d, f = config["hidden_size"], config["head_dim"], config["moe_intermediate_size"]
     q, kv = config["num_attention_heads"], config["num_key_value_heads"]
     head_norms = 2 * d * min(kv, cols)  # a head's columns together receive it once; with several heads on a column, that column does
-    always = h + h * (q + 2 * kv) * d + head_norms + q * d * h + h + h * config["num_experts"]
-    words = config["num_hidden_layers"] * always + h + h * config["vocab_size"]
-    for layer in range(config["num_hidden_layers"]):
-        words += len(set(trace.layer(layer).ravel().tolist())) * 3 * h * f
-    return FLOAT32_BYTES * words
+    n_layers = config["num_hidden_layers"]
+    vectors = n_layers * (2 * h + head_norms) + h
+    matrices = n_layers * (h * (q + 2 * kv) * d + q * d * h + h * config["num_experts"]) + h * config["vocab_size"]
+    for layer in range(n_layers):
+        matrices += len(set(trace.layer(layer).ravel().tolist())) * 3 * h * f
+    return FLOAT32_BYTES * vectors + BFLOAT16_BYTES * matrices
 
 
 # ---- what runs in processes of its own

@@ -155,9 +155,9 @@ def peers_of(directory: Path, model: wse.WaferModel, ids: Ids, n_new: int) -> di
 
 
 def work_of(wafer: wse.Wafer, one: ForwardPass) -> Work:
-    """Multiply-adds and streamed bytes of a forward pass, as the ledger has them."""
+    """Multiply-adds of a forward pass, and the bytes of its weights in MemoryX: float32, a wavelet each, whatever the checkpoint has."""
     totals = wafer.ledger.totals(("kind",), one.start, one.stop)
-    return Work(sum(row["macs"] for row in totals), sum(row["bytes"] for row in totals if row["kind"] == "stream"), one.n_tokens)
+    return Work(sum(row["macs"] for row in totals), sum(4 * row["wavelets"] for row in totals if row["kind"] == "stream"), one.n_tokens)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -92,7 +92,7 @@ def stages_of(wafer: wse.Wafer, machine: Machine, best: list[Seconds], python: l
     found = []
     for name in dict.fromkeys(stage for _, stage in best[which[0]]):
         rows = [row for row in totals if row["stage"] == name]
-        macs, n_bytes = sum(row["macs"] for row in rows), sum(row["bytes"] for row in rows if row["kind"] == "stream")
+        macs, n_bytes = sum(row["macs"] for row in rows), sum(4 * row["wavelets"] for row in rows if row["kind"] == "stream")
         keys = [key for key in best[which[0]] if key[1] == name]
         times = (sum(min(passes[i].get(key, 0.0) for i in which) for key in keys) for passes in (best, python))
         found.append(Stage(name, *times, 2 * macs / machine.whole.flops, n_bytes / machine.whole.bytes))
