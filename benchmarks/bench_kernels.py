@@ -29,6 +29,7 @@ from wse_kernels import (
     formats,
     head_norm,
     head_slots,
+    index_keys,
     layer_norm,
     log,
     matmul,
@@ -693,6 +694,95 @@ def _tune_queries(smoke: bool) -> Case:
     peers = {"numpy": lambda: by_formula(split.copy(), factor), **torch_call(lambda t, x, f: by_formula(x.clone(), f), split, factor)}
     right = by_formula(split.astype(np.float64), factor)
     return Case(ours, peers, (right,), (relative(right, 2),), Work(bytes=2 * qkv.nbytes), parallel=False)
+
+
+def _index_sizes(smoke: bool) -> tuple[int, int, int]:
+    """Keys, tokens of a tile, heads of an indexer."""
+    return (6, 2, 3) if smoke else (256, 4, 64)
+
+
+def _order(smoke: bool) -> tuple[Any, Any, Any]:
+    """Scores (n_keys, t), their order numbers, and a threshold that half of them reach."""
+    n, t, _ = _index_sizes(smoke)
+    scores = np.abs(normal(n, t))
+    order = scores.view(np.int32)  # of positive ones, their bits
+    return scores, order, np.sort(order, axis=0)[n // 2].copy()
+
+
+@CASES.add("index_scores")
+def _index_scores(smoke: bool) -> Case:
+    n, t, heads = _index_sizes(smoke)
+    s_t, weights = normal(n, heads * t), np.abs(normal(t, heads, seed=1))
+    order, admitted = np.empty((n, t), np.int32), np.full(n, (1 << t) - 1)
+    scale = np.float32(0.1)
+
+    def ours() -> F32:
+        index_keys.index_scores(s_t, weights, scale, scale, admitted, order)
+        return index_keys.scores_of(order)
+
+    def by_formula(s: Any, w: Any) -> Any:
+        return np.einsum("jhi,ih->ji", np.maximum(s.reshape(n, heads, t) * scale, 0), w * scale)
+
+    def torch(t_: Any, of: Any) -> Call:
+        s, w = of(s_t), of(weights)
+        return lambda: t_.einsum("jhi,ih->ji", (s.reshape(n, heads, t) * 0.1).relu(), w * 0.1)
+
+    right = by_formula(s_t.astype(np.float64), weights.astype(np.float64))
+    peers = {"numpy": lambda: by_formula(s_t, weights), **torch_side(torch)}
+    return Case(ours, peers, (right,), (relative(right, 2 * heads),), Work(macs=s_t.size, bytes=s_t.nbytes), parallel=False)
+
+
+@CASES.add("count_reaching")
+def _count_reaching(smoke: bool) -> Case:
+    _, order, threshold = _order(smoke)
+    counts = np.empty(threshold.size, np.int32)
+
+    def ours() -> Any:
+        index_keys.count_reaching(order, threshold, 1, counts)
+        return counts
+
+    peers = {"numpy": lambda: (order >= threshold + 1).sum(axis=0), **torch_call(lambda t, o, m: (o >= m + 1).sum(0), order, threshold)}
+    right = (order.astype(np.int64) > threshold).sum(axis=0)
+    return Case(ours, peers, (right,), (0,), Work(bytes=order.nbytes), parallel=False)
+
+
+@CASES.add("add_counts, raise_threshold and count_wanted")
+def _thresholds(smoke: bool) -> Case:
+    t = _index_sizes(smoke)[1]
+    own, of_above = np.arange(t, dtype=np.int32), np.full(t, 5, np.int32)
+    total, threshold, wanted = (np.zeros(t, np.int32) for _ in range(3))
+
+    def ours() -> Any:
+        total[:], threshold[:] = own, 0
+        index_keys.add_counts(total, of_above)
+        index_keys.raise_threshold(total, 8, 99, 6, threshold)
+        index_keys.count_wanted(total, 99, 6, wanted)
+        return total, threshold, wanted
+
+    def numpy() -> Any:
+        both = own + of_above
+        return both, np.where(both >= 6, 8, 0), 6 - both
+
+    right = tuple(v.astype(np.int64) for v in numpy())
+    return Case(ours, {"numpy": numpy}, right, (0, 0, 0), Work(bytes=own.nbytes), parallel=False)
+
+
+@CASES.add("take_keys")
+def _take_keys(smoke: bool) -> Case:
+    _, order, threshold = _order(smoke)
+    t, taken = threshold.size, np.empty(len(order), np.int64)
+    before, wanted = np.zeros(t, np.int32), np.ones(t, np.int32)
+
+    def ours() -> Any:
+        before[:] = 0
+        index_keys.take_keys(order, threshold, before, wanted, taken)
+        return taken
+
+    def numpy() -> Any:
+        first = (order == threshold) & ((order == threshold).cumsum(axis=0) <= wanted)
+        return (((order > threshold) | first).astype(np.int64) << np.arange(t)).sum(axis=1)
+
+    return Case(ours, {"numpy": numpy}, (numpy(),), (0,), Work(bytes=order.nbytes), parallel=False)
 
 
 @CASES.add("qk_squares")

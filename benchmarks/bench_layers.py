@@ -21,8 +21,10 @@ import wse_emu as wse
 from benchmarks.cases import F32, Cases, composed, normal, relative, torch_call, torch_side
 from benchmarks.mesh import EPS, Layer, alternate, gathered, put, room, streamed
 from benchmarks.racing import Call, Case, Race, Work
+from wse_emu.engine.plan import sequences_of
 from wse_emu.equivalence.tolerance import U, layer_norm_bound, linear_bound, rms_norm_bound
 from wse_emu.foundation.attention_pattern import FULL, AttentionPattern
+from wse_emu.foundation.indexer import Indexer
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.routing_rule import MIXTRAL_ROUTING, RoutingRule
 from wse_emu.layers.assigned_routing import assign
@@ -32,6 +34,8 @@ from wse_emu.layers.elementwise import bias, cap, clip, gate_rows
 from wse_emu.layers.ffn import FfnWeights, dense_ffn, experts_ffn
 from wse_emu.layers.head_norm import head_norm
 from wse_emu.layers.head_products import head_products
+from wse_emu.layers.index_keys import choose_keys, index_heads, weights_column
+from wse_emu.layers.kv_cache import KVCache
 from wse_emu.layers.layer_norm import layer_norm
 from wse_emu.layers.linear import Selection, all_gather_bands, matmul
 from wse_emu.layers.norm import add_residual, rms_norm, stream_vector
@@ -45,6 +49,7 @@ from wse_emu.wafer.placement import Split, TokenBands
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_kernels.attention_mesh import mesh_attention, mesh_store_kv
 from wse_kernels.head_norm import mesh_head_norm
+from wse_kernels.index_keys import mesh_index_keys
 from wse_kernels.norm import mesh_rms_norm
 
 CASES = Cases()
@@ -775,6 +780,71 @@ def _attention(layer: Layer) -> Case:
         attention(wafer, placed, context, cache, 0, sequences, layer.bands)
 
     return _attention_case(layer, attend)
+
+
+def _index_case(layer: Layer, choose: Any) -> Case:
+    """Keys that `choose` takes for the new tokens, beside a stable sort of NumPy's scores."""
+    wafer, n_heads, n, past = layer.wafer(), layer.q, layer.n_tokens, layer.n_cached
+    indexer = Indexer(num_heads=n_heads, head_dim=layer.head_dim, topk=max(1, (past + n) // 4))
+    heads = index_heads(indexer, wafer.cols)
+    values = normal(past + n, layer.half, n_heads + 1, 2)
+    weights = normal(n, n_heads, seed=1)
+    cache = KVCache(wafer, heads, 1, np.array([past + n]))
+    flat = values.reshape(past + n, -1)
+    for first, count in ((0, past), (past, n)):
+        if count:
+            part = sequences_of([0], [count], [first])
+            with put(wafer, flat[first : first + count], heads.qkv) as placed:
+                cache.append(0, placed, part, TokenBands(count, layer.rows))
+            if first == 0 and past:
+                cache.advance(part)
+    new = sequences_of([0], [n], [past])
+    placed = put(wafer, flat[past:], heads.qkv)
+    of_heads = put(wafer, weights, Split.single(n_heads, weights_column(heads), wafer.cols))
+    queries, keys = values[past:, :, :n_heads], values[:, :, n_heads]
+    key, position = np.arange(past + n), past + np.arange(n)[:, None]
+
+    def scores(q: Any, k: Any, w: Any) -> Any:
+        products = np.maximum(np.einsum("tuhe,sue->ths", q, k) * indexer.score_scale, 0)
+        return np.where(key <= position, np.einsum("th,ths->ts", w * indexer.weight_scale, products), -np.inf)
+
+    def highest(of: Any) -> Any:
+        taken = np.zeros(of.shape, np.bool_)
+        np.put_along_axis(taken, np.argsort(-of, axis=1, kind="stable")[:, : indexer.topk], True, axis=1)
+        return taken & (key <= position)
+
+    right = highest(scores(queries.astype(np.float64), keys.astype(np.float64), weights.astype(np.float64)))
+    n_pairs = int((key <= position).sum())
+    work = Work(macs=n_pairs * n_heads * layer.head_dim, bytes=flat.nbytes, tokens=n)
+    # A choice may differ where scores nearly do; here at most one key in a hundred.
+    return Case(
+        lambda: choose(wafer, placed, of_heads, cache, new, indexer, layer),
+        {"numpy": lambda: (highest(scores(queries, keys, weights)) != right).sum(axis=1)},
+        (np.zeros(n),), (0.01 * right.sum() + 1,), work, look=lambda taken: (taken != right).sum(axis=1),
+    )  # fmt: skip
+
+
+@both("choose_keys")
+def _choose_keys(layer: Layer) -> Case:
+    def choose(wafer: Any, qk: Any, weights: Any, cache: Any, new: Any, indexer: Any, layer: Layer) -> Any:
+        return choose_keys(wafer, qk, weights, cache, 0, new, layer.bands, indexer, cache.heads.units).taken
+
+    return _index_case(layer, choose)
+
+
+@both("mesh_index_keys")
+def _mesh_index_keys(layer: Layer) -> Case:
+    def choose(wafer: Any, qk: Any, weights: Any, cache: Any, new: Any, indexer: Any, layer: Layer) -> Any:
+        taken = np.zeros((layer.n_tokens, layer.n_cached + layer.n_tokens), np.bool_)
+        k, _, base, cap = cache.buffers(0, new)
+        mesh_index_keys(
+            qk.flat, cache.heads.units.offsets, indexer.num_heads, weights.flat, np.float32(indexer.score_scale),
+            np.float32(indexer.weight_scale), indexer.topk, new.first_token, new.n_new, new.start, base, cap, k, taken,
+            np.zeros((0, 0), np.int32),
+        )  # fmt: skip
+        return taken
+
+    return _index_case(layer, choose)
 
 
 @both("mesh_attention")

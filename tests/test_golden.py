@@ -231,6 +231,13 @@ def spoilt(spec: ModelSpec, theta: float) -> Iterator[tuple[str, ModelSpec]]:
         yield "attention: chunks ignored", dataclasses.replace(spec, chunk_size=None, chunked_layers=())
         yield "attention: chunks one longer", dataclasses.replace(spec, chunk_size=spec.chunk_size + 1)
         yield "attention: chunks one shorter", dataclasses.replace(spec, chunk_size=spec.chunk_size - 1)
+    if spec.indexer is not None:
+        for row, topk in (("every key taken", 1000), ("one key more", spec.indexer.topk + 1), ("one key less", spec.indexer.topk - 1)):
+            yield f"indexer: {row}", dataclasses.replace(spec, indexer=dataclasses.replace(spec.indexer, topk=topk))
+        otherwise = dataclasses.replace(spec.indexer, interleaved=not spec.indexer.interleaved)
+        yield "indexer: halves are the pairs where neighbours are, and the reverse", dataclasses.replace(spec, indexer=otherwise)
+        guarded = dataclasses.replace(spec.indexer, norm_eps=spec.rms_norm_eps)
+        yield "indexer: `rms_norm_eps` as the norm's epsilon", dataclasses.replace(spec, indexer=guarded)
     if spec.query_temperature is not None:
         yield "queries' temperature: ignored", dataclasses.replace(spec, query_temperature=None)
         weaker = dataclasses.replace(spec.query_temperature, attn_scale=0.1)

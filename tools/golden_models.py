@@ -136,6 +136,16 @@ DEEPSEEK_V2 = LATENT | {
 DEEPSEEK_V3 = LATENT | {
     "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "norm_topk_prob": True, "n_group": 4, "topk_group": 2,
 }  # fmt: skip
+SPARSE = LATENT | LATENT_STRETCHED | {
+    "norm_topk_prob": True, "index_topk": 9, "index_head_dim": 12, "index_n_heads": 10,
+}  # fmt: skip
+DEEPSEEK_V32 = SPARSE | {
+    "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32", "n_group": 4, "topk_group": 2,
+}  # fmt: skip
+GLM_MOE_DSA = SPARSE | {
+    "architectures": ["GlmMoeDsaForCausalLM"], "model_type": "glm_moe_dsa", "n_group": 1, "topk_group": 1,
+    "indexer_types": ["full", "shared", "full"],
+}  # fmt: skip
 DBRX_SIZES: Config = {
     "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256,
     "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.5, "rope_theta": 500.0},
@@ -229,6 +239,8 @@ CHECKPOINTS: dict[str, Config] = {
     "deepseek_v3-halves-float32": _in("float32", DEEPSEEK_V3, {"q_lora_rank": None, "rope_interleave": False}),
     "dbrx-float32": _in("float32", DBRX),
     "llama4_text-float32": _in("float32", LLAMA4),
+    "deepseek_v32-float32": _in("float32", DEEPSEEK_V32),
+    "glm_moe_dsa-float32": _in("float32", GLM_MOE_DSA),
 }  # fmt: skip
 """Directory under tests/golden to config.json."""
 
@@ -307,14 +319,24 @@ def is_latent(config: Config) -> bool:
     return "kv_lora_rank" in config
 
 
+def chooses_keys(config: Config) -> bool:
+    """Whether indexers choose the keys that a token attends to."""
+    return "index_topk" in config
+
+
+def runs_indexer(config: Config, layer: int) -> bool:
+    """Whether a layer has one of its own."""
+    return chooses_keys(config) and config.get("indexer_types", ["full"] * (layer + 1))[layer] == "full"
+
+
 def has_correction(config: Config) -> bool:
     """Whether routers have a correction bias."""
-    return config["model_type"] in ("dots1", "glm4_moe", "ernie4_5_moe", "minimax_m2", "deepseek_v3")
+    return config["model_type"] in ("dots1", "glm4_moe", "ernie4_5_moe", "minimax_m2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa")
 
 
 def by_sigmoid(config: Config) -> bool:
     """Whether routers take the sigmoid of their logits."""
-    return config["model_type"] in ("dots1", "glm4_moe", "minimax_m2", "deepseek_v3", "llama4_text")
+    return config["model_type"] in ("dots1", "glm4_moe", "minimax_m2", "deepseek_v3", "llama4_text", "deepseek_v32", "glm_moe_dsa")
 
 
 def has_output_bias(config: Config) -> bool:

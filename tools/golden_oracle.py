@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -26,7 +27,9 @@ TOKEN_MARGIN = 2e-3
 """Least lead of a greedy token, in standard deviations of the logits."""
 
 
-EXPERTS = ("mixtral", "dots1", "minimax_m2", "gpt_oss", "phimoe", "deepseek_v2", "deepseek_v3")
+INDEX_MARGIN = 2e-5
+"""Least distance of the lowest score of a key that an indexer takes to the highest of one that it does not, in standard deviations."""
+EXPERTS = ("mixtral", "dots1", "minimax_m2", "gpt_oss", "phimoe", "deepseek_v2", "deepseek_v3", "deepseek_v32")
 """Families with experts whose names do not say so."""
 
 
@@ -50,14 +53,16 @@ class Oracle:
     generated: Tensor
     """(b, t + n), greedy, prompt included."""
     router_margin: float
+    index_margin: float
     token_margin: float
-    """Over prompt and new tokens: least distance of scores in units of `ROUTER_MARGIN` or `SCORE_MARGIN`, infinite without mixtures; what
-    `TOKEN_MARGIN` bounds."""
+    """Over prompt and new tokens: least distance of scores in units of `ROUTER_MARGIN` or `SCORE_MARGIN`, and of indexers' in units of
+    `INDEX_MARGIN`, infinite without them; what `TOKEN_MARGIN` bounds."""
 
     def check_margins(self) -> None:
         """Raise TooCloseError if an expert or a token is chosen by less than the margin."""
-        if self.router_margin < 1 or self.token_margin < TOKEN_MARGIN:
-            raise TooCloseError(f"router margin {self.router_margin:.1e}, token margin {self.token_margin:.1e}")
+        if min(self.router_margin, self.index_margin) < 1 or self.token_margin < TOKEN_MARGIN:
+            margins = f"router margin {self.router_margin:.1e}, index margin {self.index_margin:.1e}"
+            raise TooCloseError(f"{margins}, token margin {self.token_margin:.1e}")
 
 
 @torch.no_grad()
@@ -170,12 +175,13 @@ def consult(model: Any, ids: Tensor, mask: Tensor, *, new_tokens: int) -> Oracle
     two = torch.stack(out.logits).topk(2, -1).values
     return Oracle(
         logits=logits,
-        hidden=torch.stack([*prompt.embeddings, *prompt.layers[:layers]]),
+        hidden=torch.stack([*prompt.embeddings, *(x if isinstance(x, Tensor) else x[0] for x in prompt.layers[:layers])]),
         router_logits=router_logits,
         topk_ids=chosen,
         topk_weights=weights,
         generated=out.sequences,
         router_margin=margin,
+        index_margin=min([_index_margin(*call) for call in (*prompt.indexers, *steps.indexers)], default=float("inf")),
         token_margin=float((two[..., 0] - two[..., 1]).min() / logits[real].std()),
     )
 
@@ -252,6 +258,33 @@ class _Watched:
     layers: list[Tensor] = field(default_factory=list)
     routers: list[tuple[Tensor, ...]] = field(default_factory=list)
     """Logits, weights and choices, (tokens, ...) each."""
+    indexers: list[tuple[Tensor, int]] = field(default_factory=list)
+    """Scores that an indexer compared, (b, tokens, keys), and how many it took."""
+
+
+class _TopkWatch(TorchFunctionMode):
+    """Notes what is compared while an indexer runs."""
+
+    def __init__(self, calls: list[tuple[Tensor, int]]) -> None:
+        super().__init__()
+        self.calls, self.inside = calls, False
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.inside and function is Tensor.topk and args[0].is_floating_point():
+            self.calls.append((args[0].detach(), args[1]))
+        return function(*args, **(kwargs or {}))
+
+
+def _index_margin(scores: Tensor, k: int) -> float:
+    """Least distance of the k-th score of (b, tokens, keys) from the next, of those that are admitted, in units of what is asked for."""
+    admitted = scores > -1e30
+    if scores.shape[-1] <= k:
+        return float("inf")
+    best = scores.masked_fill(~admitted, float("-inf")).sort(-1, descending=True).values
+    more = admitted.sum(-1) > k
+    if not more.any():
+        return float("inf")
+    return float((best[..., k - 1] - best[..., k])[more].min()) / (INDEX_MARGIN * float(scores[admitted].std()))
 
 
 def network(layer: Any) -> Any:
@@ -278,9 +311,16 @@ def _watched(model: Any) -> Iterator[_Watched]:
     layers = list(model.model.layers)
     places = [(layers, seen.layers), ([router for router in map(router_of, layers) if router is not None], seen.routers)]
     hooks = [m.register_forward_hook(lambda _m, _a, out, into=into: into.append(out)) for modules, into in places for m in modules]
+    watch = _TopkWatch(seen.indexers)
+    for layer in layers:
+        indexer = getattr(layer.self_attn, "indexer", None)
+        if indexer is not None:
+            hooks.append(indexer.register_forward_pre_hook(lambda _m, _a: setattr(watch, "inside", True)))
+            hooks.append(indexer.register_forward_hook(lambda _m, _a, _out: setattr(watch, "inside", False)))
     hooks.append(layers[0].register_forward_pre_hook(lambda _m, args: seen.embeddings.append(args[0])))
     try:
-        yield seen
+        with watch:
+            yield seen
     finally:
         for hook in hooks:
             hook.remove()

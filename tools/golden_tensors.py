@@ -19,6 +19,7 @@ from golden_models import (
     is_sparse,
     n_experts,
     normed_over_row,
+    runs_indexer,
     shared_width,
 )
 from numpy.typing import NDArray
@@ -43,6 +44,8 @@ CORRECTIONS: dict[str, tuple[str, tuple[int, ...]]] = {
     "ernie4_5_moe": ("mlp.moe_statics.e_score_correction_bias", (1,)),
     "minimax_m2": ("block_sparse_moe.e_score_correction_bias", ()),
     "deepseek_v3": ("mlp.gate.e_score_correction_bias", ()),
+    "deepseek_v32": ("mlp.gate.e_score_correction_bias", ()),
+    "glm_moe_dsa": ("mlp.gate.e_score_correction_bias", ()),
 }
 """Name, and axes in front of the experts'."""
 SHARED = {
@@ -54,6 +57,8 @@ SHARED = {
     "deepseek_v2": "mlp.shared_experts.",
     "deepseek_v3": "mlp.shared_experts.",
     "llama4_text": "feed_forward.shared_expert.",
+    "deepseek_v32": "mlp.shared_experts.",
+    "glm_moe_dsa": "mlp.shared_experts.",
 }
 
 
@@ -130,6 +135,14 @@ def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
         matrix(prefix + "kv_b_proj.weight", heads * (nope + of_value), rank, 1.5)
         matrix(prefix + "o_proj.weight", h, heads * of_value)
 
+    def indexer(prefix: str) -> None:
+        n, size = config["index_n_heads"], config["index_head_dim"]
+        matrix(prefix + "wq_b.weight", n * size, config["q_lora_rank"], 1.5)
+        matrix(prefix + "wk.weight", size, h, 0.1)
+        norm(prefix + "k_norm.weight", size)
+        bias(prefix + "k_norm.bias", size, 0.3)
+        matrix(prefix + "weights_proj.weight", n, h)
+
     def usual_attention(p: str) -> None:
         matrix(p + "self_attn.q_proj.weight", n_q, h, 0.3 if small else 1.5)
         matrix(p + "self_attn.k_proj.weight", n_kv, h, 0.3 if small else 1.5)
@@ -155,6 +168,8 @@ def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
         residual_norm(p + "input_layernorm")
         if is_latent(config):
             latent_attention(p + "self_attn.")
+            if runs_indexer(config, i):
+                indexer(p + "self_attn.indexer.")
         else:
             usual_attention(p)
         residual_norm(p + "post_attention_layernorm")

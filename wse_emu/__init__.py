@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         UninitializedReadError,
         WseError,
     )
+    from wse_emu.foundation.indexer import Indexer
     from wse_emu.foundation.latent_attention import LatentAttention
     from wse_emu.foundation.model_spec import ModelSpec
     from wse_emu.foundation.norm_spec import NormSpec, QkNorm
@@ -64,6 +65,7 @@ _HOME = {
     "wse_emu.foundation.biases": ("Biases",),
     "wse_emu.foundation.clamped_experts": ("ClampedExperts",),
     "wse_emu.foundation.model_spec": ("ModelSpec",),
+    "wse_emu.foundation.indexer": ("Indexer",),
     "wse_emu.foundation.latent_attention": ("LatentAttention",),
     "wse_emu.foundation.norm_spec": ("NormSpec", "QkNorm"),
     "wse_emu.foundation.query_temperature": ("QueryTemperature",),
@@ -93,6 +95,7 @@ __all__ = [
     "ClampedExperts",
     "ConfigError",
     "ForkError",
+    "Indexer",
     "InputError",
     "KernelError",
     "LatentAttention",

@@ -24,7 +24,7 @@ from wse_emu.foundation.attention_pattern import AttentionPattern
 from wse_emu.foundation.errors import InputError, SpecError, SramOverflowError, TraceError
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.precision import DType, Precision
-from wse_emu.foundation.taps import TapRecord
+from wse_emu.foundation.taps import TapRecord, joined
 from wse_emu.foundation.wafer_spec import WSE3
 from wse_emu.layers.ffn import MoeImplementation
 from wse_emu.layers.kv_cache import KVCache, Sequences
@@ -620,7 +620,7 @@ class _Session:
     ) -> ForwardResult:  # fmt: skip
         model, spec = self._model, self._model.spec
         trace = None
-        if model.wafer.is_dry and spec.is_moe:
+        if model.wafer.is_dry and (spec.is_moe or (spec.indexer is not None and self._traces is not None)):
             n = len(model.recorded_routing)
             if self._traces is None:
                 trace = RoutingTrace.worst_case(len(spec.moe_layers), tokens.size, spec.num_experts, spec.n_slots)
@@ -632,7 +632,7 @@ class _Session:
             tokens, sequences, self._cache, np.asarray(wanted, np.int64),
             hidden_states=hidden_states, router_logits=router_logits, taps=taps, trace=trace, phase=phase,
         )  # fmt: skip
-        model.recorded_routing.append(RoutingTrace(tuple(result.topk_ids)))
+        model.recorded_routing.append(RoutingTrace(tuple(result.topk_ids), tuple(result.chosen_keys)))
         return result
 
 
@@ -640,11 +640,12 @@ def _merged(results: list[ForwardResult], order: Ints) -> ForwardResult:
     """Values of several chunks, chunk after chunk; taps are put in the order of (sequence, position)."""
 
     def join(name: str) -> list[NDArray[Any]]:
-        return [np.concatenate(parts) for parts in zip(*(getattr(r, name) for r in results), strict=True)]
+        return [joined(parts) for parts in zip(*(getattr(r, name) for r in results), strict=True)]
 
     merged = ForwardResult(
-        np.concatenate([r.logits for r in results]), join("topk_ids"), join("topk_weights"), join("router_logits"), join("hidden_states")
-    )
+        np.concatenate([r.logits for r in results]), join("topk_ids"), join("topk_weights"), join("router_logits"), join("hidden_states"),
+        join("chosen_keys"),
+    )  # fmt: skip
     records = [r.taps for r in results if r.taps is not None]
     if records:
         first = records[0]
@@ -652,7 +653,7 @@ def _merged(results: list[ForwardResult], order: Ints) -> ForwardResult:
         in_attention = [r.row_in_attention for r in records if r.row_in_attention is not None]
         seq, pos, tokens = (np.concatenate([getattr(r, name) for r in records])[order] for name in ("seq", "pos", "token_ids"))
         passes = np.repeat(np.arange(len(records)), [len(r.seq) for r in records])[order]
-        stages = {key: np.concatenate([r.stages[key] for r in records])[order] for key in first.stages}
+        stages = {key: joined([r.stages[key] for r in records])[order] for key in first.stages}
         merged.taps = TapRecord(
             seq, pos, tokens, stages, row_of_token=np.concatenate(rows)[order], row_in_attention=np.concatenate(in_attention)[order],
             pass_of_token=passes, col_starts=first.col_starts,

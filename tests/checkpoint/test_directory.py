@@ -212,9 +212,10 @@ ONE_BY_ONE = [name for name, family in FAMILIES.items() if family.moe is not Non
 @pytest.mark.parametrize("family", ONE_BY_ONE)
 def test_fused_experts_are_told_apart(family: str, tmp_path: Path) -> None:
     spec = dataclasses.replace(contract_specs()["mixtral"], family=family, **OWN_RULES.get(family, {}))
-    if family.startswith("deepseek"):
+    if family.startswith("deepseek") or family == "glm_moe_dsa":
         latent = wse.LatentAttention(kv_lora_rank=4, q_lora_rank=3, qk_nope_head_dim=6, v_head_dim=8)
-        spec = dataclasses.replace(spec, latent=latent, num_kv_heads=spec.num_heads)
+        indexer = wse.Indexer(num_heads=2, head_dim=32, topk=4) if family in ("deepseek_v32", "glm_moe_dsa") else None
+        spec = dataclasses.replace(spec, latent=latent, num_kv_heads=spec.num_heads, indexer=indexer)
     source = random_checkpoint(spec, seed=3)
     names = {t.name for role, t in published_names(spec).items() if ".experts." in role}
     fused = {f"model.layers.{n}.mlp.experts.gate_up_proj": np.zeros((3, 134, 20), dtype=np.float32) for n in range(2)}

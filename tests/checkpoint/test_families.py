@@ -48,7 +48,11 @@ LLAMA4: dict[str, Any] = {
     **SHAPE, "model_type": "llama4_text", "intermediate_size_mlp": 20, "num_local_experts": 4, "num_experts_per_tok": 1,
     "no_rope_layer_interval": 2, "interleave_moe_layer_step": 2, "attention_chunk_size": 5,
 }  # fmt: skip
-EVERY = [LLAMA4, DBRX, PHIMOE, GPT_OSS, DOTS, GLM, HUNYUAN, ERNIE, MINIMAX, GRANITE, GEMMA, DEEPSEEK, DEEPSEEK_V2]
+DEEPSEEK_V32 = {
+    **DEEPSEEK, "model_type": "deepseek_v32", "index_topk": 5, "index_head_dim": 16, "index_n_heads": 3,
+}  # fmt: skip
+GLM_5 = {**DEEPSEEK_V32, "model_type": "glm_moe_dsa", "n_group": 1, "topk_group": 1, "indexer_types": ["full", "shared", "shared", "full"]}
+EVERY = [DEEPSEEK_V32, GLM_5, LLAMA4, DBRX, PHIMOE, GPT_OSS, DOTS, GLM, HUNYUAN, ERNIE, MINIMAX, GRANITE, GEMMA, DEEPSEEK, DEEPSEEK_V2]
 
 
 def back(spec: ModelSpec) -> ModelSpec:
@@ -288,6 +292,47 @@ def test_llama4_says_which_layers_turn_and_which_are_mixtures() -> None:
     for wrong, message in (({"over": "row"}, "over a row has weights"), ({"weighted": True}, "`weighted` must be false")):
         with pytest.raises(wse.SpecError, match=message):
             wse.QkNorm(**{"weighted": False, "rotated_only": True, **wrong})
+
+
+def test_indexers_say_how_many_keys_are_taken_and_which_layers_share_them() -> None:
+    spec = parse_config(DEEPSEEK_V32)
+    assert spec.indexer == wse.Indexer(num_heads=3, head_dim=16, topk=5, interleaved=False)
+    assert (spec.rotary.interleaved, spec.dense_layers, spec.indexer_layers) == (True, (0, 1), (0, 1, 2, 3))
+    second = parse_config(GLM_5)
+    assert second.indexer is not None
+    assert (second.indexer.interleaved, second.indexer.shared_layers, second.indexer_layers) == (True, (1, 2), (0, 3))
+    bare = parse_config({k: v for k, v in DEEPSEEK_V32.items() if not k.startswith("index_")} | {"head_dim": 12})
+    assert bare.indexer == wse.Indexer(num_heads=64, head_dim=128, topk=2048)
+    mixed = {"mlp_layer_types": ["sparse", "dense", "sparse", "dense"], "layer_types": ["indexed_attention"] * 4}
+    kinds = parse_config({**DEEPSEEK_V32, **mixed})
+    assert kinds.dense_layers == (1, 3)
+    letters = {k: v for k, v in GLM_5.items() if k != "indexer_types"}
+    assert parse_config({**letters, "index_topk_pattern": "FSFS"}).indexer_layers == (0, 2)
+    assert parse_config({**letters, "index_topk_freq": 2}).indexer_layers == (0, 1, 3)
+    assert parse_config(letters).indexer_layers == (0, 1, 2, 3)
+    for each in (bare, kinds, second):
+        assert back(each) == each
+    for config, change, message in (
+        (DEEPSEEK_V32, {"q_lora_rank": None}, "`q_lora_rank` must be an integer for this family"),
+        (DEEPSEEK_V32, {"index_topk": 0}, "`index_topk` must be an integer"),
+        (DEEPSEEK_V32, {"index_head_dim": 8}, "`head_dim` of `indexer` must be at least that of the rotary key .12."),
+        (DEEPSEEK_V32, {"index_head_dim": 13}, "`head_dim` of `indexer` must be even, got 13"),
+        (DEEPSEEK_V32, {"layer_types": ["full_attention"] * 4}, "`layer_types` must name 'indexed_attention'"),
+        (DEEPSEEK_V32, {"mlp_layer_types": ["dense"]}, "`mlp_layer_types` must name 'dense' or 'sparse' for each of 4"),
+        (GLM_5, {"indexer_types": ["shared"] * 4}, "`indexer_types` must say for each of 4 layers .* the first one 'full'"),
+        (letters, {"index_topk_pattern": "FX"}, "`index_topk_pattern` must say for each of 4 layers"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_config({**config, **change})
+    for field, message in (
+        ({"indexer": wse.Indexer(num_heads=1, head_dim=16, topk=1, shared_layers=(4,))}, "`shared_layers` of `indexer` must lie in 1..3"),
+        ({"latent": replace(spec.latent, q_lora_rank=None)}, "`indexer` needs `latent` with a `q_lora_rank`"),
+        ({"sliding_window": 3, "sliding_layers": (0,)}, "`indexer` chooses among all keys"),
+    ):
+        with pytest.raises(wse.SpecError, match=message):
+            replace(spec, **field)
+    with pytest.raises(wse.SpecError, match="`shared_layers` of `indexer` must be ascending layers, the first layer not among them"):
+        wse.Indexer(num_heads=1, head_dim=16, topk=1, shared_layers=(0,))
 
 
 def test_rules_that_break_are_errors_of_the_file() -> None:

@@ -66,6 +66,22 @@ def write(directory: Path, stored: dict[str, np.ndarray], config: dict[str, Any]
     return directory
 
 
+def test_scales_that_are_powers_of_two_are_read_as_the_numbers_they_are(tmp_path: Path) -> None:
+    stored, plain = tensors()
+    for name in [name for name in plain if is_coded(name)]:
+        scales = stored[name + "_scale_inv"] = np.exp2(np.ceil(np.log2(stored[name + "_scale_inv"])))
+        spread = np.repeat(np.repeat(scales, 8, axis=0), 6, axis=1)[tuple(map(slice, plain[name].shape))]
+        plain[name] = stored[name].astype(np.float32) * spread
+    config = CONFIG | {"quantization_config": CONFIG["quantization_config"] | {"scale_fmt": "ue8m0"}}
+    with open_checkpoint(write(tmp_path / "m", stored, config)) as opened:
+        for name, values in plain.items():
+            np.testing.assert_array_equal(opened.tensors.read(name), values, err_msg=name)
+    stored[NAME + "_scale_inv"][0, 0] *= 1.5
+    with open_checkpoint(write(tmp_path / "wrong", stored, config)) as opened:
+        with pytest.raises(CheckpointError, match=r"proj_with_mqa\.weight_scale_inv: with `scale_fmt` 'ue8m0' scales are powers of two"):
+            opened.tensors.read(NAME)
+
+
 def test_codes_are_those_of_the_format() -> None:
     expected = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     np.testing.assert_array_equal(NUMBERS, expected)
@@ -120,7 +136,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         wse.from_pretrained(write(tmp_path / "nan", stored), wafer=wse.Wafer(wse.WSE3, rows=2, cols=3), cache_dir=tmp_path / "c")
     for change, message in (
         ({"fmt": "e5m2"}, "`fmt` must be 'e4m3', got 'e5m2'"),
-        ({"scale_fmt": "ue8m0"}, "`scale_fmt` must be 'float'"),
+        ({"scale_fmt": "e5m2"}, "`scale_fmt` must be 'float' or 'ue8m0'"),
         ({"weight_block_size": [0, 4]}, "`weight_block_size` must be two positive integers"),
         ({"weight_block_size": None}, "`weight_block_size` must be two positive integers"),
     ):

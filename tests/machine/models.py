@@ -52,6 +52,18 @@ RULES = {
             "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 0.5,
         },
     },
+    "deepseek_v32": {
+        **SHAPE, "model_type": "deepseek_v32", "num_key_value_heads": 4, "head_dim": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6,
+        "v_head_dim": 8, "kv_lora_rank": 10, "q_lora_rank": 7, "intermediate_size": 14, "moe_intermediate_size": 9, "n_routed_experts": 6,
+        "num_experts_per_tok": 3, "n_group": 3, "topk_group": 2, "n_shared_experts": 1, "first_k_dense_replace": 1, "index_topk": 3,
+        "index_head_dim": 8, "index_n_heads": 3,
+    },
+    "glm_moe_dsa": {
+        **SHAPE, "model_type": "glm_moe_dsa", "num_key_value_heads": 4, "head_dim": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6,
+        "v_head_dim": 8, "kv_lora_rank": 10, "q_lora_rank": 7, "intermediate_size": 14, "moe_intermediate_size": 9, "n_routed_experts": 6,
+        "num_experts_per_tok": 3, "n_shared_experts": 1, "first_k_dense_replace": 1, "index_topk": 4, "index_head_dim": 6,
+        "index_n_heads": 2, "indexer_types": ["full", "shared"],
+    },
     "gpt_oss": {
         **SHAPE, "model_type": "gpt_oss", "intermediate_size": 9, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 3,
         "swiglu_limit": 0.5, "swiglu_alpha": 1.5,

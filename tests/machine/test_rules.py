@@ -120,3 +120,38 @@ def test_latents_are_kept_in_a_window_and_for_queries_made_of_the_token() -> Non
     assert models[0].wafer.ledger.events() == models[1].wafer.ledger.events()
     report = models[0].verify(ids, mask)
     assert report.passed, report
+
+
+def test_an_indexer_that_takes_every_key_changes_no_bit_and_no_work_of_attention() -> None:
+    ids, mask = prompt_of(LENGTHS, VOCAB)
+    few = make_model("deepseek_v32", 3, 5, rules=True)
+    every = make_model("deepseek_v32", 3, 5, rules=True, changes={"index_topk": 9})
+    plain = wse.from_config({**RULES["deepseek_v32"], "model_type": "deepseek_v3"}, seed=3, wafer=wse.Wafer(wse.WSE3, rows=3, cols=5))
+    logits = [model(ids, mask).logits for model in (few, every, plain)]
+    assert_same([logits[1]], [logits[2]])
+    assert not np.array_equal(logits[0], logits[1])
+    rows = [model.wafer.ledger.totals(by=("stage", "name")) for model in (few, every, plain)]
+    work = [{row["name"]: row for row in of if row["stage"] == "attention"} for of in rows]
+    assert work[1] == work[2]
+    for name, what in (("partial_scores", "macs"), ("softmax_accumulate", "macs"), ("scores", "bytes")):
+        assert work[0][name][what] < work[1][name][what]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
+def test_chosen_keys_are_the_same_in_tiles_and_chunks(family: str) -> None:
+    ids, mask = prompt_of(LENGTHS, VOCAB)
+    usual = make_model(family, 3, 5, rules=True)
+    for options in ({"bta_max_tile": 1}, {"prefill_chunk": 4}, {"bta_max_tile": 1, "prefill_chunk": 4}):
+        models = [make_model(family, 3, 5, executor, rules=True, **options) for executor in ("batched", "isolated")]
+        assert_same([usual.generate(ids, 3, attention_mask=mask)], [models[0].generate(ids, 3, attention_mask=mask)])
+        models[0].wafer.ledger.clear()
+        assert_same(*(everything(model, ids, mask, 2) for model in models))
+        assert models[0].wafer.ledger.events() == models[1].wafer.ledger.events()
+        report = models[0].verify(ids, mask)
+        assert report.passed, report
+        models[0].wafer.ledger.clear()
+        models[0].generate(ids, 2, attention_mask=mask)
+        dry = make_model(family, 3, 5, "dry", rules=True, **options)
+        dry.generate(ids, 2, attention_mask=mask, routing=models[0].recorded_routing)
+        assert dry.wafer.ledger.events() == models[0].wafer.ledger.events()

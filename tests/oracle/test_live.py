@@ -272,6 +272,20 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_local_experts": 4, "num_experts_per_tok": 1, "no_rope_layers": [1, 1], "attention_chunk_size": None, "use_qk_norm": False,
         "rope": {"rope_type": "llama3", **STRETCHED, "low_freq_factor": 1.0, "high_freq_factor": 1.0},
     },
+    "deepseek_v32": {
+        "hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 6, "intermediate_size": 29, "num_hidden_layers": 3,
+        "kv_lora_rank": 16, "q_lora_rank": 14, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 10, "n_routed_experts": 8,
+        "num_experts_per_tok": 3, "moe_intermediate_size": 10, "n_shared_experts": 1, "n_group": 4, "topk_group": 2,
+        "first_k_dense_replace": 1, "index_topk": 6, "index_head_dim": 10, "index_n_heads": 9,
+        "rope": {"rope_type": "yarn", **STRETCHED, "mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+    "glm_moe_dsa": {
+        "hidden_size": 30, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 23, "num_hidden_layers": 3,
+        "kv_lora_rank": 12, "q_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 6,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 11, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+        "mlp_layer_types": ["dense", "sparse", "sparse"], "index_topk": 7, "index_head_dim": 8, "index_n_heads": 11,
+        "indexer_types": ["full", "full", "shared"],
+    },
     "llama linear": ROPE_SHAPE | {"rope": {"rope_type": "linear", "factor": 2.5}},
     "llama dynamic": ROPE_SHAPE | {"rope": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 16},
     "llama yarn": ROPE_SHAPE | {

@@ -88,6 +88,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 0.5,
         },
     },
+    "deepseek_v32": {
+        **BASE, "model_type": "deepseek_v32", "num_key_value_heads": 4, "kv_lora_rank": 10, "q_lora_rank": 7, "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 8, "v_head_dim": 4, "moe_intermediate_size": 12, "n_routed_experts": 6, "num_experts_per_tok": 3,
+        "n_shared_experts": 2, "n_group": 3, "topk_group": 2, "first_k_dense_replace": 1, "index_topk": 5, "index_head_dim": 12,
+        "index_n_heads": 9,
+    },
+    "glm_moe_dsa": {
+        **BASE, "model_type": "glm_moe_dsa", "num_key_value_heads": 4, "kv_lora_rank": 10, "q_lora_rank": 7, "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 8, "v_head_dim": 4, "moe_intermediate_size": 12, "n_routed_experts": 6, "num_experts_per_tok": 3,
+        "n_shared_experts": 1, "first_k_dense_replace": 1, "index_topk": 5, "index_head_dim": 8, "index_n_heads": 9,
+        "indexer_types": ["full", "shared", "full"],
+    },
     "llama4_text": {
         **BASE, "model_type": "llama4_text", "intermediate_size": 12, "intermediate_size_mlp": 28, "num_local_experts": 4,
         "num_experts_per_tok": 1, "moe_layers": [0, 2], "no_rope_layers": [1, 0, 1], "attention_chunk_size": 5, "floor_scale": 4,

@@ -62,7 +62,8 @@ def rotate_half(x: Tensor) -> Tensor:
 
 def interleaved(config: Config) -> bool:
     """Whether neighbours are the pairs."""
-    return bool(config["model_type"] in ("ernie4_5_moe", "deepseek_v2", "llama4_text") or config.get("rope_interleave", False))
+    always = ("ernie4_5_moe", "deepseek_v2", "llama4_text", "deepseek_v32", "glm_moe_dsa")
+    return bool(config["model_type"] in always or config.get("rope_interleave", False))
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor, *, neighbours: bool, last: bool = False, part: bool = False) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from golden_models import Config, is_llama4
+from golden_models import Config, chooses_keys, is_llama4
 from golden_oracle import network, router_of
 from torch import nn
 
@@ -80,8 +80,8 @@ class Subject:
         """Put ``wrong(right)`` in the place of the rotation, both taking queries, keys, cosines and sines, (b, t, rotated elements)."""
         module = sys.modules[type(self.model).__module__]
         if not hasattr(module, "apply_rotary_emb"):
-            name = "apply_rotary_pos_emb" + "_interleave" * self.config.get("rope_interleave", False)
-            self.replace(name, wrong)
+            apart = self.config.get("rope_interleave", False) or chooses_keys(self.config)
+            self.replace("apply_rotary_pos_emb" + "_interleave" * apart, lambda right: self._of_attention(right, wrong))
             return
 
         def adapted(right: Any) -> Any:  # one complex number for each pair
@@ -99,6 +99,15 @@ class Subject:
             return call
 
         self.replace("apply_rotary_emb", adapted)
+
+    @staticmethod
+    def _of_attention(right: Any, wrong: Callable[[Any], Any]) -> Any:
+        """``wrong(right)``, but for indexers' queries and keys, whose heads lie behind tokens."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return right(*args, **kwargs) if kwargs.get("unsqueeze_dim") == 2 else wrong(right)(*args, **kwargs)
+
+        return call
 
     def replace(self, name: str, wrong: Callable[[Any], Any]) -> None:
         """Put ``wrong(right)`` in the place of a function of the family's module."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from wse_emu.checkpoint.config import read_config
 from wse_emu.checkpoint.families import FAMILIES
 from wse_emu.checkpoint.files import read_bytes
-from wse_emu.checkpoint.fp8 import Fp8Tensors, fp8_block
+from wse_emu.checkpoint.fp8 import Fp8Tensors, fp8_block, fp8_powers
 from wse_emu.checkpoint.jsonfile import parse_object
 from wse_emu.checkpoint.mxfp4 import Mxfp4Tensors, is_mxfp4
 from wse_emu.checkpoint.names import own_head, stored_shapes
@@ -253,7 +253,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         block = fp8_block(config, str(directory / "config.json"))
         if block is not None:
             assert isinstance(tensors, DirectoryTensors)
-            tensors = Fp8Tensors(tensors, block, str(directory))
+            tensors = Fp8Tensors(tensors, block, str(directory), powers=fp8_powers(config))
         ignored = _check_against_spec(directory, spec, tensors)
         digest = hashlib.sha256(tensors.fingerprint.encode())
         for name in _IDENTITY_FILES:

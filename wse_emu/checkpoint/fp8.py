@@ -50,13 +50,21 @@ def fp8_block(config: Mapping[str, Any], where: str) -> tuple[int, int] | None:
     quantization = config.get("quantization_config")
     if not isinstance(quantization, Mapping) or quantization.get("quant_method") != "fp8":
         return None
-    for name, value in (("fmt", "e4m3"), ("scale_fmt", "float"), ("expert_dtype", "fp8")):
-        if quantization.get(name, value) != value:
-            raise ConfigError(f"{where}: `quantization_config`: `{name}` must be {value!r}, got {show(quantization[name])}")
+    for name, values in (("fmt", ("e4m3",)), ("scale_fmt", ("float", "ue8m0")), ("expert_dtype", ("fp8",))):
+        if quantization.get(name, values[0]) not in values:
+            raise ConfigError(
+                f"{where}: `quantization_config`: `{name}` must be {' or '.join(map(repr, values))}, got {show(quantization[name])}"
+            )
     block = quantization.get("weight_block_size", [128, 128])
     if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and 1 <= n <= 1 << 20 for n in block):
         raise ConfigError(f"{where}: `quantization_config`: `weight_block_size` must be two positive integers, got {show(block)}")
     return block[0], block[1]
+
+
+def fp8_powers(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that scales are powers of two."""
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, Mapping) and quantization.get("scale_fmt") == "ue8m0"
 
 
 class Fp8Tensors:
@@ -69,15 +77,17 @@ class Fp8Tensors:
         Rows and columns that share a scale.
     where : str
         What to call it in messages.
+    powers : bool
+        Whether every scale must be a power of two (``ue8m0``).
 
     Raises
     ------
     CheckpointError
-        If scales are missing, or do not fit their matrix.
+        If scales are missing, or do not fit their matrix; on reading, if one is no power of two where it must be.
     """
 
-    def __init__(self, source: Codes, block: tuple[int, int], where: str) -> None:
-        self._source, self._block, self._where = source, block, where
+    def __init__(self, source: Codes, block: tuple[int, int], where: str, *, powers: bool = False) -> None:
+        self._source, self._block, self._where, self._powers = source, block, where, powers
         names = set(source.names())
         self._coded = {name for name in names if source.dtype(name) == _STORED}
         for name in sorted(self._coded):
@@ -129,6 +139,9 @@ class Fp8Tensors:
             return self._source.read_part(name, key)
         outs, ins = (np.arange(n)[k] for n, k in zip(self.shape(name), key, strict=True))
         scales = self._source.read(name + _SCALES)[np.ix_(outs // self._block[0], ins // self._block[1])]
+        if self._powers and (np.frexp(scales)[0] != 0.5).any():
+            other = scales[np.frexp(scales)[0] != 0.5][0]
+            raise CheckpointError(f"{self._where}: {name + _SCALES}: with `scale_fmt` 'ue8m0' scales are powers of two, got {other}")
         with np.errstate(all="ignore"):  # what is not finite is named by whoever asked
             values: NDArray[np.float32] = NUMBERS[self._source.read_codes(name, key)] * scales
         values.flags.writeable = False

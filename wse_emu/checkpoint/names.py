@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from wse_emu.checkpoint.families import FAMILIES
 from wse_emu.checkpoint.naming import Part
+from wse_emu.foundation.indexer import Indexer
 from wse_emu.foundation.latent_attention import LatentAttention
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.weights import layer_prefix, router_vectors
@@ -66,7 +67,8 @@ def published_tensors(spec: ModelSpec) -> Iterator[tuple[str, PublishedTensor]]:
     """Canonical role and published tensor of every weight, embedding first, head last.
 
     Roles: ``"embed"``, ``"layers.N."`` followed by ``attn_norm w_q w_k w_v``, their biases ``b_q b_k b_v``, ``q_norm k_norm``, ``sinks``
-    (with latent attention ``w_q``, or ``w_q_a q_a_norm w_q_b``, then ``w_kv_a kv_a_norm w_kv_b``), ``w_o``, ``b_o``,
+    (with latent attention ``w_q``, or ``w_q_a q_a_norm w_q_b``, then ``w_kv_a kv_a_norm w_kv_b``, and of an indexer
+    ``index_w_q index_w_k index_k_norm index_k_norm_bias index_weights``), ``w_o``, ``b_o``,
     ``attn_after_norm``, ``ffn_norm`` and ``w_gate w_up w_down`` (dense) or ``router``, ``router_bias``, ``e_score_correction_bias``,
     ``shared.`` and ``experts.E.`` with ``w_gate w_up w_down``, their biases ``b_gate b_up b_down``, ``shared.gate``,
     ``ffn_after_norm``, each where the model has it, then ``"final_norm"``, ``"lm_head"`` and ``"lm_head_bias"``. A norm's bias is named as
@@ -98,6 +100,8 @@ def layer_roles(spec: ModelSpec, layer: int) -> Iterator[tuple[str, tuple[int, .
     yield from _norm("attn_norm", spec)
     if spec.latent is not None:
         yield from _latent(spec, spec.latent)
+        if spec.indexer is not None and spec.runs_indexer(layer):
+            yield from _indexer(spec, spec.indexer)
         q = spec.num_heads * spec.value_dim
     else:
         yield from (("w_q", (q, h)), ("w_k", (kv, h)), ("w_v", (kv, h)))
@@ -148,6 +152,14 @@ def _latent(spec: ModelSpec, latent: LatentAttention) -> Iterator[tuple[str, tup
         yield from (("w_q_a", (short, h)), ("q_a_norm", (short,)), ("w_q_b", (heads * spec.query_dim, short)))
     yield from (("w_kv_a", (rank + spec.head_dim, h)), ("kv_a_norm", (rank,)))
     yield "w_kv_b", (heads * (latent.qk_nope_head_dim + latent.v_head_dim), rank)
+
+
+def _indexer(spec: ModelSpec, indexer: Indexer) -> Iterator[tuple[str, tuple[int, ...]]]:
+    assert spec.latent is not None
+    assert spec.latent.q_lora_rank is not None
+    h, d, heads = spec.hidden_size, indexer.head_dim, indexer.num_heads
+    yield from (("index_w_q", (heads * d, spec.latent.q_lora_rank)), ("index_w_k", (d, h)))
+    yield from (("index_k_norm", (d,)), ("index_k_norm_bias", (d,)), ("index_weights", (heads, h)))
 
 
 def _ffn(prefix: str, h: int, f: int) -> Iterator[tuple[str, tuple[int, ...]]]:

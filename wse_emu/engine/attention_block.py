@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-
-import numpy as np
+from functools import partial
 
 from wse_emu.engine.forward_pass import AttentionTile, ForwardPass
+from wse_emu.engine.index_projection import index_choice, index_projection, index_tensors, place_index_rotary
 from wse_emu.engine.latent_projection import latent_queries, latent_values, tap_mixed, value_units
-from wse_emu.foundation.taps import TapRecord
+from wse_emu.foundation.taps import TapRecord, joined
 from wse_emu.foundation.weights import layer_prefix
 from wse_emu.layers.attention import attention
 from wse_emu.layers.elementwise import bias, clip
@@ -31,6 +31,7 @@ def attention_block(run: ForwardPass, x: PlacedTensor) -> None:
     for tile in run.tiles:
         part, n = tile.run, tile.run.bands.n_tokens
         part.layer = run.layer
+        part.replay = run.replay_of(tile)
         if run.result.taps is not None:
             part.result.taps = TapRecord(part.sequences.slot, part.sequences.positions, part.token_ids)
         with run.empty("tile of the residual stream", part.place) as own, ExitStack() as stack:
@@ -38,11 +39,12 @@ def attention_block(run: ForwardPass, x: PlacedTensor) -> None:
                 move_tokens(run.wafer, x, run.bands, tile.first, own, part.bands, 0, n)
                 _place_tables(run, tile, stack)
             _attention_block(part, own)
+            run.join_keys(tile)
             with run.scope("attention_tile"):
                 move_tokens(run.wafer, own, part.bands, 0, x, run.bands, tile.first, n)
     if run.result.taps is not None:
         records = [tile.run.result.taps.stages for tile in run.tiles if tile.run.result.taps is not None]
-        run.result.taps.stages |= {stage: np.concatenate([stages[stage] for stages in records]) for stage in records[0]}
+        run.result.taps.stages |= {stage: joined([stages[stage] for stages in records]) for stage in records[0]}
 
 
 def _place_tables(run: ForwardPass, tile: AttentionTile, stack: ExitStack) -> None:
@@ -62,6 +64,8 @@ def _place_tables(run: ForwardPass, tile: AttentionTile, stack: ExitStack) -> No
     )  # fmt: skip
     for table in part.tables[local]:
         stack.enter_context(table)
+    if spec.indexer is not None:
+        place_index_rotary(part, stack, tile.tables.get(local))
 
 
 def _attention_block(run: ForwardPass, x: PlacedTensor) -> None:
@@ -77,7 +81,11 @@ def _attention_block(run: ForwardPass, x: PlacedTensor) -> None:
             if spec.latent is None:
                 _project(run, normal, qkv)
             else:
-                latent_queries(run, normal, qkv)
+                with ExitStack() as inner:
+                    index = index_tensors(run, inner)
+                    latent_queries(run, normal, qkv, None if index is None else partial(index_projection, run, normal=normal, index=index))
+                    if index is not None:
+                        index_choice(run, index)
         if spec.latent is None:
             _prepare(run, qkv)
         with run.scope("kv_cache"):
@@ -89,8 +97,8 @@ def _attention_block(run: ForwardPass, x: PlacedTensor) -> None:
             record = run.result.taps
             sink = StreamedVector(prefix + "sinks", weights.vector(prefix + "sinks")) if spec.attn_sinks else None
             statistics = attention(
-                wafer, qkv, context, run.cache, layer, run.sequences, bands, pattern=spec.pattern(layer), sink=sink,
-                probe=record is not None,
+                wafer, qkv, context, run.cache, layer, run.sequences, bands, pattern=spec.pattern(layer), chosen=run.chosen,
+                sink=sink, probe=record is not None,
             )  # fmt: skip
             if record is not None and statistics is not None:
                 record.stages[layer, "attn_max"], record.stages[layer, "attn_denominator"] = statistics

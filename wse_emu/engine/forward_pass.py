@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from wse_emu.engine.routing_trace import RoutingTrace
 from wse_emu.engine.weights import ModelWeights
-from wse_emu.foundation.taps import TapRecord
+from wse_emu.foundation.attention_pattern import KeyRanges
+from wse_emu.foundation.taps import TapRecord, joined
 from wse_emu.foundation.weights import layer_prefix
 from wse_emu.layers.elementwise import bias
 from wse_emu.layers.kv_cache import KVCache, Sequences
@@ -20,6 +21,7 @@ from wse_emu.layers.norm import add_residual, rms_norm
 from wse_emu.layers.router import Routing
 from wse_emu.memoryx.layout import qkv_to_published
 from wse_emu.wafer.placement import Ints, Placement, Split, TokenBands
+from wse_emu.wafer.sram import Reservation
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.wafer import Wafer
 
@@ -37,6 +39,8 @@ class ForwardResult:
     """Per MoE layer (T, n_experts), if asked for."""
     hidden_states: list[NDArray[np.float32]] = field(default_factory=list)
     """Embedding output, then every layer's output (T, hidden), if asked for."""
+    chosen_keys: list[NDArray[np.uint8]] = field(default_factory=list)
+    """Per layer with an indexer (T, keys / 8): bits of the positions that each token attends to, packed."""
     taps: TapRecord | None = None
 
 
@@ -90,6 +94,14 @@ class ForwardPass:
         """Rotary cosines and sines, of the layers that turn locally and of the others."""
         self.factors: PlacedTensor | None = None
         """Factor of each token's queries in layers without rotation, where there is one."""
+        self.index_tables: tuple[PlacedTensor, PlacedTensor] | None = None
+        """Rotary cosines and sines of the indexers."""
+        self.chosen: KeyRanges | None = None
+        """Keys that tokens attend to, as the last indexer chose them; None is all."""
+        self.kept_keys: Reservation | None = None
+        """Where they are kept for layers that share them."""
+        self.replay: NDArray[np.uint8] | None = None
+        """With the ``dry`` executor, of a tile: what the layer's indexer chooses, as `ForwardResult.chosen_keys` has it."""
         self.layer: int | None = None
         """Layer that runs; None before the first and after the last."""
         self.tiles = [] if whole or self.options.bta_max_tile is None else self._cut(self.options.bta_max_tile)
@@ -133,6 +145,42 @@ class ForwardPass:
         if routing.scores is not None:
             stages[self.layer, "router_scores"] = routing.scores
         stages[self.layer, "topk_ids"], stages[self.layer, "topk_weights"] = routing.topk_ids, routing.topk_weights
+
+    def note_keys(self, taken: NDArray[np.bool_], ranges: KeyRanges | None) -> None:
+        """Keep what an indexer chose."""
+        self.chosen = ranges
+        self.result.chosen_keys.append(np.packbits(taken, axis=1))
+
+    def give_up_keys(self) -> None:
+        """Give back the SRAM of keys that later layers were to share, of tiles too."""
+        for run in (self, *(tile.run for tile in self.tiles)):
+            if run.kept_keys is not None:
+                self.wafer.sram.free(run.kept_keys)
+                run.kept_keys = None
+
+    def replayed_keys(self, n_keys: int) -> NDArray[np.bool_] | None:
+        """With the ``dry`` executor: the next indexer's choice among `n_keys` positions, if the trace holds it."""
+        packed = self.replay
+        if packed is None and self.trace is not None:
+            packed = self.trace.keys(len(self.result.chosen_keys))
+        return None if packed is None else np.unpackbits(packed, axis=1)[:, :n_keys].astype(np.bool_)
+
+    def replay_of(self, tile: AttentionTile) -> NDArray[np.uint8] | None:
+        """A tile's part of the current layer's choice, if the layer has an indexer of its own."""
+        if self.trace is None or not self.spec.runs_indexer(self.current_layer):
+            return None
+        packed = self.trace.keys(len(self.result.chosen_keys) - (tile.first > 0))  # the first tile has entered its part
+        return None if packed is None else packed[tile.first : tile.first + tile.run.bands.n_tokens]
+
+    def join_keys(self, tile: AttentionTile) -> None:
+        """Add what a tile's indexer chose to the choice of the whole pass."""
+        if not self.spec.runs_indexer(self.current_layer):
+            return
+        part = tile.run.result.chosen_keys[-1]
+        if tile.first == 0:
+            self.result.chosen_keys.append(part)
+        else:
+            self.result.chosen_keys[-1] = joined([self.result.chosen_keys[-1], part])
 
     def scope(self, stage: str) -> AbstractContextManager[None]:
         """Ledger scope of a stage of the current layer."""

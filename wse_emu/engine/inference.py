@@ -11,6 +11,7 @@ import numpy as np
 from wse_emu.engine.attention_block import attention_block
 from wse_emu.engine.ffn_block import ffn_block
 from wse_emu.engine.forward_pass import ForwardPass, ForwardResult
+from wse_emu.engine.index_projection import place_index_rotary
 from wse_emu.engine.options import EngineOptions
 from wse_emu.engine.routing_trace import RoutingTrace
 from wse_emu.engine.weights import ModelWeights
@@ -20,6 +21,7 @@ from wse_emu.foundation.precision import half_of
 from wse_emu.foundation.taps import TapRecord
 from wse_emu.layers.edges import logits
 from wse_emu.layers.heads import HeadLayout
+from wse_emu.layers.index_keys import index_heads
 from wse_emu.layers.kv_cache import KVCache, Sequences
 from wse_emu.layers.linear import Selection
 from wse_emu.layers.query_temperature import place_factors, temperature_factors
@@ -65,11 +67,23 @@ class Engine:
         self.weights = ModelWeights(store, self.spec, self.options, shapes_only=wafer.is_dry, disk_bytes=disk_bytes)
         self._stream: LayerStream | None = None
 
-    def new_cache(self, capacity: Sequence[int] | Ints) -> KVCache:
-        """Key/value cache for sequences of at most `capacity` tokens each."""
-        patterns = [self.spec.pattern(layer) for layer in range(self.spec.num_layers)]
+    def new_cache(
+        self, capacity: Sequence[int] | Ints, *, of: ModelSpec | None = None, aliases: Sequence[int] | None = None
+    ) -> KVCache:  # fmt: skip
+        """Key/value cache for sequences of at most `capacity` tokens each.
+
+        Where this engine has one layer of each kind of a larger model `of`, the cache is that model's, and the engine's layer i stands for
+        its layer ``aliases[i]``.
+        """
         stored = half_of(self.options.precision.kv)
-        return KVCache(self.wafer, self.heads, self.spec.num_layers, np.asarray(capacity, np.int64), patterns, stored=stored)
+        spec, most = of or self.spec, np.asarray(capacity, np.int64)
+        patterns, index = [spec.pattern(layer) for layer in range(spec.num_layers)], None
+        if spec.indexer is not None:
+            own, all_layers = None, spec.indexer_layers
+            if aliases is not None:
+                own = [all_layers.index(aliases[layer]) for layer in self.spec.indexer_layers]
+            index = KVCache(self.wafer, index_heads(spec.indexer, self.wafer.cols), len(all_layers), most, aliases=own, stored=stored)
+        return KVCache(self.wafer, self.heads, spec.num_layers, most, patterns, aliases=aliases, stored=stored, index=index)
 
     def forward(
         self, token_ids: Ints, sequences: Sequences, cache: KVCache, wanted: Ints,
@@ -150,6 +164,8 @@ def _execute(run: ForwardPass, token_ids: Ints, wanted: Ints, stream: LayerStrea
             run.tables[local] = place_rotary(wafer, spec, run.sequences, run.heads, run.bands, local=local)
             for table in run.tables[local]:
                 stack.enter_context(table)
+        if spec.indexer is not None and not run.tiles:
+            place_index_rotary(run, stack)
         tuned = spec.query_temperature
         if tuned is not None and not run.tiles and not all(map(spec.rotates, range(spec.num_layers))):
             factors = None if wafer.is_dry else temperature_factors(tuned, run.sequences)
@@ -164,6 +180,7 @@ def _execute(run: ForwardPass, token_ids: Ints, wanted: Ints, stream: LayerStrea
             attention_block(run, x)
             ffn_block(run, x, stream)
         run.note_hidden(x)
+    run.give_up_keys()
     run.layer = None
     with stream.layer(weights.head_names, weights.layer_names(0)), run.empty("normalised", run.place) as normal:
         run.norm("final_norm", x, normal, "final_norm")

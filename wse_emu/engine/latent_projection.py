@@ -8,6 +8,7 @@ head's ``w_uv`` makes its value.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import numpy as np
@@ -24,7 +25,9 @@ from wse_emu.wafer.placement import Split
 from wse_emu.wafer.tensor import PlacedTensor
 
 
-def latent_queries(run: ForwardPass, normal: PlacedTensor, qk: PlacedTensor) -> None:
+def latent_queries(
+    run: ForwardPass, normal: PlacedTensor, qk: PlacedTensor, also: Callable[[PlacedTensor], None] | None = None
+) -> None:
     """Absorbed queries of all heads and the key that they share.
 
     Parameters
@@ -34,11 +37,15 @@ def latent_queries(run: ForwardPass, normal: PlacedTensor, qk: PlacedTensor) -> 
         Normalised residual stream.
     qk : PlacedTensor, (T, (kv_lora_rank + rope) * (num_heads + 1)), float32
         Written: of every pair unit of the key, latent first, the queries of all heads, then the key.
+    also : callable, optional
+        Called with what queries are made of, (T, q_lora_rank) or `normal`, while it is there.
     """
     latent = _latent(run)
     with ExitStack() as stack:
         source = normal if latent.q_lora_rank is None else _short_queries(run, normal, latent.q_lora_rank, stack)
         _queries(run, latent, source, qk)
+        if also is not None:
+            also(source)
     _key(run, latent, normal, qk)
 
 
@@ -79,11 +86,12 @@ def _published(run: ForwardPass, x: PlacedTensor, n_slots: int, *, rotary: bool 
     return pairs_to_published(run.wafer.drain(x, kind="probe"), n_slots, pairs)
 
 
-def _place(run: ForwardPass, name: str, n: int, split: Split, stack: ExitStack) -> PlacedTensor:
+def place(run: ForwardPass, name: str, n: int, split: Split, stack: ExitStack) -> PlacedTensor:
+    """Room for `n` features of every token, over columns as `split` says, for as long as `stack` is open."""
     return stack.enter_context(run.empty(name, run.wafer.placement((run.bands.n_tokens, n), run.place.axis0, ("col", split))))
 
 
-def _product(run: ForwardPass, x: PlacedTensor, weight: str, out: PlacedTensor) -> None:
+def product(run: ForwardPass, x: PlacedTensor, weight: str, out: PlacedTensor) -> None:
     """``out = x @ weight``, complete on every row of a token's band."""
     matrix = run.weights.matrix(layer_prefix(run.current_layer) + weight, x.placement.shape[1], out.placement.shape[1])
     matmul(run.wafer, x, matrix, out, run.bands, chunk=run.options.piece)
@@ -98,10 +106,10 @@ def _norm(run: ForwardPass, x: PlacedTensor, weight: str, out: PlacedTensor) -> 
 def _short_queries(run: ForwardPass, normal: PlacedTensor, rank: int, stack: ExitStack) -> PlacedTensor:
     """``norm(x @ w_q_a)``."""
     split = Split.balanced(rank, run.wafer.cols)
-    out = _place(run, "normalised query latent", rank, split, stack)
+    out = place(run, "normalised query latent", rank, split, stack)
     with run.scope("qkv"), ExitStack() as inner:
-        short = _place(run, "query latent", rank, split, inner)
-        _product(run, normal, "w_q_a", short)
+        short = place(run, "query latent", rank, split, inner)
+        product(run, normal, "w_q_a", short)
         run.tap("query_a", short)
         _norm(run, short, "q_a_norm", out)
         run.tap("query_a_norm", out)
@@ -113,11 +121,11 @@ def _queries(run: ForwardPass, latent: LatentAttention, source: PlacedTensor, qk
     spec, heads, n_heads = run.spec, run.heads, run.spec.num_heads
     nope, rope, units = latent.qk_nope_head_dim, spec.head_dim, Split.balanced(latent.qk_nope_head_dim // 2, run.wafer.cols)
     with ExitStack() as stack:
-        q_nope = _place(run, "queries", nope * n_heads, units.scaled(2 * n_heads), stack)
-        q_rope = _place(run, "rotary queries", rope * n_heads, heads.rotary_units.scaled(2 * n_heads), stack)
+        q_nope = place(run, "queries", nope * n_heads, units.scaled(2 * n_heads), stack)
+        q_rope = place(run, "rotary queries", rope * n_heads, heads.rotary_units.scaled(2 * n_heads), stack)
         with run.scope("qkv"):
-            _product(run, source, "w_q_nope", q_nope)
-            _product(run, source, "w_q_rope", q_rope)
+            product(run, source, "w_q_nope", q_nope)
+            product(run, source, "w_q_rope", q_rope)
             if run.result.taps is not None:
                 halves = _published(run, q_nope, n_heads), _published(run, q_rope, n_heads, rotary=True)
                 run.result.taps.stages[run.layer, "query"] = np.concatenate(halves, axis=2)
@@ -135,12 +143,12 @@ def _key(run: ForwardPass, latent: LatentAttention, normal: PlacedTensor, qk: Pl
     spec, heads, rank = run.spec, run.heads, latent.kv_lora_rank
     slots = {"n": 1, "slot": spec.num_heads, "n_slots": spec.num_heads + 1}
     with ExitStack() as stack:
-        key = _place(run, "rotary key", spec.head_dim, heads.rotary_units.scaled(2), stack)
-        out = _place(run, "normalised latent", rank, heads.value_units.scaled(2), stack)
+        key = place(run, "rotary key", spec.head_dim, heads.rotary_units.scaled(2), stack)
+        out = place(run, "normalised latent", rank, heads.value_units.scaled(2), stack)
         with run.scope("qkv"), ExitStack() as inner:
-            short = _place(run, "latent", rank, heads.value_units.scaled(2), inner)
-            _product(run, normal, "w_kv_a", short)
-            _product(run, normal, "w_k_rope", key)
+            short = place(run, "latent", rank, heads.value_units.scaled(2), inner)
+            product(run, normal, "w_kv_a", short)
+            product(run, normal, "w_k_rope", key)
             if run.result.taps is not None:
                 both = _published(run, short, 1)[:, 0], _published(run, key, 1, rotary=True)[:, 0]
                 run.result.taps.stages[run.layer, "latent_a"] = np.concatenate(both, axis=1)

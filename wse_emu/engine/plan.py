@@ -22,9 +22,8 @@ from wse_emu.foundation.arguments import show
 from wse_emu.foundation.attention_pattern import AttentionPattern
 from wse_emu.foundation.errors import InputError, SpecError, SramOverflowError
 from wse_emu.foundation.model_spec import ModelSpec
-from wse_emu.foundation.precision import half_of
 from wse_emu.foundation.wafer_spec import WSE3, WaferSpec
-from wse_emu.layers.kv_cache import KVCache, Sequences
+from wse_emu.layers.kv_cache import Sequences
 from wse_emu.memoryx.disk import DiskBytes
 from wse_emu.wafer.sram import SramMap
 from wse_emu.wafer.wafer import Wafer
@@ -75,18 +74,21 @@ def sequences_of(slots: list[int], n_new: list[int], start: list[int], length: l
     return Sequences(first, n, at, np.array(slots, np.int64), at + n if length is None else np.array(length, np.int64))
 
 
-def _kind(spec: ModelSpec, layer: int) -> tuple[bool, AttentionPattern, int | None, int | None, bool]:
-    """What tells layers apart: network, attention, rotation."""
-    return spec.is_moe_layer(layer), spec.pattern(layer), spec.window(layer), spec.chunk(layer), spec.rotates(layer)
+def _kind(spec: ModelSpec, layer: int) -> tuple[bool, AttentionPattern, int | None, int | None, bool, bool]:
+    """What tells layers apart: network, attention, rotation, whether they choose their keys."""
+    attention = spec.pattern(layer), spec.window(layer), spec.chunk(layer)
+    return spec.is_moe_layer(layer), *attention, spec.rotates(layer), spec.runs_indexer(layer)
 
 
 def kinds_of_layers(spec: ModelSpec) -> tuple[ModelSpec, list[int]]:
     """The model with one layer of each kind, and how many of each it has; kinds differ in network, attention or rotation."""
     kinds = Counter(_kind(spec, i) for i in range(spec.num_layers))
-    moe, patterns, windows, chunks, rotates = zip(*kinds, strict=True)
+    moe, patterns, windows, chunks, rotates, chooses = zip(*kinds, strict=True)
     few: dict[str, Any] = {"num_layers": len(kinds), "patterns": patterns if spec.patterns else ()}
     few["sliding_layers"] = tuple(i for i, window in enumerate(windows) if window is not None)
     few["chunked_layers"] = tuple(i for i, chunk in enumerate(chunks) if chunk is not None)
+    if spec.indexer is not None:
+        few["indexer"] = replace(spec.indexer, shared_layers=tuple(i for i, own in enumerate(chooses) if not own))
     few["dense_layers"] = tuple(i for i, is_moe in enumerate(moe) if spec.is_moe and not is_moe)
     few["rotary"] = replace(spec.rotary, skipped_layers=tuple(i for i, turns in enumerate(rotates) if not turns))
     return replace(spec, **few), list(kinds.values())
@@ -104,12 +106,10 @@ def peak_sram(spec: ModelSpec, wafer_spec: WaferSpec, rows: int, cols: int, work
     wafer = Wafer(wafer_spec, rows=rows, cols=cols, executor="dry")
     engine = shape_engine(wafer, kinds_of_layers(spec)[0], options)
     n_moe = len(engine.spec.moe_layers)
-    patterns = [spec.pattern(i) for i in range(spec.num_layers)]
     kinds = [_kind(spec, i) for i in range(spec.num_layers)]
     firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
-    stored = half_of(options.precision.kv)
     for new in work.passes:
-        cache = KVCache(wafer, engine.heads, spec.num_layers, np.array(work.capacity, np.int64), patterns, aliases=firsts, stored=stored)
+        cache = engine.new_cache(work.capacity, of=spec, aliases=firsts)
         sequences = sequences_of([s for s, _ in new], [n for _, n in new], [work.capacity[s] - n for s, n in new])
         trace = None
         if spec.is_moe:
@@ -304,7 +304,7 @@ def _stream_bytes(spec: ModelSpec, n_tokens: int, options: EngineOptions, config
     few, n_alike = kinds_of_layers(spec)
     disk = None if config is None else DiskBytes(bytes_by_config(config, few), few)
     engine = shape_engine(wafer, few, options, disk_bytes=disk)
-    cache = KVCache(wafer, engine.heads, few.num_layers, np.array([n_tokens]))
+    cache = engine.new_cache([n_tokens])
     trace = RoutingTrace.worst_case(len(few.moe_layers), n_tokens, spec.num_experts, spec.n_slots) if spec.is_moe else None
     engine.forward(np.zeros(n_tokens, np.int64), sequences_of([0], [n_tokens], [0]), cache, np.array([n_tokens - 1]), trace=trace)
     rows = [row for row in wafer.ledger.totals(by=("layer", "kind")) if row["kind"] == "stream"]

@@ -1,4 +1,4 @@
-"""Routing decisions given instead of computed: for the ``dry`` executor."""
+"""Decisions given instead of computed, of routers and of indexers: for the ``dry`` executor."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from wse_emu.foundation.errors import TraceError
 
 @dataclass(frozen=True)
 class RoutingTrace:
-    """Chosen experts of every MoE layer, for the new tokens of one forward pass."""
+    """Chosen experts of every MoE layer, and chosen keys of every indexer, for the new tokens of one forward pass."""
 
     topk_ids: tuple[NDArray[np.int64], ...]
     """One (T, top_k) array for each MoE layer."""
+    chosen_keys: tuple[NDArray[np.uint8], ...] = ()
+    """One (T, keys / 8) array for each layer with an indexer: bits of the positions that each token attends to; () are the newest."""
 
     def layer(self, number: int) -> NDArray[np.int64]:
         """The decision of one MoE layer, counted from 0.
@@ -29,6 +31,18 @@ class RoutingTrace:
         if not 0 <= number < len(self.topk_ids):
             raise TraceError(f"the routing trace holds {len(self.topk_ids)} MoE layers, number {number} was asked for")
         return self.topk_ids[number]
+
+    def keys(self, number: int) -> NDArray[np.uint8] | None:
+        """What one indexer chose, counted from 0; None if the trace says nothing of keys.
+
+        Raises
+        ------
+        TraceError
+            If it does, but of fewer.
+        """
+        if self.chosen_keys and number >= len(self.chosen_keys):
+            raise TraceError(f"the routing trace holds {len(self.chosen_keys)} indexers' choices, number {number} was asked for")
+        return self.chosen_keys[number] if self.chosen_keys else None
 
     @staticmethod
     def recorded(topk_ids: Sequence[ArrayLike]) -> RoutingTrace:

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from wse_emu.equivalence import local_latent, tolerance
+from wse_emu.equivalence.local_index import index_stage
 from wse_emu.equivalence.local_latent import latent_stage
 from wse_emu.equivalence.routing_bounds import expert_weights_bound, together_scores
-from wse_emu.equivalence.stages import attended, inputs_of, is_stored, of_heads
+from wse_emu.equivalence.stages import attended, chosen_in, inputs_of, is_stored, of_heads
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.precision import FLOAT32, Precision
 from wse_emu.foundation.taps import TapRecord
@@ -92,6 +93,9 @@ class StageLocal:
             return self._attention[1][name]
         inputs = self._inputs(layer, name)
         x = inputs[0]
+        of_index = index_stage(self._record, spec, self._weights, layer, name, inputs, self._precision)
+        if of_index is not None:
+            return of_index
         of_latent = latent_stage(self._record, spec, self._weights, layer, name, inputs)
         if of_latent is not None:
             return of_latent
@@ -239,6 +243,8 @@ class StageLocal:
         for s in np.unique(seq):
             t = np.flatnonzero(seq == s)
             mask = formulas.visible(seq[t], pos[t], spec.pattern(layer))
+            if spec.indexer is not None:
+                mask &= stages[chosen_in(spec, layer), "index_keys"][t][:, pos[t]]
             n = mask.sum(axis=1)
             for head in range(spec.num_heads):
                 qh, kh = q[t, head], k[t, head // group]

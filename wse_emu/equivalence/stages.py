@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wse_emu.foundation.indexer import Indexer
 from wse_emu.foundation.latent_attention import LatentAttention
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.taps import Stage, TapRecord
 
 PROJECTED = ("attn_norm", "q", "k", "v")
+INDEXER = ("index_query", "index_key_a", "index_key", "index_weights", "index_query_rope", "index_key_rope", "index_scores", "index_keys")
+"""Of an indexer, behind the other stages of latent attention before attention itself."""
 LATENT = ("latent_a", "latent", "query_rope", "rope_key", "query_latent")
 """Of latent attention, before attention itself; queries come first."""
 TOUCHED: Mapping[str, str] = {"_norm": "qk", "_clip": "qkv", "_rope": "qk", "_tuned": "q"}
@@ -37,6 +40,14 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
     "query_rope": ("query",),
     "rope_key": ("latent_a",),
     "query_latent": ("query",),
+    "index_query": ("query_a_norm",),
+    "index_key_a": ("attn_norm",),
+    "index_key": ("index_key_a",),
+    "index_weights": ("attn_norm",),
+    "index_query_rope": ("index_query",),
+    "index_key_rope": ("index_key",),
+    "index_scores": ("index_query_rope", "index_key_rope", "index_weights"),
+    "index_keys": ("index_scores",),
     "attn_out": ("attn_context",),
     "attn_after_norm": ("attn_out",),
     "ffn_norm": ("attn_residual",),
@@ -68,7 +79,7 @@ HIDDEN = frozenset(
 FLOAT32_STAGES = frozenset(
     (
         "attn_max", "attn_denominator", "router_logits", "router_scores", "topk_weights", "shared_out", "shared_gate", "expert_out",
-        "logits",
+        "logits", "index_scores",
     )
 )  # fmt: skip
 """Stages whose values are float32 whatever activations are stored in: sums that are not whole yet, and what leaves the wafer."""
@@ -76,7 +87,7 @@ FLOAT32_STAGES = frozenset(
 
 def is_stored(name: str) -> bool:
     """Whether a stage's values are stored in the format of activations."""
-    return name not in FLOAT32_STAGES and name != "topk_ids"
+    return name not in FLOAT32_STAGES and name not in ("topk_ids", "index_keys")
 
 
 def expected_stages(spec: ModelSpec) -> list[Stage]:
@@ -84,6 +95,7 @@ def expected_stages(spec: ModelSpec) -> list[Stage]:
     out: list[Stage] = [(None, "embedding")]
     for layer in range(spec.num_layers):
         names = [*PROJECTED] if spec.latent is None else [*_latent(spec.latent)]
+        names += INDEXER if spec.runs_indexer(layer) else ()
         for suffix in spec.qkv_suffixes(layer) if spec.latent is None else ():
             names += [name + suffix for name in TOUCHED[suffix]]
         after = spec.norm.after
@@ -111,12 +123,14 @@ def attended(spec: ModelSpec, layer: int) -> tuple[str, str, str]:
     return "q" + q, "k" + k, "v" + v
 
 
-def stage_shape(spec: ModelSpec, name: str, n_tokens: int) -> tuple[int, ...]:
-    """Shape of a stage's value; the first axis is the tokens."""
+def stage_shape(spec: ModelSpec, name: str, n_tokens: int, n_keys: int = 0) -> tuple[int, ...]:
+    """Shape of a stage's value; the first axis is the tokens. The longest sequence has `n_keys`."""
     if name in HIDDEN and name != "expert_out":
         return (n_tokens, spec.hidden_size)
     if spec.latent is not None and name in (*_latent(spec.latent), "attn_latent"):
         return (n_tokens, *_latent_shape(spec, spec.latent, name))
+    if spec.indexer is not None and name in INDEXER:
+        return (n_tokens, *_index_shape(spec.indexer, name, n_keys))
     if of_heads(name):
         return (n_tokens, spec.num_heads if name[0] == "q" else spec.num_kv_heads, spec.head_dim)
     shared = 0 if spec.shared_experts is None else spec.shared_experts.intermediate_size
@@ -155,14 +169,22 @@ def _latent_shape(spec: ModelSpec, latent: LatentAttention, name: str) -> tuple[
     }[name]
 
 
+def _index_shape(indexer: Indexer, name: str, n_keys: int) -> tuple[int, ...]:
+    if name.startswith("index_query"):
+        return (indexer.num_heads, indexer.head_dim)
+    if name == "index_weights":
+        return (indexer.num_heads,)
+    return (n_keys,) if name in ("index_scores", "index_keys") else (indexer.head_dim,)
+
+
 def of_heads(name: str) -> bool:
     """Whether a stage holds queries, keys or values."""
     return name.partition("_")[0] in ("q", "k", "v")
 
 
 def stage_dtype(name: str) -> np.dtype[Any]:
-    """Dtype of a stage's value: int64 for expert ids, float32 for all else."""
-    return np.dtype(np.int64 if name == "topk_ids" else np.float32)
+    """Dtype of a stage's value: int64 for expert ids, booleans for chosen keys, float32 for all else."""
+    return np.dtype({"topk_ids": np.int64, "index_keys": np.bool_}.get(name, np.float32))
 
 
 def inputs_of(spec: ModelSpec, stage: Stage) -> tuple[Stage, ...]:
@@ -178,9 +200,17 @@ def inputs_of(spec: ModelSpec, stage: Stage) -> tuple[Stage, ...]:
     if names is None:
         assert layer is not None
         names = _inputs_in_layer(spec, layer, name)
+    chosen: tuple[Stage, ...] = ()
+    if spec.indexer is not None and layer is not None and name in ("attn_max", "attn_denominator", "attn_latent"):
+        chosen = ((chosen_in(spec, layer), "index_keys"),)
     entering = spec.num_layers if layer is None else layer
     before: Stage = (None, "embedding") if entering == 0 else (entering - 1, "layer_out")
-    return tuple(before if n == "input" else (layer, n) for n in names)
+    return (*(before if n == "input" else (layer, n) for n in names), *chosen)
+
+
+def chosen_in(spec: ModelSpec, layer: int) -> int:
+    """Layer whose indexer chose the keys that a layer's tokens attend to: itself, or the last one before that has one."""
+    return max(i for i in spec.indexer_layers if i <= layer)
 
 
 def _inputs_in_layer(spec: ModelSpec, layer: int, name: str) -> tuple[str, ...]:
@@ -232,7 +262,7 @@ def core_of(record: TapRecord, spec: ModelSpec, name: str, token: int, element: 
     A row follows from the token; a column from the axis of the stage. Scores' maxima and denominators belong to a whole head: their column
     is the first that holds a part of it. Router stages have a row only: their tokens are spread over its cores.
     """
-    in_attention = of_heads(name) or (name != "attn_residual" and name.startswith(("attn_", "query", "latent", "rope_key")))
+    in_attention = of_heads(name) or (name != "attn_residual" and name.startswith(("attn_", "query", "latent", "rope_key", "index_")))
     rows = record.row_in_attention if in_attention and record.row_in_attention is not None else record.row_of_token
     row = None if rows is None else int(rows[token])
     found = _axis_index(spec, name, element)

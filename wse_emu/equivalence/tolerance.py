@@ -140,6 +140,22 @@ def score_bound(q: F64, k: F64, scale: float) -> F64:
     return bound
 
 
+def index_bound(size: F64, error: F64, n_heads: int) -> F64:
+    """Bound of an indexer's scores ``sum_h w[h] * relu(s[h])``; all (T, S).
+
+    Parameters
+    ----------
+    size : ndarray, float64
+        ``sum_h |w[h]| relu(s[h])``.
+    error : ndarray, float64
+        ``sum_h |w[h]| e[h]``, `e` being the bound of the product s: relu moves no value farther than its argument is off.
+    n_heads : int
+        Terms of the sum. Each weight is a product with a constant, both rounded.
+    """
+    bound: F64 = error * (1 + 2 * U) + sum_bound(n_heads, size) + 2 * U * size
+    return bound
+
+
 def maximum_bound(scores: F64, e_scores: F64) -> F64:
     """Bound of the row maximum of `scores` that are each known to `e_scores`; both (T, S), masked entries -inf -> (T,).
 

@@ -124,7 +124,7 @@ class _Verification:
             if forwards is None:
                 continue
             exact, naive = (_take(forward, stage) for forward in forwards)
-            if stage in self._usable and stage[1] not in ("topk_ids", "router_scores"):  # the choices are replayed
+            if stage in self._usable and stage[1] not in ("topk_ids", "router_scores", "index_keys"):  # the choices are replayed
                 self._checks.append(self._check_end_to_end(stage, number, exact, naive))
         self._checks += [c for stage, c in self._structure.items() if stage not in set(self._expected)]
         failed = [c for c in self._checks if c.status == "failed"]
@@ -155,17 +155,26 @@ class _Verification:
             if self._spec.routing.weights_jump:
                 shares = {layer: self._usable[layer, "topk_weights"] for layer in routing if (layer, "topk_weights") in self._usable}
                 self._notes.append("end to end: experts' weights are replayed with the choices: under this rule they jump")
+        chosen: dict[int, NDArray[np.bool_]] = {}
+        for layer in self._spec.indexer_layers:
+            if (layer, "index_keys") not in self._usable:
+                self._notes.append("end to end: the keys that the run chose cannot be replayed")
+                return None
+            chosen[layer] = self._usable[layer, "index_keys"]
         r, copies = self._record, self._copies
         n_tokens = len(r.seq)
         nudge = 1 + np.random.default_rng(0).uniform(-2 * self._u, 2 * self._u, (copies * n_tokens, self._spec.hidden_size))
         nudge[:n_tokens] = 1
-        exact = DenseReference(self._spec, self._read).stages(r.token_ids, r.seq, r.pos, routing=routing, routing_weights=shares)
+        exact = DenseReference(self._spec, self._read).stages(
+            r.token_ids, r.seq, r.pos, routing=routing, routing_weights=shares, chosen_keys=chosen
+        )  # fmt: skip
         twin = DenseReference(self._spec, self._read, dtype=np.float32, precision=self._precision).stages(
             np.tile(r.token_ids, copies),
             np.repeat(np.arange(copies), n_tokens) * (r.seq.max() + 1) + np.tile(r.seq, copies),
             np.tile(r.pos, copies),
             routing=None if routing is None else {layer: np.tile(ids, (copies, 1)) for layer, ids in routing.items()},
             routing_weights={layer: np.tile(share, (copies, 1)) for layer, share in shares.items()},
+            chosen_keys={layer: np.tile(keys, (copies, 1)) for layer, keys in chosen.items()},
             nudge=nudge,
         )
         return exact, twin
@@ -173,13 +182,13 @@ class _Verification:
     def _check_structure(self) -> dict[Stage, StageCheck]:
         """Failures of structure by stage; fills the stages that can serve as inputs (a NaN does not prevent that)."""
         out: dict[Stage, StageCheck] = {}
-        n_tokens = len(self._record.seq)
+        n_tokens, n_keys = len(self._record.seq), int(self._record.pos.max()) + 1
         for layer, name in self._expected:
             value = self._record.stages.get((layer, name))
             if value is None:
                 out[layer, name] = self._fail(layer, name, "the stage is missing")
                 continue
-            shape, dtype = stage_shape(self._spec, name, n_tokens), stage_dtype(name)
+            shape, dtype = stage_shape(self._spec, name, n_tokens, n_keys), stage_dtype(name)
             if value.shape != shape or value.dtype != dtype:
                 out[layer, name] = self._fail(layer, name, f"must be {dtype} of shape {shape}, is {value.dtype} of shape {value.shape}")
                 continue

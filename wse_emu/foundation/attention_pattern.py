@@ -34,6 +34,15 @@ class KeyRanges(NamedTuple):
         """Pairs of a query and a key."""
         return n_keys_of(self.ranges)
 
+    @staticmethod
+    def of_mask(seen: NDArray[np.bool_]) -> KeyRanges:
+        """Of the keys that a mask (n, keys) admits."""
+        edges = np.diff(np.pad(seen, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+        row, start = np.nonzero(edges == 1)
+        stop = np.nonzero(edges == -1)[1]
+        first = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=len(seen)))]).astype(np.int64)
+        return KeyRanges(first, np.stack([start, stop], axis=1).astype(np.int64))
+
     def union(self, begin: int, end: int) -> Ints:
         """Keys that some of the queries begin to end admit, as (n, 2) ranges, ascending and apart."""
         return merged(self.ranges[self.first[begin] : self.first[end]])
@@ -312,11 +321,9 @@ def _from_mask(mask: MaskFunction, positions: Ints) -> KeyRanges:
         blind = np.flatnonzero(~seen.any(axis=1))
         if blind.size:
             raise SpecError(f"attention pattern: `mask` admits no key for the query at position {int(q[blind[0], 0])}")
-        edges = np.diff(np.pad(seen, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-        row, start = np.nonzero(edges == 1)
-        stop = np.nonzero(edges == -1)[1]
-        counts.append(np.bincount(row, minlength=len(q)))
-        out.append(np.stack([start, stop], axis=1))
+        part = KeyRanges.of_mask(seen)
+        counts.append(np.diff(part.first))
+        out.append(part.ranges)
     if not out:
         return KeyRanges(np.zeros(1, np.int64), np.zeros((0, 2), np.int64))
     first = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64)

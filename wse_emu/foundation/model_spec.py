@@ -13,6 +13,7 @@ from wse_emu.foundation.attention_pattern import FULL, AttentionPattern
 from wse_emu.foundation.biases import Biases
 from wse_emu.foundation.clamped_experts import ClampedExperts
 from wse_emu.foundation.errors import SpecError
+from wse_emu.foundation.indexer import Indexer
 from wse_emu.foundation.latent_attention import LatentAttention
 from wse_emu.foundation.norm_spec import NormSpec, QkNorm
 from wse_emu.foundation.query_temperature import QueryTemperature
@@ -25,6 +26,7 @@ from wse_emu.foundation.shared_experts import SharedExperts
 FAMILIES = (
     "llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "qwen2_moe", "olmoe", "granitemoe", "gemma2", "gemma3_text", "dots1", "glm4_moe",
     "hunyuan_v1_moe", "ernie4_5_moe", "minimax_m2", "gpt_oss", "phimoe", "deepseek_v2", "deepseek_v3", "dbrx", "llama4_text",
+    "deepseek_v32", "glm_moe_dsa",
 )  # fmt: skip
 """Model families (Hugging Face ``model_type``) that this version runs."""
 
@@ -59,6 +61,8 @@ class ModelSpec:
     """Norm of queries and keys; None is none."""
     latent: LatentAttention | None = None
     """Keys and values made of one latent a token; None: of the token itself."""
+    indexer: Indexer | None = None
+    """What chooses the keys that a token attends to, with `latent`; None: they are all those that the layer's pattern admits."""
     biases: Biases = field(default_factory=Biases)
     scales: Scales = field(default_factory=Scales)
     attn_sinks: bool = False
@@ -172,9 +176,24 @@ class ModelSpec:
             if value is not None:
                 raise SpecError(f"`{name}` does not go with `latent`, got {value!r}")
 
+    def _check_indexer(self, indexer: Indexer) -> None:
+        if self.latent is None or self.latent.q_lora_rank is None:
+            raise SpecError("`indexer` needs `latent` with a `q_lora_rank`: its queries are made of that short vector")
+        if indexer.head_dim < self.head_dim:
+            raise SpecError(
+                f"`head_dim` of `indexer` must be at least that of the rotary key ({self.head_dim}), which is rotated alike; "
+                f"got {indexer.head_dim}"
+            )
+        if indexer.shared_layers and indexer.shared_layers[-1] >= self.num_layers:
+            raise SpecError(f"`shared_layers` of `indexer` must lie in 1..{self.num_layers - 1}, got {indexer.shared_layers}")
+        if self.sliding_layers or self.chunked_layers or self.patterns:
+            raise SpecError("`indexer` chooses among all keys: the layers have no window, no chunks and no pattern of their own")
+
     def _check_rules(self) -> None:
         if self.latent is not None:
             self._check_latent()
+        if self.indexer is not None:
+            self._check_indexer(self.indexer)
         if self.rotary.rotated(self.head_dim) > self.head_dim:
             raise SpecError(f"`dim` of `rotary` must be at most `head_dim` ({self.head_dim}), got {self.rotary.dim}")
         if self.rotary.skipped_layers and self.rotary.skipped_layers[-1] >= self.num_layers:
@@ -301,6 +320,15 @@ class ModelSpec:
         """Whether a layer turns by ``rotary.local_theta``."""
         return self.rotary.local_theta is not None and self.window(layer) is not None
 
+    def runs_indexer(self, layer: int) -> bool:
+        """Whether a layer chooses by an indexer of its own which keys its tokens attend to."""
+        return self.indexer is not None and self.indexer.runs_in(layer)
+
+    @property
+    def indexer_layers(self) -> tuple[int, ...]:
+        """Layers with an indexer of their own, ascending."""
+        return tuple(layer for layer in range(self.num_layers) if self.runs_indexer(layer))
+
     @property
     def attention_scale(self) -> float:
         """Factor of the scores."""
@@ -311,6 +339,8 @@ class ModelSpec:
         """Number of parameters; a tied embedding counts once."""
         h, n_q, n_kv = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         attention = 2 * h * (n_q + n_kv) if self.latent is None else self.latent.params(h, self.num_heads, self.head_dim)
+        short = 0 if self.latent is None else self.latent.q_lora_rank or 0
+        indexers = 0 if self.indexer is None else len(self.indexer_layers) * self.indexer.params(h, short)
         attention += self.biases.qkv * (n_q + 2 * n_kv) + self.biases.out * h
         if self.qk_norm is not None and self.qk_norm.weighted:
             attention += 2 * self.head_dim if self.qk_norm.over == "head" else n_q + n_kv
@@ -325,7 +355,7 @@ class ModelSpec:
         routers = n_moe * self.num_experts * self.routing.params_per_expert(h)
         vocab = self.vocab_size * h * (1 if self.tie_word_embeddings else 2)
         vocab += self.vocab_size * self.biases.head
-        return self.num_layers * (attention + norms * per_norm) + dense + experts + routers + per_norm + vocab
+        return self.num_layers * (attention + norms * per_norm) + indexers + dense + experts + routers + per_norm + vocab
 
 
 def _holds(layers: tuple[int, ...], layer: int) -> bool:

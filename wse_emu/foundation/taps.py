@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,14 @@ from numpy.typing import NDArray
 
 Stage = tuple[int | None, str]
 """Layer index (None outside the layers) and the stage's name."""
+
+
+def joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Values of tokens after one another; where they have an axis of keys, the shorter ones are filled with zeros."""
+    if parts[0].ndim == 2 and len({part.shape[1] for part in parts}) > 1:
+        width = max(part.shape[1] for part in parts)
+        parts = [np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in parts]
+    return np.concatenate(parts)
 
 
 @dataclass(slots=True)

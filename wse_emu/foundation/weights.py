@@ -22,6 +22,9 @@ With `LatentAttention` there are, in place of ``w_qkv``, ``n`` being ``hidden`` 
 ``w_kv_a`` ``(hidden, kv_lora_rank)`` and ``kv_a_norm``; ``w_k_rope`` ``(hidden, rope)``, column ``2 u + e`` as in ``w_q_rope``
 ``w_uk`` ``(num_heads, nope, kv_lora_rank)``, ``w_uv`` ``(num_heads, kv_lora_rank, v_head_dim)``
     One matrix for each head, in its order as published; both are parts of the published ``kv_b_proj``.
+``index_w_q`` ``(q_lora_rank, index heads * d)``, ``index_w_k`` ``(hidden, d)``, ``index_k_norm`` and its bias, of an indexer
+    Column ``(u * heads + s) * 2 + e`` is element ``[u, e]`` of the pairs of head ``s``: those that are rotated, then the others.
+``index_weights`` ``(hidden, index heads)``
 ``w_o`` ``(num_heads * v_head_dim, hidden)``
     Row ``(u * num_heads + s) * 2 + e`` is row ``s * v_head_dim + 2 u + e`` of the published matrix (transposed).
 
@@ -41,6 +44,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from wse_emu.foundation.indexer import Indexer
 from wse_emu.foundation.latent_attention import LatentAttention
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.routing_rule import RoutingRule
@@ -83,6 +87,8 @@ def layer_weights(spec: ModelSpec, layer: int) -> list[WeightShape]:
     n_q, n_kv = spec.num_heads * d, spec.num_kv_heads * d
     shapes: dict[str, tuple[int, ...]] = _norm("attn_norm", spec)
     shapes |= {"w_qkv": (h, n_q + 2 * n_kv)} if spec.latent is None else _latent(spec, spec.latent)
+    if spec.indexer is not None and spec.runs_indexer(layer):
+        shapes |= _indexer(spec, spec.indexer)
     if spec.biases.qkv:
         shapes["b_qkv"] = (n_q + 2 * n_kv,)
     if spec.qk_norm is not None and spec.qk_norm.weighted:
@@ -125,6 +131,16 @@ def _latent(spec: ModelSpec, latent: LatentAttention) -> dict[str, tuple[int, ..
         "w_q_nope": (n, heads * latent.qk_nope_head_dim), "w_q_rope": (n, heads * spec.head_dim), "w_kv_a": (h, rank),
         "w_k_rope": (h, spec.head_dim), "kv_a_norm": (rank,), "w_uk": (heads, latent.qk_nope_head_dim, rank),
         "w_uv": (heads, rank, latent.v_head_dim),
+    }  # fmt: skip
+
+
+def _indexer(spec: ModelSpec, indexer: Indexer) -> dict[str, tuple[int, ...]]:
+    assert spec.latent is not None
+    assert spec.latent.q_lora_rank is not None
+    h, d, heads = spec.hidden_size, indexer.head_dim, indexer.num_heads
+    return {
+        "index_w_q": (spec.latent.q_lora_rank, heads * d), "index_w_k": (h, d), "index_k_norm": (d,), "index_k_norm_bias": (d,),
+        "index_weights": (h, heads),
     }  # fmt: skip
 
 

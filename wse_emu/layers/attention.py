@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
-from wse_emu.foundation.attention_pattern import FULL, AttentionPattern
+from wse_emu.foundation.attention_pattern import FULL, AttentionPattern, KeyRanges
 from wse_emu.layers.attention_cores import attend_on_cores
 from wse_emu.layers.attention_kernels import CAP_SCORES, CODE_BYTES, NO_SINK
 from wse_emu.layers.attention_plan import plan_attention
@@ -37,7 +37,7 @@ _WORDS_PER_KEY = 4
 
 def attention(
     wafer: Wafer, qkv: PlacedTensor, context: PlacedTensor, cache: KVCache, layer: int, sequences: Sequences, bands: TokenBands,
-    *, pattern: AttentionPattern = FULL, sink: StreamedVector | None = None, probe: bool = False,
+    *, pattern: AttentionPattern = FULL, chosen: KeyRanges | None = None, sink: StreamedVector | None = None, probe: bool = False,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:  # fmt: skip
     """Context of every new token: softmax of its scaled scores over the keys that the pattern admits, times the values.
 
@@ -57,6 +57,8 @@ def attention(
     bands : TokenBands
     pattern : AttentionPattern
         Keys that each token admits; all up to its own by default.
+    chosen : KeyRanges, optional
+        Those of them that each attends to, if not all.
     sink : StreamedVector, (num_heads,), optional
         A score of every query head that no key has; it is streamed to all rows, for any may hold a token's first key.
     probe : bool
@@ -71,9 +73,11 @@ def attention(
         _streamed(wafer, sink, heads, bands) as sinks,
         wafer.working((attention, heads, rows_per_core), lambda: _work(wafer, heads, rows_per_core)),
     ):
-        plan = cache.attention_plan(
-            sequences, pattern, lambda: plan_attention(cache, layer, sequences, bands, pattern, _tile_size(heads, rows_per_core)[0])
-        )
+        tile_tokens = _tile_size(heads, rows_per_core)[0]
+        if chosen is None:
+            plan = cache.attention_plan(sequences, pattern, lambda: plan_attention(cache, layer, sequences, bands, pattern, tile_tokens))
+        else:
+            plan = plan_attention(cache, layer, sequences, bands, pattern, tile_tokens, chosen)
         events = plan.events
         if wafer.cores is not None:
             events = attend_on_cores(wafer, qkv, context, cache, layer, sequences, bands, plan, m, denominator, sinks)

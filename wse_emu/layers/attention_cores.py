@@ -34,7 +34,7 @@ from wse_emu.wafer.wafer import Wafer
 
 
 @dataclass(frozen=True, slots=True)
-class _Visit:
+class Visit:
     """A row of keys that a tile of queries visits."""
 
     row: int
@@ -61,7 +61,7 @@ class _TileRun:
     """One query tile and one head on its way over the rows of keys."""
 
     def __init__(
-        self, wafer: Wafer, cache: KVCache, layer: int, slot: int, parts: tuple[Part, ...], n_tokens: int, visits: list[_Visit],
+        self, wafer: Wafer, cache: KVCache, layer: int, slot: int, parts: tuple[Part, ...], n_tokens: int, visits: list[Visit],
         tally: dict[str, _Counts], traffic: dict[str, Any],
     ) -> None:  # fmt: skip
         assert wafer.cores is not None
@@ -257,7 +257,7 @@ def attend_on_cores(
     for i in range(visits.n.size):
         s, first, n, row = (int(a[i]) for a in (visits.sequence, visits.first, visits.n, visits.row))
         held = cache.split(n_keys_of(plan.held[s]))
-        here = _visits_of(plan, s, held, i)
+        here = visits_of(plan, s, held, i)
         row0 = first - int(bands.split.starts[row])
         for head, parts in enumerate(heads.heads):
             run = _TileRun(wafer, cache, layer, int(sequences.slot[s]), parts, n, here, tally, traffic)
@@ -291,7 +291,7 @@ def attend_on_cores(
     )  # fmt: skip
 
 
-def _visits_of(plan: AttentionPlan, sequence: int, held: Split, tile: int) -> list[_Visit]:
+def visits_of(plan: AttentionPlan, sequence: int, held: Split, tile: int) -> list[Visit]:
     """What a tile's visits find: keys as rows of the core's block, and bits of the tokens that admit them."""
     first, n = int(plan.visits.first[tile]), int(plan.visits.n[tile])
     bits = np.zeros(held.total, np.int64)
@@ -304,5 +304,5 @@ def _visits_of(plan: AttentionPlan, sequence: int, held: Split, tile: int) -> li
         row = int(plan.visits.key_row[visit])
         of_row = bits[held.starts[row] : held.stops[row]]
         keys = np.flatnonzero(of_row)
-        out.append(_Visit(row, keys, of_row[keys]))
+        out.append(Visit(row, keys, of_row[keys]))
     return out

@@ -81,9 +81,10 @@ class AttentionPlan:
 
 
 def plan_attention(
-    cache: KVCache, layer: int, sequences: Sequences, bands: TokenBands, pattern: AttentionPattern, tile_tokens: int
-) -> AttentionPlan:
-    """Tiles, visits and costs of a pattern over the newest tokens.
+    cache: KVCache, layer: int, sequences: Sequences, bands: TokenBands, pattern: AttentionPattern, tile_tokens: int,
+    chosen: KeyRanges | None = None,
+) -> AttentionPlan:  # fmt: skip
+    """Tiles, visits and costs of a pattern over the newest tokens, or of keys that were chosen for each.
 
     Parameters
     ----------
@@ -95,8 +96,10 @@ def plan_attention(
     pattern : AttentionPattern
     tile_tokens : int
         Most tokens of a tile.
+    chosen : KeyRanges, optional
+        Of every new token, in place of what the pattern admits.
     """
-    admitted = pattern.ranges(sequences.positions)
+    admitted = pattern.ranges(sequences.positions) if chosen is None else chosen
     held = cache.keys_in_pass(layer, sequences)
     visits = _visits(cache, sequences, bands, admitted, held, tile_tokens)
     return AttentionPlan(admitted, held, visits, tuple(_events(cache.heads, cache.wafer.rows, bands, admitted, visits)))

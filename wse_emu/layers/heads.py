@@ -35,7 +35,8 @@ class HeadLayout:
     score_cap: float | None = None
     """Soft cap of the scaled scores; None is none."""
     value_dim: int | None = None
-    """Where values are the first elements of the one key/value head's keys, how many of them; None: they lie by themselves."""
+    """Where values are the first elements of the one key/value head's keys, how many of them, 0 where there are none; None: they lie by
+    themselves."""
 
     @cached_property
     def units(self) -> Split:

@@ -101,6 +101,8 @@ class KVCache:
         The layers of this cache that passes of fewer layers speak of: their layer i is ``aliases[i]``.
     stored : {"bfloat16", "float16", "cb16"}, optional
         Format to which keys and values are rounded where they are stored, in two bytes each; float32 by default.
+    index : KVCache, optional
+        Keys of the indexers for the same sequences, which lie beside, of the layers that have one; freed and counted with this one.
 
     Raises
     ------
@@ -110,10 +112,11 @@ class KVCache:
 
     def __init__(
         self, wafer: Wafer, heads: HeadLayout, n_layers: int, capacity: Ints, patterns: Seq[AttentionPattern] = (), *,
-        aliases: Seq[int] | None = None, stored: HalfType | None = None,
+        aliases: Seq[int] | None = None, stored: HalfType | None = None, index: KVCache | None = None,
     ) -> None:  # fmt: skip
         self.wafer = wafer
         self.stored = stored
+        self.index = index
         self._n_bytes = 4 if stored is None else HALF_BYTES
         self._per_token: Ints = heads.units.sizes * 2 * heads.kv_slots
         """(n_cols,) numbers of one token on each column of cores."""
@@ -155,7 +158,8 @@ class KVCache:
 
     def _allocate(self, layer: int) -> Reservation:
         rows = np.full(self.wafer.rows, int(self._rows[layer].sum()), np.int64)
-        return self.wafer.sram.allocate(f"keys and values of layer {layer}", rows, self._per_token, self._n_bytes)
+        what = "index keys" if self.heads.value_dim == 0 else "keys and values"
+        return self.wafer.sram.allocate(f"{what} of layer {layer}", rows, self._per_token, self._n_bytes)
 
     def _carve(self, layer: int, s: int) -> None:
         """Blocks of one sequence on all cores."""
@@ -189,6 +193,8 @@ class KVCache:
 
     def free(self) -> None:
         """Give the SRAM back."""
+        if self.index is not None:
+            self.index.free()
         for reservation in self._reserved:
             self.wafer.sram.free(reservation)
         if self.wafer.cores is not None:
@@ -215,7 +221,8 @@ class KVCache:
     def n_bytes(self) -> int:
         """Bytes of the keys and values held now, in all layers."""
         held = {p: sum(n_keys_of(p.held_after(n)) for n in self.lengths.tolist()) for p in set(self._patterns)}
-        return sum(held[p] for p in self._patterns[: len(self._reserved)]) * int(self._per_token.sum()) * self._n_bytes
+        of_keys = sum(held[p] for p in self._patterns[: len(self._reserved)]) * int(self._per_token.sum()) * self._n_bytes
+        return of_keys + (0 if self.index is None else self.index.n_bytes)
 
     def attention_plan(self, sequences: Sequences, pattern: AttentionPattern, make: Callable[[], AttentionPlan]) -> AttentionPlan:
         """What attention over the newest sequences asks for: the same in all layers with one pattern, so made once."""
@@ -267,6 +274,8 @@ class KVCache:
         """Note that every layer holds the new tokens; what was planned for them is done with."""
         self._plans, self._attention = [], []
         self.lengths[sequences.slot] = sequences.start + sequences.n_new
+        if self.index is not None:
+            self.index.advance(sequences)
 
     def append(self, layer: int, qkv: PlacedTensor, sequences: Sequences, bands: TokenBands) -> None:
         """Shift the tokens that are there, then store the keys and values of the new ones.

@@ -193,6 +193,8 @@ class Layout:
             yield from self._of_heads(prefix, kind, weight.shape)
         elif kind in ("w_q_nope", "w_q_rope", "w_kv_a", "w_k_rope"):
             yield from _tiles(self._latent_columns(prefix, kind), weight.shape[0], weight.shape[1])
+        elif kind in ("index_w_q", "index_w_k"):
+            yield from _tiles(self._index_columns(prefix, kind), weight.shape[0], weight.shape[1])
         elif kind == "w_gate_up":
             yield from _tiles(self._gate_up_columns(prefix), weight.shape[0], weight.shape[1])
         else:
@@ -209,6 +211,8 @@ class Layout:
             of_head = spec.rotary.pairs(spec.head_dim).reshape(-1)
             order = of_head if spec.qk_norm.over == "head" else context_order(spec) if kind == "q_norm" else key_order(spec)
             values = values[order]
+        if spec.indexer is not None and kind.startswith("index_k_norm"):
+            values = values[spec.indexer.pairs(spec.head_dim).reshape(-1)]
         return self._scaled(kind, values)
 
     def _brings_own_head(self, role: str) -> bool:
@@ -273,6 +277,17 @@ class Layout:
         elements = rope + latent.qk_nope_head_dim if kind == "w_q_rope" else np.arange(latent.qk_nope_head_dim)
         for pair in elements.reshape(-1, 2).tolist():
             yield np.stack([self._every(tensor, element, spec.query_dim) for element in pair], axis=1).reshape(-1, tensor.shape[1])
+
+    def _index_columns(self, prefix: str, kind: str) -> Iterator[F32]:
+        """Columns of the indexer's products, as rows (n, n_in)."""
+        indexer, tensor = self._spec.indexer, self._published[prefix + kind]
+        assert indexer is not None
+        pairs = indexer.pairs(self._spec.head_dim)
+        if kind == "index_w_k":
+            yield self._rows(tensor, 0, tensor.shape[0])[pairs.reshape(-1)]
+            return
+        for pair in pairs.tolist():
+            yield np.stack([self._every(tensor, element, indexer.head_dim) for element in pair], axis=1).reshape(-1, tensor.shape[1])
 
     def _every(self, tensor: PublishedTensor, first: int, step: int) -> F32:
         """Every `step`-th row of a matrix, from `first` on."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from wse_emu.reference import formulas, rotary
 from wse_emu.reference.formulas import Floats, Ints
@@ -12,13 +14,19 @@ from wse_emu.reference.latent_attention import latent_attention
 from wse_emu.reference.weights import PublishedWeights
 
 
-def attention_block(weights: PublishedWeights, layer: int, x: Floats, seq: Ints, pos: Ints) -> Iterator[tuple[str, Floats]]:
-    """Stages of ``x + attention(norm(x)) @ w_o``; `x` (T, hidden), the last stage is "attn_residual"."""
+def attention_block(
+    weights: PublishedWeights, layer: int, x: Floats, seq: Ints, pos: Ints, chosen: dict[int, NDArray[np.bool_]]
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Stages of ``x + attention(norm(x)) @ w_o``; `x` (T, hidden), the last stage is "attn_residual".
+
+    `chosen` holds what indexers chose, (T, keys) by layer: what is there already is replayed.
+    """
     spec = weights.spec
     norm = weights.normed(layer, "attn_norm", x)
     yield "attn_norm", norm
     flat = norm
-    for name, flat in (_attend if spec.latent is None else latent_attention)(weights, layer, norm, seq, pos):
+    stages = _attend(weights, layer, norm, seq, pos) if spec.latent is None else latent_attention(weights, layer, norm, seq, pos, chosen)
+    for name, flat in stages:
         yield name, flat
     out = weights.stored(formulas.linear(flat, weights.layer(layer, "w_o")))
     if spec.biases.out:

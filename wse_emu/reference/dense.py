@@ -66,6 +66,7 @@ class DenseReference:
         *,
         routing: Routing | None = None,
         routing_weights: Mapping[int, Floats] | None = None,
+        chosen_keys: Mapping[int, NDArray[np.bool_]] | None = None,
         nudge: NDArray[np.floating[Any]] | None = None,
     ) -> Iterator[tuple[Stage, NDArray[Any]]]:
         """Stages of one forward pass, one by one, in the order in which they run.
@@ -78,6 +79,8 @@ class DenseReference:
             Expert choices to replay. Weights are still computed from this pass's own logits.
         routing_weights : mapping of layer to ndarray, (T, top_k), floating, optional
             Weights to replay as well, for rules under which they jump: where scores are rounded to 16 bits, or shut out at a threshold.
+        chosen_keys : mapping of layer to ndarray, (T, keys), bool, optional
+            Keys by position that each token attends to, of layers with an indexer, to replay.
         nudge : ndarray, (T, hidden), optional
             Factor on every element of the embedding, to see how the model answers to a small change of its input.
 
@@ -89,8 +92,10 @@ class DenseReference:
             the model does with them "q_norm", "k_norm", "q_clip", "k_clip", "v_clip", "q_rope", "k_rope", in its order
             (`ModelSpec.qkv_suffixes`); with latent attention instead "query_a" and "query_a_norm" (T, q_lora_rank) where queries have them,
             "query" (T, heads, nope + rope), "latent_a" (T, kv_lora_rank + rope), "latent" (T, kv_lora_rank), "query_rope"
-            (T, heads, rope), "rope_key" (T, rope), "query_latent" (T, heads, kv_lora_rank), and before "attn_context" "attn_latent", of
-            that shape too; "attn_max", "attn_denominator" (T, heads), "attn_context" (T, heads * d), "attn_out",
+            (T, heads, rope), "rope_key" (T, rope), "query_latent" (T, heads, kv_lora_rank), with an indexer of n heads of di elements
+            "index_query" (T, n, di), "index_key_a", "index_key" (T, di), "index_weights" (T, n), "index_query_rope", "index_key_rope",
+            "index_scores" (T, keys), "index_keys" (T, keys) bool, and before "attn_context" "attn_latent", of the shape of
+            "query_latent"; "attn_max", "attn_denominator" (T, heads), "attn_context" (T, heads * d), "attn_out",
             "attn_after_norm" where there is that norm, "attn_residual", "ffn_norm" (T, h), then "router_logits" (T, E) where they are
             learned, "router_scores" (T, E) where tokens meet, "topk_ids" (T, k) int64, "topk_weights" (T, k),
             "shared_hidden" (T, fs), "shared_out" (T, h), "shared_gate" (T, 1) where there are shared experts,
@@ -108,11 +113,11 @@ class DenseReference:
         if nudge is not None and nudge.shape != (len(token_ids), self.spec.hidden_size):
             raise InputError(f"`nudge` must have shape {(len(token_ids), self.spec.hidden_size)}, got {nudge.shape}")
         replay = None if routing is None else self._check_routing(routing, len(token_ids))
-        return self._run(token_ids, seq, pos, replay, routing_weights or {}, nudge)
+        return self._run(token_ids, seq, pos, replay, routing_weights or {}, dict(chosen_keys or {}), nudge)
 
     def _run(
         self, token_ids: Ints, seq: Ints, pos: Ints, replay: dict[int, Ints] | None, shares: Mapping[int, Floats],
-        nudge: Floats | None,
+        chosen: dict[int, NDArray[np.bool_]], nudge: Floats | None,
     ) -> Iterator[tuple[Stage, NDArray[Any]]]:  # fmt: skip
         spec, weights = self.spec, self._weights
         embed = weights.raw(tensors.embed_tokens(spec))
@@ -125,7 +130,7 @@ class DenseReference:
         x = weights.stored(x)
         yield (None, "embedding"), x
         for layer in range(spec.num_layers):
-            for name, value in attention_block(weights, layer, x, seq, pos):
+            for name, value in attention_block(weights, layer, x, seq, pos, chosen):
                 x = value if name == "attn_residual" else x
                 yield (layer, name), value
             residual = x

@@ -11,15 +11,20 @@ DeepSeek-AI, "DeepSeek-V2: A strong, economical, and efficient mixture-of-expert
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from wse_emu.reference import formulas, rotary
 from wse_emu.reference.formulas import Floats, Ints
+from wse_emu.reference.indexer import indexer
 from wse_emu.reference.weights import PublishedWeights
 
 
-def latent_attention(weights: PublishedWeights, layer: int, norm: Floats, seq: Ints, pos: Ints) -> Iterator[tuple[str, Floats]]:
+def latent_attention(
+    weights: PublishedWeights, layer: int, norm: Floats, seq: Ints, pos: Ints, chosen: dict[int, NDArray[np.bool_]]
+) -> Iterator[tuple[str, NDArray[Any]]]:
     """Stages from the normalised residual stream `norm` (T, hidden) to "attn_context" (T, heads * v_head_dim)."""
     spec, latent = weights.spec, weights.spec.latent
     assert latent is not None
@@ -46,6 +51,11 @@ def latent_attention(weights: PublishedWeights, layer: int, norm: Floats, seq: I
     of_heads = weights.layer(layer, "w_kv_b").reshape(heads, nope + latent.v_head_dim, rank)
     absorbed = weights.stored(per_head(query[..., :nope], of_heads[:, :nope].transpose(0, 2, 1)))
     yield "query_latent", absorbed
+    if spec.runs_indexer(layer):
+        for name, value in indexer(weights, layer, norm, source, seq, pos):
+            if name == "index_keys":
+                value = chosen.setdefault(layer, value)
+            yield name, value
     t = len(norm)
     kept, key = weights.kept(kept), weights.kept(key)
     expanded = formulas.linear(kept, of_heads.reshape(-1, rank)).reshape(t, heads, -1)
@@ -57,6 +67,8 @@ def latent_attention(weights: PublishedWeights, layer: int, norm: Floats, seq: I
     for s in np.unique(seq):
         at = np.flatnonzero(seq == s)
         mask = formulas.visible(seq[at], pos[at], spec.pattern(layer))
+        if spec.indexer is not None:
+            mask &= chosen[max(i for i in spec.indexer_layers if i <= layer)][at][:, pos[at]]
         of_all = np.broadcast_to(kept[at, None], (len(at), heads, rank))
         *_, mixed[at] = formulas.attention(q[at], k[at], of_all, mask, spec.attention_scale, spec.scales.scores_cap)
         maximum[at], denominator[at], context[at] = formulas.attention(

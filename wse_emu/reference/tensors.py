@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
+from wse_emu.foundation.indexer import Indexer
 from wse_emu.foundation.latent_attention import LatentAttention
 from wse_emu.foundation.model_spec import ModelSpec
 
@@ -88,6 +89,8 @@ _SHARED = {
     "hunyuan_v1_moe": "mlp.shared_mlp.",
     "deepseek_v2": "mlp.shared_experts.",
     "deepseek_v3": "mlp.shared_experts.",
+    "deepseek_v32": "mlp.shared_experts.",
+    "glm_moe_dsa": "mlp.shared_experts.",
     "llama4_text": "feed_forward.shared_expert.",
 }
 
@@ -100,7 +103,8 @@ def layer_tensor(spec: ModelSpec, layer: int, role: str, expert: Expert = None) 
     role : str
         "attn_norm", "w_q", "w_k", "w_v", "b_q", "b_k", "b_v", "q_norm", "k_norm", "w_o", "b_o", "attn_after_norm", "ffn_norm", "router",
         "router_bias", "e_score_correction_bias", "shared_gate", "ffn_after_norm", "sinks", "attn_norm_bias", "ffn_norm_bias", of latent
-        attention "w_q_a", "q_a_norm", "w_q_b", "w_kv_a", "kv_a_norm", "w_kv_b", or "w_gate", "w_up", "w_down" (with `expert` in a layer
+        attention "w_q_a", "q_a_norm", "w_q_b", "w_kv_a", "kv_a_norm", "w_kv_b", of an indexer "index_w_q",
+        "index_w_k", "index_k_norm", "index_k_norm_bias", "index_weights", or "w_gate", "w_up", "w_down" (with `expert` in a layer
         with a mixture) and an expert's "b_gate", "b_up", "b_down".
     """
     prefix = f"model.layers.{layer}."
@@ -113,6 +117,8 @@ def layer_tensor(spec: ModelSpec, layer: int, role: str, expert: Expert = None) 
         return _ffn_tensor(spec, layer, role, expert)
     h, d = spec.hidden_size, spec.head_dim
     n_q, n_kv = spec.num_heads * d, spec.num_kv_heads * d
+    if spec.indexer is not None and role in _INDEXER:
+        return Published(prefix + "self_attn.indexer." + _INDEXER[role], _indexer_shape(spec, spec.indexer, role))
     if spec.latent is not None and role in _LATENT:
         return Published(prefix + "self_attn." + _LATENT[role] + ".weight", _latent_shape(spec, spec.latent, role))
     whole_row = spec.qk_norm is not None and spec.qk_norm.over == "row"
@@ -155,6 +161,27 @@ _LATENT = {
     "w_kv_b": "kv_b_proj",
 }
 """Roles of latent attention."""
+
+
+_INDEXER = {
+    "index_w_q": "wq_b.weight",
+    "index_w_k": "wk.weight",
+    "index_k_norm": "k_norm.weight",
+    "index_k_norm_bias": "k_norm.bias",
+    "index_weights": "weights_proj.weight",
+}
+"""Roles of an indexer."""
+
+
+def _indexer_shape(spec: ModelSpec, indexer: Indexer, role: str) -> tuple[int, ...]:
+    short = 0 if spec.latent is None else spec.latent.q_lora_rank or 0
+    return {
+        "index_w_q": (indexer.num_heads * indexer.head_dim, short),
+        "index_w_k": (indexer.head_dim, spec.hidden_size),
+        "index_k_norm": (indexer.head_dim,),
+        "index_k_norm_bias": (indexer.head_dim,),
+        "index_weights": (indexer.num_heads, spec.hidden_size),
+    }[role]
 
 
 def _latent_shape(spec: ModelSpec, latent: LatentAttention, role: str) -> tuple[int, ...]:

@@ -18,8 +18,8 @@ from wse_emu.foundation.rotary_spec import RotarySpec
 from wse_emu.foundation.scales import Scales
 
 
-def _latent(fields: Fields) -> dict[str, Any]:
-    """What both families read: sizes, and the scale of the scores, which a stretched context changes."""
+def latent_fields(fields: Fields) -> dict[str, Any]:
+    """What all families with latent attention read: sizes, and the scale of the scores, which a stretched context changes."""
     given = fields.get("q_lora_rank", 1536)
     latent = LatentAttention(
         kv_lora_rank=fields.integer("kv_lora_rank", 512), q_lora_rank=None if given is None else fields.integer("q_lora_rank", 1536),
@@ -31,15 +31,16 @@ def _latent(fields: Fields) -> dict[str, Any]:
 
 def _read_v2(fields: Fields, num_layers: int) -> dict[str, Any]:
     shared = read_n_shared(fields, "n_shared_experts", 2)
-    return {**_latent(fields), "rotary": RotarySpec(interleaved=True), "shared_experts": shared}
+    return {**latent_fields(fields), "rotary": RotarySpec(interleaved=True), "shared_experts": shared}
 
 
 def _read_v3(fields: Fields, num_layers: int) -> dict[str, Any]:
     rotary = RotarySpec(interleaved=fields.boolean("rope_interleave", True))
-    return {**_latent(fields), "rotary": rotary, "shared_experts": read_n_shared(fields, "n_shared_experts", 1)}
+    return {**latent_fields(fields), "rotary": rotary, "shared_experts": read_n_shared(fields, "n_shared_experts", 1)}
 
 
-def _write(spec: ModelSpec) -> dict[str, Any]:
+def latent_config(spec: ModelSpec) -> dict[str, Any]:
+    """What they write."""
     latent = spec.latent
     if latent is None:  # such a model is not saved: the family cannot say it
         return {}
@@ -50,14 +51,15 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _write_v3(spec: ModelSpec) -> dict[str, Any]:
-    return {**_write(spec), "rope_interleave": spec.rotary.interleaved}
+    return {**latent_config(spec), "rope_interleave": spec.rotary.interleaved}
 
 
-_NAMES = named(
+LATENT_NAMES = named(
     w_q_a="self_attn.q_a_proj.weight", q_a_norm="self_attn.q_a_layernorm.weight", w_q_b="self_attn.q_b_proj.weight",
     w_kv_a="self_attn.kv_a_proj_with_mqa.weight", kv_a_norm="self_attn.kv_a_layernorm.weight", w_kv_b="self_attn.kv_b_proj.weight",
     **ffn_names("shared.", "mlp.shared_experts."),
 )  # fmt: skip
+"""Names that they share."""
 
 DEEPSEEK_V2 = Family(
     model_type="deepseek_v2", architecture="DeepseekV2ForCausalLM", head_dim=64, head_dim_field="qk_rope_head_dim",
@@ -66,7 +68,7 @@ DEEPSEEK_V2 = Family(
         count="n_routed_experts", default_num_experts=64, width="moe_intermediate_size", routing=greedy_softmax_routing,
         routing_config=greedy_softmax_config, dense=first_ones(0), dense_config=first_config,
     ),
-    read=_read_v2, write=_write, names=_NAMES,
+    read=_read_v2, write=latent_config, names=LATENT_NAMES,
 )  # fmt: skip
 
 DEEPSEEK_V3 = Family(
@@ -77,5 +79,5 @@ DEEPSEEK_V3 = Family(
         routing=grouped_sigmoid_routing(normalized=True, n_group=8, topk_group=4, scale=2.5), routing_config=grouped_sigmoid_config,
         dense=first_ones(3), dense_config=first_config,
     ),
-    read=_read_v3, write=_write_v3, names=_NAMES, predicts_further=True, quant_methods=("fp8",),
+    read=_read_v3, write=_write_v3, names=LATENT_NAMES, predicts_further=True, quant_methods=("fp8",),
 )  # fmt: skip

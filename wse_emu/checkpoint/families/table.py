@@ -8,6 +8,7 @@ from types import MappingProxyType
 from wse_emu.checkpoint.families.dbrx import DBRX
 from wse_emu.checkpoint.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from wse_emu.checkpoint.families.dots import DOTS1
+from wse_emu.checkpoint.families.dsa import DEEPSEEK_V32, GLM_MOE_DSA
 from wse_emu.checkpoint.families.ernie import ERNIE4_5_MOE
 from wse_emu.checkpoint.families.gemma import GEMMA2, GEMMA3_TEXT
 from wse_emu.checkpoint.families.glm import GLM4_MOE
@@ -28,6 +29,7 @@ from wse_emu.foundation.errors import ConfigError
 _ALL = (
     LLAMA, MISTRAL, MIXTRAL, QWEN3, QWEN3_MOE, QWEN2_MOE, OLMOE, GRANITEMOE, GEMMA2, GEMMA3_TEXT, DOTS1, GLM4_MOE, HUNYUAN_V1_MOE,
     ERNIE4_5_MOE, MINIMAX_M2, GPT_OSS, PHIMOE, DEEPSEEK_V2, DEEPSEEK_V3, DBRX, LLAMA4_TEXT,
+    DEEPSEEK_V32, GLM_MOE_DSA,
 )  # fmt: skip
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in _ALL})

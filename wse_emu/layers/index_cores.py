@@ -1,0 +1,215 @@
+"""The lightning indexer one core at a time: tiles of queries on their way over the rows of keys, every block and message of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wse_emu.foundation.attention_pattern import n_keys_of
+from wse_emu.foundation.indexer import Indexer
+from wse_emu.layers.attention_cores import Visit, visits_of
+from wse_emu.layers.attention_kernels import PACK_QUERIES, PARTIAL_SCORES
+from wse_emu.layers.attention_plan import AttentionPlan
+from wse_emu.layers.index_kernels import ADD_COUNTS, COUNT_REACHING, COUNT_WANTED, INDEX_SCORES, RAISE_THRESHOLD, TAKE_KEYS
+from wse_emu.layers.kv_cache import KVCache, Sequences
+from wse_emu.wafer import costs
+from wse_emu.wafer.cores import Block, Borrow
+from wse_emu.wafer.kernel import Kernel
+from wse_emu.wafer.ledger import Event
+from wse_emu.wafer.moves import CHAIN_ADD
+from wse_emu.wafer.placement import Split, TokenBands
+from wse_emu.wafer.tensor import PlacedTensor
+from wse_emu.wafer.wafer import Wafer
+from wse_kernels.index_keys import N_BITS, NOT_ADMITTED
+
+_MOVES = (
+    ("broadcast", "queries"), ("chain", "scores"), ("broadcast", "index weights"), ("chain", "index counts"),
+    ("broadcast", "index thresholds"), ("chain", "index ties"), ("broadcast", "chosen keys"),
+)  # fmt: skip
+
+
+class _Tally:
+    """Runs, multiply-adds and messages of all tiles."""
+
+    def __init__(self, wafer: Wafer) -> None:
+        assert wafer.cores is not None
+        self.cores = wafer.cores
+        self.traffic = {name: wafer.cores.traffic() for _, name in _MOVES}
+        self.runs: dict[str, int] = {}
+        self.macs: dict[str, int] = {}
+
+    def run(self, kernel: Kernel, core: tuple[int, int], args: dict[str, Any]) -> None:
+        self.runs[kernel.name] = self.runs.get(kernel.name, 0) + 1
+        self.macs[kernel.name] = self.macs.get(kernel.name, 0) + self.cores.run(kernel, core, args)
+
+    def send(self, move: str, source: Block, targets: list[Block], **where: Any) -> None:
+        self.cores.send(self.traffic[move], source, targets, **where)
+
+    def launch(self, kernel: Kernel) -> Event:
+        return Event(None, "", "launch", kernel.name, count=self.runs.get(kernel.name, 0), macs=self.macs.get(kernel.name, 0))
+
+    def move(self, name: str) -> Event:
+        kind = next(kind for kind, of in _MOVES if of == name)
+        return self.traffic[name].event(kind, name, costs.COLORS[kind])
+
+
+def choose_on_cores(
+    wafer: Wafer, qk: PlacedTensor, weights: PlacedTensor, cache: KVCache, layer: int, sequences: Sequences, bands: TokenBands,
+    plan: AttentionPlan, indexer: Indexer, columns: Split, taken: NDArray[np.bool_], order: NDArray[np.int32],
+) -> tuple[Event, ...]:  # fmt: skip
+    """`wse_emu.layers.index_keys.choose_keys`, tile by tile, every core on its own; writes `taken` and `order`, returns what was done."""
+    assert wafer.cores is not None
+    tally, visits = _Tally(wafer), plan.visits
+    for i in range(visits.n.size):
+        s, first, n, row = (int(a[i]) for a in (visits.sequence, visits.first, visits.n, visits.row))
+        held = cache.split(n_keys_of(plan.held[s]))
+        here = visits_of(plan, s, held, i)
+        row0 = first - int(bands.split.starts[row])
+        with wafer.cores.borrowing() as borrow:
+            tile = _Tile(tally, cache, indexer, here, n, borrow)
+            tile.send_queries(qk, weights, row, row0)
+            tile.score(layer, int(sequences.slot[s]), held)
+            position = int(sequences.start[s]) + first - int(sequences.first_token[s])
+            tile.find_threshold(position)
+            tile.take(columns)
+            for visit in here:
+                keys = int(held.starts[visit.row]) + visit.keys
+                of_row = tile.taken[visit.row].read()
+                for token in range(n):
+                    taken[first + token, keys] = (of_row >> token) & 1
+                if order.size:
+                    order[first : first + n, keys] = tile.order[visit.row].read().T
+    return (
+        tally.launch(PACK_QUERIES), tally.move("queries"), tally.launch(PARTIAL_SCORES), tally.move("scores"), tally.launch(CHAIN_ADD),
+        tally.move("index weights"), tally.launch(INDEX_SCORES), tally.launch(COUNT_REACHING), tally.move("index counts"),
+        tally.launch(ADD_COUNTS), tally.launch(RAISE_THRESHOLD), tally.launch(COUNT_WANTED), tally.move("index thresholds"),
+        tally.launch(TAKE_KEYS), tally.move("index ties"), tally.move("chosen keys"),
+    )  # fmt: skip
+
+
+class _Tile:
+    """One tile of queries on its way over the rows of keys."""
+
+    def __init__(self, tally: _Tally, cache: KVCache, indexer: Indexer, visits: list[Visit], n_tokens: int, borrow: Borrow) -> None:
+        self.tally, self.cache, self.indexer, self.visits, self.n, self.borrow = tally, cache, indexer, visits, n_tokens, borrow
+        self.parts = cache.heads.heads[0]
+        self.last = self.parts[-1].col
+        """Column where scores are made."""
+        self.queries: dict[tuple[int, int], Block] = {}
+        self.weights: dict[int, Block] = {}
+        self.order: dict[int, Block] = {}
+        self.taken: dict[int, Block] = {}
+        self.threshold: dict[int, Block] = {}
+        self.wanted: dict[int, Block] = {}
+
+    def send_queries(self, qk: PlacedTensor, weights: PlacedTensor, row: int, row0: int) -> None:
+        """Pack the tile's queries on their row, and send them and the weights of the heads to every row of keys."""
+        n_heads = self.cache.heads.queries_per_kv
+        for part in self.parts:
+            core, shape = (row, part.col), (2 * part.n_units, n_heads * self.n)
+            home = self.queries[core] = self.borrow(core, "packed index queries", shape, np.float32)
+            args = {"qkv": qk.held[core], "q_slots": n_heads, "kv_slots": 1, "row0": row0, "u0": part.first_unit, "q_t": home}
+            self.tally.run(PACK_QUERIES, core, args)
+            away = [(visit.row, part.col) for visit in self.visits if visit.row != row]
+            for there in away:
+                self.queries[there] = self.borrow(there, "visiting index queries", shape, np.float32)
+            self.tally.send("queries", home, [self.queries[there] for there in away])
+        own = self.borrow((row, self.last), "index weights", (self.n, n_heads), np.float32)
+        own.write(weights.held[row, self.last].read(slice(row0, row0 + self.n)))
+        rows = [visit.row for visit in self.visits]
+        self.weights = {r: own if r == row else self.borrow((r, self.last), "index weights", (self.n, n_heads), np.float32) for r in rows}
+        self.tally.send("index weights", own, [self.weights[r] for r in rows if r != row])
+
+    def score(self, layer: int, slot: int, held: Split) -> None:
+        """Order numbers of the scores of every row's keys, on its last core."""
+        for visit in self.visits:
+            n_keys, total = visit.keys.size, None
+            for part in self.parts:
+                core = (visit.row, part.col)
+                own = self.borrow(core, "index products", (n_keys, self.cache.heads.queries_per_kv * self.n), np.float32)
+                keys = self.borrow(core, "index keys of the past", (n_keys,), np.int64)
+                keys.write(visit.keys)
+                k = self.cache.block(layer, slot, *core)[0].view(slice(0, int(held.sizes[visit.row])))
+                args = {"k": k, "f0": 2 * part.first_unit, "keys": keys, "q_t": self.queries[core], "s_t": own}
+                self.tally.run(PARTIAL_SCORES, core, args)
+                if total is not None:
+                    come = self.borrow(core, "incoming index products", own.array.shape, np.float32)
+                    self.tally.send("scores", total, [come])
+                    self.tally.run(CHAIN_ADD, core, {"acc": come, "p": own})
+                    own = come
+                total = own
+            assert total is not None
+            core = (visit.row, self.last)
+            admitted = self.borrow(core, "admitting tokens", (n_keys,), np.int64)
+            admitted.write(visit.admitted)
+            self.order[visit.row] = self.borrow(core, "order numbers", (n_keys, self.n), np.int32)
+            self.tally.run(
+                INDEX_SCORES, core,
+                {
+                    "s_t": total, "weights": self.weights[visit.row], "scale": np.float32(self.indexer.score_scale),
+                    "weight_scale": np.float32(self.indexer.weight_scale), "admitted": admitted, "order": self.order[visit.row],
+                },
+            )  # fmt: skip
+
+    def find_threshold(self, position: int) -> None:
+        """The k-th highest order number of every token, on every row, and how many keys that have it are taken."""
+        rows, topk = [visit.row for visit in self.visits], self.indexer.topk
+        counts, inbox = ({row: self._words(row, name) for row in rows} for name in ("counts", "incoming counts"))
+        self.threshold = {row: self._words(row, "thresholds") for row in rows}
+        self.wanted = {row: self._words(row, "wanted") for row in rows}
+        for row in rows:
+            self.threshold[row].write(NOT_ADMITTED)
+        decider = (rows[-1], self.last)
+        for bit in reversed(range(N_BITS)):
+            reached = self._count(counts, inbox, 1 << bit)
+            args = {"counts": reached, "step": 1 << bit, "first": position, "topk": topk, "threshold": self.threshold[rows[-1]]}
+            self.tally.run(RAISE_THRESHOLD, decider, args)
+            self._return(self.threshold, rows)
+        higher = self._count(counts, inbox, 1)
+        self.tally.run(COUNT_WANTED, decider, {"counts": higher, "first": position, "topk": topk, "wanted": self.wanted[rows[-1]]})
+        self._return(self.wanted, rows)
+
+    def take(self, columns: Split) -> None:
+        """Which keys every row gives, and tell its columns."""
+        before: Block | None = None
+        for visit in self.visits:
+            core = (visit.row, self.last)
+            ties = self._words(visit.row, "ties before")
+            if before is None:
+                ties.write(0)
+            else:
+                self.tally.send("index ties", before, [ties])
+            taken = self.taken[visit.row] = self.borrow(core, "taken keys", (visit.keys.size,), np.int64)
+            of = {"order": self.order[visit.row], "threshold": self.threshold[visit.row], "wanted": self.wanted[visit.row]}
+            self.tally.run(TAKE_KEYS, core, {**of, "before": ties, "taken": taken})
+            before = ties
+            others = [col for col in columns.used.tolist() if col != self.last]
+            told = [self.borrow((visit.row, col), "taken keys", (visit.keys.size,), np.int64) for col in others]
+            self.tally.send("chosen keys", taken, told)
+
+    def _words(self, row: int, name: str) -> Block:
+        """One word of every token on the last core of a row."""
+        return self.borrow((row, self.last), name, (self.n,), np.int32)
+
+    def _count(self, counts: dict[int, Block], inbox: dict[int, Block], step: int) -> Block:
+        """How many keys of all rows reach ``threshold + step``, on the last row."""
+        total: Block | None = None
+        for row, own in counts.items():
+            args = {"order": self.order[row], "threshold": self.threshold[row], "step": step, "counts": own}
+            self.tally.run(COUNT_REACHING, (row, self.last), args)
+            if total is not None:
+                self.tally.send("index counts", total, [inbox[row]])
+                self.tally.run(ADD_COUNTS, (row, self.last), {"acc": inbox[row], "p": own})
+                own = inbox[row]
+            total = own
+        assert total is not None
+        return total
+
+    def _return(self, blocks: dict[int, Block], rows: list[int]) -> None:
+        """Send what the last row decided back to the others."""
+        others = [blocks[row] for row in rows[:-1]]
+        for block in others:
+            block.poison()
+        self.tally.send("index thresholds", blocks[rows[-1]], others)
