@@ -104,8 +104,12 @@ def test_random_model_from_ids(checkpoint: Path, tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize(
-    "words", [["--rows", "1", "--cols", "5"], ["--prefill-chunk", "2"], ["--executor", "isolated", "--rows", "3", "--cols", "5"]]
-)
+    "words",
+    [
+        ["--rows", "1", "--cols", "5"], ["--prefill-chunk", "2"],
+        pytest.param(["--executor", "isolated", "--rows", "3", "--cols", "5"], marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_tokens_do_not_depend_on_rows_chunks_or_executor(
     words: list[str], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,7 +77,7 @@ def prefetch_threads() -> list[threading.Thread]:
 @pytest.mark.parametrize(
     ("executor", "n", "dense"),
     [
-        ("batched", 50, 10), ("isolated", 6, 3),
+        ("batched", 50, 10), ("isolated", 3, 2),
         pytest.param("batched", 250, 100, marks=pytest.mark.slow), pytest.param("isolated", 15, 8, marks=pytest.mark.slow),
     ],
 )  # fmt: skip

@@ -58,11 +58,11 @@ def run(lossy: Lossy, family: str, grid: tuple[int, int]) -> np.ndarray:
         assert not model.wafer.sram.live, "a failed run leaves nothing on the wafer"
 
 
-BY_DEFAULT = {("mixtral", "bands"), ("llama", "bands")}
+BY_DEFAULT = {("mixtral", "bands")}
 CASES = [
     pytest.param(family, grid, marks=[] if (family, grid) in BY_DEFAULT else pytest.mark.slow) for family in CHANGES for grid in GRIDS
 ]
-"""By default a mixture and a dense model; Qwen3-MoE, which has every kind of stage, takes longest and is marked slow with the others."""
+"""By default a mixture; Qwen3-MoE, which has every kind of stage, takes longest and is marked slow with the others."""
 
 
 @pytest.mark.parametrize(("family", "grid"), CASES)

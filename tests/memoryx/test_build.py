@@ -279,6 +279,20 @@ def test_what_killed_builds_left_is_removed_but_not_a_build_that_runs(checkpoint
     assert (folder / "new.part").exists()
 
 
+@pytest.mark.parametrize("in_use", [False, True])
+def test_a_file_that_was_cut_is_not_touched_again(checkpoint: Checkpoint, tmp_path: Path, in_use: bool) -> None:
+    store = open_store(checkpoint, cache_dir=tmp_path)
+    if in_use:
+        store.prepare(["lm_head", "final_norm"])
+        assert store.tiles("lm_head").size
+    with open(store.path, "r+b") as file:
+        file.truncate(4096)
+    for ask in (lambda: store.tiles("lm_head"), lambda: store.vector("final_norm"), lambda: store.drop(["lm_head"])):
+        with pytest.raises(StoreError, match="was written to while it was in use"):
+            ask()
+    store.close()
+
+
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
 @pytest.mark.parametrize("resident_bytes", [0, 9 << 20])
 def test_dropped_pages_beyond_the_bound_leave_this_process(tmp_path: Path, resident_bytes: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +50,7 @@ class ModelWeights:
             self._layer_names[layer] = names
         return names
 
-    @property
+    @cached_property
     def head_names(self) -> tuple[str, ...]:
         """Tensors behind the last layer."""
         return tuple(w.name for w in head_weights(self.spec))

@@ -168,10 +168,10 @@ def check_resident_bytes(resident_bytes: int) -> None:
 class MappedStore:
     """Weights in a layout file, mapped: resident only where they were touched, forgotten behind the layer.
 
-    The file is held open, so that it may be removed or replaced meanwhile. One that was written to or cut since it was opened is noticed
-    whenever tensors are prepared, or asked for without that, and when they are let go of, and refused. What this cannot catch is a cut at
-    the very moment at which a kernel reads: the system then ends the process (SIGBUS). Only this user can do that, and nothing here does:
-    files are made aside and renamed.
+    The file is held open, so that it may be removed or replaced meanwhile. One that was written to since it was opened is noticed whenever
+    tensors are prepared, or asked for without that, and when they are let go of, and refused; one that was cut also whenever a tensor is
+    asked for. What this cannot catch is a cut at the very moment at which a kernel reads: the system then ends the process (SIGBUS). Only
+    this user can do that, and nothing here does: files are made aside and renamed.
 
     Parameters
     ----------
@@ -260,6 +260,11 @@ class MappedStore:
             way_out = "open the model again: the file is then verified, or made anew"
             raise StoreError(f"{self.path}: was written to while it was in use; {way_out}")
 
+    def _check_asked_for(self, name: str) -> None:
+        """`_check_untouched`; of a tensor that was prepared, and whose file is looked at again when it is let go of, the size alone."""
+        if name not in self._in_use or not self._close_file.alive or os.lseek(self._fd, 0, os.SEEK_END) != self._as_opened[0]:
+            self._check_untouched()
+
     def after_fork(self) -> None:
         """Begin with a free lock: no thread that may have held it came along, and what it guards is whole at any moment."""
         self._lock = threading.Lock()
@@ -269,14 +274,12 @@ class MappedStore:
 
     def vector(self, name: str) -> NDArray[np.float32]:
         """Norm weight (n,), read-only."""
-        if name not in self._in_use:
-            self._check_untouched()
+        self._check_asked_for(name)
         return self._tensors.vector(name)
 
     def tiles(self, name: str) -> NDArray[np.float32]:
         """Flat tiled matrix (n_in * n_out,), read-only."""
-        if name not in self._in_use:
-            self._check_untouched()
+        self._check_asked_for(name)
         return self._tensors.tiles(name)
 
     def embed(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
