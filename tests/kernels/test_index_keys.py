@@ -51,7 +51,9 @@ def test_scores_are_the_formula_and_plain_python_gives_their_bits() -> None:
     np.testing.assert_array_equal(order, again)
     exact = np.einsum("jhi,ih->ji", np.maximum(s_t.reshape(n, heads, t).astype(np.float64) * 0.3, 0), weights * 0.5)
     seen = (admitted[:, None] >> np.arange(t) & 1).astype(bool)
-    np.testing.assert_allclose(scores_of(order)[seen], exact[seen], atol=1e-6)
+    # A term is scaled, weighted (its weight is scaled too) and added to at most `heads` others: so many roundings of half a step each.
+    size = np.einsum("jhi,ih->ji", np.abs(s_t.reshape(n, heads, t)) * 0.3, np.abs(weights) * 0.5)
+    assert (np.abs(scores_of(order) - exact)[seen] <= ((6 + heads) * 2.0**-24 * size)[seen]).all()
     assert (order[~seen] == NOT_ADMITTED).all()
 
 
@@ -111,8 +113,11 @@ def test_driver_chains_columns_and_takes_what_a_sort_takes(starts: list[int]) ->
     )  # fmt: skip
     products = np.einsum("tuhe,sue->ths", values[:, :, :heads].astype(np.float64), keys) * 0.5
     exact = np.einsum("th,ths->ts", weights * 0.7, np.maximum(products, 0))
+    # Roundings of a term: a multiply-add for each element, a sum for each column, then scales, weights and the sum over heads.
+    n_roundings = 2 * values.shape[1] + len(edges) + heads + 6
+    size = np.einsum("th,tuhe,sue->ts", np.abs(weights) * 0.35, np.abs(values[:, :, :heads]).astype(np.float64), np.abs(keys))
     for i in range(t):
         n = past + i + 1
-        np.testing.assert_allclose(scores_of(order[i, :n]), exact[i, :n], atol=1e-5)
+        assert (np.abs(scores_of(order[i, :n]) - exact[i, :n]) <= n_roundings * 2.0**-24 * size[i, :n]).all()
         np.testing.assert_array_equal(taken[i, :n], stable(scores_of(order[i, :n]), topk))
         assert not taken[i, n:].any()
