@@ -68,145 +68,159 @@ def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
     Drawn by NumPy, rounded to the stored dtype, and scaled so that neither attention nor routing is near uniform and every constant counts.
     """
     rng = np.random.default_rng(seed)
-    h, d = config["hidden_size"], config["head_dim"]
-    n_q, n_kv = config["num_attention_heads"] * d, config["num_key_value_heads"] * d
-    family = config["model_type"]
-    normed, gemma = has_normed_heads(config), family.startswith("gemma")
-    small = normed or is_llama4(config)  # what is small before the norm shows its epsilon
-    over_row = normed_over_row(config)
-    tensors: dict[str, NDArray[np.float64]] = {}
-    packed: dict[str, NDArray[np.uint8]] = {}
-
-    def matrix(name: str, n_out: int, n_in: int, gain: float = 1.0) -> None:
-        tensors[name] = rng.standard_normal((n_out, n_in)) * gain / np.sqrt(n_in)
-
-    def norm(name: str, size: int, middle: float = 1.0) -> None:
-        tensors[name] = middle * (1 + 0.3 * rng.standard_normal(size)) - (1 if gemma else 0)
-
-    def residual_norm(name: str) -> None:
-        norm(name + ".weight", h)
-        if has_norm_bias(config):
-            tensors[name + ".bias"] = 0.3 * rng.standard_normal(h)
-
-    def bias(name: str, size: int, gain: float) -> None:
-        tensors[name] = gain * rng.standard_normal(size)
-
-    def granite_experts(prefix: str, n: int, width: int) -> None:
-        tensors[prefix + "input_linear.weight"] = rng.standard_normal((n, 2 * width, h)) * 1.5 / np.sqrt(h)
-        tensors[prefix + "output_linear.weight"] = rng.standard_normal((n, h, width)) / np.sqrt(width)
-
-    def llama4_experts(prefix: str, n: int, width: int) -> None:
-        tensors[prefix + "gate_up_proj"] = rng.standard_normal((n, h, 2 * width)) * 1.5 / np.sqrt(h)
-        tensors[prefix + "down_proj"] = rng.standard_normal((n, width, h)) * 1.5 / np.sqrt(width)
-
-    def mxfp4(name: str, n: int, n_out: int, n_in: int, middle: int) -> None:
-        packed[name + "_blocks"] = rng.integers(0, 256, (n, n_out, n_in // 32, 16), np.uint8)
-        packed[name + "_scales"] = rng.integers(middle - 2, middle + 2, (n, n_out, n_in // 32), np.uint8)
-
-    def gpt_oss_experts(prefix: str, n: int, width: int) -> None:
-        if "quantization_config" in config:
-            mxfp4(prefix + "gate_up_proj", n, 2 * width, h, 124)
-            mxfp4(prefix + "down_proj", n, h, width, 123)
-            tensors[prefix + "gate_up_proj_bias"] = rng.standard_normal((n, 2 * width)) * 0.5
-            tensors[prefix + "down_proj_bias"] = rng.standard_normal((n, h)) * 0.5
-            return
-        tensors[prefix + "gate_up_proj"] = rng.standard_normal((n, h, 2 * width)) * 1.5 / np.sqrt(h)
-        tensors[prefix + "gate_up_proj_bias"] = rng.standard_normal((n, 2 * width)) * 0.5
-        tensors[prefix + "down_proj"] = rng.standard_normal((n, width, h)) / np.sqrt(width)
-        tensors[prefix + "down_proj_bias"] = rng.standard_normal((n, h)) * 0.5
-
-    def ffn(prefix: str, gate: str, up: str, down: str, width: int) -> None:
-        matrix(f"{prefix}{gate}.weight", width, h, 1.5)
-        matrix(f"{prefix}{up}.weight", width, h, 1.5)
-        matrix(f"{prefix}{down}.weight", h, width)
-
-    def latent_attention(prefix: str) -> None:
-        heads, rank, short = config["num_attention_heads"], config["kv_lora_rank"], config["q_lora_rank"]
-        nope, of_value = config["qk_nope_head_dim"], config["v_head_dim"]
-        if short is None:
-            matrix(prefix + "q_proj.weight", heads * (nope + d), h, 1.5)
-        else:  # what is small before the norm shows its epsilon
-            matrix(prefix + "q_a_proj.weight", short, h, 0.1)
-            norm(prefix + "q_a_layernorm.weight", short)
-            matrix(prefix + "q_b_proj.weight", heads * (nope + d), short, 1.5)
-        matrix(prefix + "kv_a_proj_with_mqa.weight", rank + d, h, 1.5)
-        tensors[prefix + "kv_a_proj_with_mqa.weight"][:rank] *= 0.1
-        norm(prefix + "kv_a_layernorm.weight", rank)
-        matrix(prefix + "kv_b_proj.weight", heads * (nope + of_value), rank, 1.5)
-        matrix(prefix + "o_proj.weight", h, heads * of_value)
-
-    def indexer(prefix: str) -> None:
-        n, size = config["index_n_heads"], config["index_head_dim"]
-        matrix(prefix + "wq_b.weight", n * size, config["q_lora_rank"], 1.5)
-        matrix(prefix + "wk.weight", size, h, 0.1)
-        norm(prefix + "k_norm.weight", size)
-        bias(prefix + "k_norm.bias", size, 0.3)
-        matrix(prefix + "weights_proj.weight", n, h)
-
-    def usual_attention(p: str) -> None:
-        matrix(p + "self_attn.q_proj.weight", n_q, h, 0.3 if small else 1.5)
-        matrix(p + "self_attn.k_proj.weight", n_kv, h, 0.3 if small else 1.5)
-        matrix(p + "self_attn.v_proj.weight", n_kv, h)
-        if normed:
-            q_norm, k_norm = HEAD_NORMS.get(family, ("q_norm", "k_norm"))
-            norm(f"{p}self_attn.{q_norm}.weight", n_q if over_row else d, 1.5)
-            norm(f"{p}self_attn.{k_norm}.weight", n_kv if over_row else d, 1.5)
-        if is_biased(config):
-            for x, size in (("q", n_q), ("k", n_kv), ("v", n_kv)):
-                bias(f"{p}self_attn.{x}_proj.bias", size, 0.15 if normed else 0.5)
-        matrix(p + "self_attn.o_proj.weight", h, n_q)
-        if has_output_bias(config):
-            bias(p + "self_attn.o_proj.bias", h, 0.5)
-        if family == "gpt_oss":
-            tensors[p + "self_attn.sinks"] = 1 + rng.standard_normal(config["num_attention_heads"])
-
-    if family == "dbrx":
+    if config["model_type"] == "dbrx":
         return _dbrx_tensors(config, rng)
-    tensors["model.embed_tokens.weight"] = rng.standard_normal((config["vocab_size"], h)) * 0.3
+    draw = _Drawing(config, rng)
+    draw.tensors["model.embed_tokens.weight"] = rng.standard_normal((config["vocab_size"], draw.h)) * 0.3
     for i in range(config["num_hidden_layers"]):
-        p = f"model.layers.{i}."
-        residual_norm(p + "input_layernorm")
-        if is_latent(config):
-            latent_attention(p + "self_attn.")
-            if runs_indexer(config, i):
-                indexer(p + "self_attn.indexer.")
-        else:
-            usual_attention(p)
-        residual_norm(p + "post_attention_layernorm")
-        if gemma:
-            norm(p + "pre_feedforward_layernorm.weight", h)
-            norm(p + "post_feedforward_layernorm.weight", h)
-        if not is_sparse(config, i):
-            network, width = ("feed_forward.", "intermediate_size_mlp") if is_llama4(config) else ("mlp.", "intermediate_size")
-            ffn(p + network, *PROJECTIONS, config[width])
-            continue
-        matrix(p + ROUTERS.get(family, "mlp.gate.weight"), n_experts(config), h, 1.0 if by_sigmoid(config) else 2.0)
-        if family in CORRECTIONS:
-            name, axes = CORRECTIONS[family]
-            tensors[p + name] = 0.2 * rng.standard_normal((*axes, n_experts(config)))
-        if family == "gpt_oss":
-            bias(p + "mlp.router.bias", n_experts(config), 0.5)
-            gpt_oss_experts(p + "mlp.experts.", n_experts(config), expert_width(config))
-        elif is_llama4(config):
-            llama4_experts(p + "feed_forward.experts.", n_experts(config), expert_width(config))
-        elif family == "granitemoe":
-            granite_experts(p + "block_sparse_moe.", n_experts(config), expert_width(config))
-        else:
-            experts, matrices = ("block_sparse_moe", W123) if family in ("mixtral", "minimax_m2", "phimoe") else ("mlp", PROJECTIONS)
-            for e in range(n_experts(config)):
-                ffn(f"{p}{experts}.experts.{e}.", *matrices, expert_width(config))
-        if family in SHARED:
-            ffn(p + SHARED[family], *PROJECTIONS, shared_width(config))
-        if family == "qwen2_moe":
-            matrix(p + "mlp.shared_expert_gate.weight", 1, h)
-    residual_norm("model.norm")
+        draw.layer(i)
+    draw.residual_norm("model.norm")
     if not config["tie_word_embeddings"]:
-        matrix("lm_head.weight", config["vocab_size"], h)
+        draw.matrix("lm_head.weight", config["vocab_size"], draw.h)
     if config.get("lm_head_bias", False):
-        bias("lm_head.bias", config["vocab_size"], 0.5)
+        draw.bias("lm_head.bias", config["vocab_size"], 0.5)
     dtype = STORED[config["torch_dtype"]]
-    plain = {name: torch.from_numpy(a).to(torch.float32).to(dtype).contiguous() for name, a in tensors.items()}
-    return plain | {name: torch.from_numpy(a) for name, a in packed.items()}
+    plain = {name: torch.from_numpy(a).to(torch.float32).to(dtype).contiguous() for name, a in draw.tensors.items()}
+    return plain | {name: torch.from_numpy(a) for name, a in draw.packed.items()}
+
+
+class _Drawing:
+    """Tensors of one configuration, drawn one after another; a prefix names the part of the model that a method draws."""
+
+    def __init__(self, config: Config, rng: np.random.Generator) -> None:
+        self.config, self.rng = config, rng
+        self.h, self.d = config["hidden_size"], config["head_dim"]
+        self.n_q, self.n_kv = config["num_attention_heads"] * self.d, config["num_key_value_heads"] * self.d
+        self.family: str = config["model_type"]
+        self.normed, self.gemma = has_normed_heads(config), self.family.startswith("gemma")
+        self.small = self.normed or is_llama4(config)  # what is small before the norm shows its epsilon
+        self.over_row = normed_over_row(config)
+        self.tensors: dict[str, NDArray[np.float64]] = {}
+        self.packed: dict[str, NDArray[np.uint8]] = {}
+
+    def matrix(self, name: str, n_out: int, n_in: int, gain: float = 1.0) -> None:
+        self.tensors[name] = self.rng.standard_normal((n_out, n_in)) * gain / np.sqrt(n_in)
+
+    def norm(self, name: str, size: int, middle: float = 1.0) -> None:
+        self.tensors[name] = middle * (1 + 0.3 * self.rng.standard_normal(size)) - (1 if self.gemma else 0)
+
+    def residual_norm(self, name: str) -> None:
+        self.norm(name + ".weight", self.h)
+        if has_norm_bias(self.config):
+            self.tensors[name + ".bias"] = 0.3 * self.rng.standard_normal(self.h)
+
+    def bias(self, name: str, size: int, gain: float) -> None:
+        self.tensors[name] = gain * self.rng.standard_normal(size)
+
+    def granite_experts(self, prefix: str, n: int, width: int) -> None:
+        self.tensors[prefix + "input_linear.weight"] = self.rng.standard_normal((n, 2 * width, self.h)) * 1.5 / np.sqrt(self.h)
+        self.tensors[prefix + "output_linear.weight"] = self.rng.standard_normal((n, self.h, width)) / np.sqrt(width)
+
+    def llama4_experts(self, prefix: str, n: int, width: int) -> None:
+        self.tensors[prefix + "gate_up_proj"] = self.rng.standard_normal((n, self.h, 2 * width)) * 1.5 / np.sqrt(self.h)
+        self.tensors[prefix + "down_proj"] = self.rng.standard_normal((n, width, self.h)) * 1.5 / np.sqrt(width)
+
+    def mxfp4(self, name: str, n: int, n_out: int, n_in: int, middle: int) -> None:
+        self.packed[name + "_blocks"] = self.rng.integers(0, 256, (n, n_out, n_in // 32, 16), np.uint8)
+        self.packed[name + "_scales"] = self.rng.integers(middle - 2, middle + 2, (n, n_out, n_in // 32), np.uint8)
+
+    def gpt_oss_experts(self, prefix: str, n: int, width: int) -> None:
+        if "quantization_config" in self.config:
+            self.mxfp4(prefix + "gate_up_proj", n, 2 * width, self.h, 124)
+            self.mxfp4(prefix + "down_proj", n, self.h, width, 123)
+            self.tensors[prefix + "gate_up_proj_bias"] = self.rng.standard_normal((n, 2 * width)) * 0.5
+            self.tensors[prefix + "down_proj_bias"] = self.rng.standard_normal((n, self.h)) * 0.5
+            return
+        self.tensors[prefix + "gate_up_proj"] = self.rng.standard_normal((n, self.h, 2 * width)) * 1.5 / np.sqrt(self.h)
+        self.tensors[prefix + "gate_up_proj_bias"] = self.rng.standard_normal((n, 2 * width)) * 0.5
+        self.tensors[prefix + "down_proj"] = self.rng.standard_normal((n, width, self.h)) / np.sqrt(width)
+        self.tensors[prefix + "down_proj_bias"] = self.rng.standard_normal((n, self.h)) * 0.5
+
+    def ffn(self, prefix: str, gate: str, up: str, down: str, width: int) -> None:
+        self.matrix(f"{prefix}{gate}.weight", width, self.h, 1.5)
+        self.matrix(f"{prefix}{up}.weight", width, self.h, 1.5)
+        self.matrix(f"{prefix}{down}.weight", self.h, width)
+
+    def latent_attention(self, prefix: str) -> None:
+        heads, rank, short = self.config["num_attention_heads"], self.config["kv_lora_rank"], self.config["q_lora_rank"]
+        nope, of_value = self.config["qk_nope_head_dim"], self.config["v_head_dim"]
+        if short is None:
+            self.matrix(prefix + "q_proj.weight", heads * (nope + self.d), self.h, 1.5)
+        else:  # what is self.small before the norm shows its epsilon
+            self.matrix(prefix + "q_a_proj.weight", short, self.h, 0.1)
+            self.norm(prefix + "q_a_layernorm.weight", short)
+            self.matrix(prefix + "q_b_proj.weight", heads * (nope + self.d), short, 1.5)
+        self.matrix(prefix + "kv_a_proj_with_mqa.weight", rank + self.d, self.h, 1.5)
+        self.tensors[prefix + "kv_a_proj_with_mqa.weight"][:rank] *= 0.1
+        self.norm(prefix + "kv_a_layernorm.weight", rank)
+        self.matrix(prefix + "kv_b_proj.weight", heads * (nope + of_value), rank, 1.5)
+        self.matrix(prefix + "o_proj.weight", self.h, heads * of_value)
+
+    def indexer(self, prefix: str) -> None:
+        n, size = self.config["index_n_heads"], self.config["index_head_dim"]
+        self.matrix(prefix + "wq_b.weight", n * size, self.config["q_lora_rank"], 1.5)
+        self.matrix(prefix + "wk.weight", size, self.h, 0.1)
+        self.norm(prefix + "k_norm.weight", size)
+        self.bias(prefix + "k_norm.bias", size, 0.3)
+        self.matrix(prefix + "weights_proj.weight", n, self.h)
+
+    def usual_attention(self, p: str) -> None:
+        self.matrix(p + "self_attn.q_proj.weight", self.n_q, self.h, 0.3 if self.small else 1.5)
+        self.matrix(p + "self_attn.k_proj.weight", self.n_kv, self.h, 0.3 if self.small else 1.5)
+        self.matrix(p + "self_attn.v_proj.weight", self.n_kv, self.h)
+        if self.normed:
+            q_norm, k_norm = HEAD_NORMS.get(self.family, ("q_norm", "k_norm"))
+            self.norm(f"{p}self_attn.{q_norm}.weight", self.n_q if self.over_row else self.d, 1.5)
+            self.norm(f"{p}self_attn.{k_norm}.weight", self.n_kv if self.over_row else self.d, 1.5)
+        if is_biased(self.config):
+            for x, size in (("q", self.n_q), ("k", self.n_kv), ("v", self.n_kv)):
+                self.bias(f"{p}self_attn.{x}_proj.bias", size, 0.15 if self.normed else 0.5)
+        self.matrix(p + "self_attn.o_proj.weight", self.h, self.n_q)
+        if has_output_bias(self.config):
+            self.bias(p + "self_attn.o_proj.bias", self.h, 0.5)
+        if self.family == "gpt_oss":
+            self.tensors[p + "self_attn.sinks"] = 1 + self.rng.standard_normal(self.config["num_attention_heads"])
+
+    def layer(self, i: int) -> None:
+        p = f"model.layers.{i}."
+        self.residual_norm(p + "input_layernorm")
+        if is_latent(self.config):
+            self.latent_attention(p + "self_attn.")
+            if runs_indexer(self.config, i):
+                self.indexer(p + "self_attn.indexer.")
+        else:
+            self.usual_attention(p)
+        self.residual_norm(p + "post_attention_layernorm")
+        if self.gemma:
+            self.norm(p + "pre_feedforward_layernorm.weight", self.h)
+            self.norm(p + "post_feedforward_layernorm.weight", self.h)
+        if not is_sparse(self.config, i):
+            network, width = ("feed_forward.", "intermediate_size_mlp") if is_llama4(self.config) else ("mlp.", "intermediate_size")
+            self.ffn(p + network, *PROJECTIONS, self.config[width])
+            return
+        self.mixture(p)
+
+    def mixture(self, p: str) -> None:
+        gain = 1.0 if by_sigmoid(self.config) else 2.0
+        self.matrix(p + ROUTERS.get(self.family, "mlp.gate.weight"), n_experts(self.config), self.h, gain)
+        if self.family in CORRECTIONS:
+            name, axes = CORRECTIONS[self.family]
+            self.tensors[p + name] = 0.2 * self.rng.standard_normal((*axes, n_experts(self.config)))
+        if self.family == "gpt_oss":
+            self.bias(p + "mlp.router.bias", n_experts(self.config), 0.5)
+            self.gpt_oss_experts(p + "mlp.experts.", n_experts(self.config), expert_width(self.config))
+        elif is_llama4(self.config):
+            self.llama4_experts(p + "feed_forward.experts.", n_experts(self.config), expert_width(self.config))
+        elif self.family == "granitemoe":
+            self.granite_experts(p + "block_sparse_moe.", n_experts(self.config), expert_width(self.config))
+        else:
+            experts, matrices = ("block_sparse_moe", W123) if self.family in ("mixtral", "minimax_m2", "phimoe") else ("mlp", PROJECTIONS)
+            for e in range(n_experts(self.config)):
+                self.ffn(f"{p}{experts}.experts.{e}.", *matrices, expert_width(self.config))
+        if self.family in SHARED:
+            self.ffn(p + SHARED[self.family], *PROJECTIONS, shared_width(self.config))
+        if self.family == "qwen2_moe":
+            self.matrix(p + "mlp.shared_expert_gate.weight", 1, self.h)
 
 
 def _dbrx_tensors(config: Config, rng: np.random.Generator) -> dict[str, Tensor]:
