@@ -114,7 +114,7 @@ def test_the_page_says_what_there_is_to_do() -> None:
         says = {name: cells[column].strip() for name, cells in rows.items()}
         macs = f"{work.macs / 1e9:.1f} billion" if one is prompt else f"{work.macs / 1e6:.0f} million"
         assert says["multiply-adds"] == macs
-        assert says["weights streamed"].startswith(f"{work.bytes / 1e6:.0f} MB: ")
+        assert says["weights read, float32 in MemoryX"].startswith(f"{work.bytes / 1e6:.0f} MB: ")
         assert float(says["multiply-adds for each weight"]) == float(f"{4 * work.macs / work.bytes:.2g}")
         assert says["kinds of launches and moves, one entry in the ledger each"] == str(one.stop - one.start)
 
