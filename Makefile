@@ -13,6 +13,9 @@ RUNS    := $(VENV)/.runs-$(HERE)
 TESTS   := $(VENV)/.tests-$(HERE)
 SITE    := $(VENV)/.site-$(HERE)
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# Tests run in as many processes as there are processors, at most four; one: make test WORKERS=0 ARGS=--pdb
+WORKERS ?= auto
+PYTEST  := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal
 ARGS    ?=
 
 .PHONY: help run test test-all lint bench docs clean setup
@@ -28,10 +31,10 @@ run: $(RUNS)
 	@$(BIN)/wse-emu run $(ARGS)
 
 test: $(TESTS)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: $(TESTS)
-	$(BIN)/python -m pytest -m 'not oracle' $(ARGS)
+	$(PYTEST) -m 'not oracle' $(ARGS)
 	NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest -m 'nojit and not slow' $(ARGS)
 
 lint: $(TESTS)
