@@ -27,6 +27,7 @@ from wse_emu.foundation.precision import DType, Precision
 from wse_emu.foundation.taps import TapRecord, joined
 from wse_emu.foundation.wafer_spec import WSE3
 from wse_emu.layers.ffn import MoeImplementation
+from wse_emu.layers.key_rows import KvGrowth
 from wse_emu.layers.kv_cache import KVCache, Sequences
 from wse_emu.memoryx import RESIDENT_BYTES, ArrayStore, DiskBytes, ShapeStore, WeightStore, open_store
 from wse_emu.sampling import Sampler
@@ -60,8 +61,8 @@ def from_pretrained(
     moe_implementation: MoeImplementation = "experimental", prefill_chunk: int | None = None, chunk: int | None = None,
     prefetch_depth: int = 1, resident_bytes: int = RESIDENT_BYTES, bta_max_tile: int | None = None,
     attention: Attention | None = None, dense_attention_layers: Sequence[int] = (), dtype: DType = "float32",
-    kv_dtype: DType | None = None, skip_zero_weights: bool = False, cache_dir: str | os.PathLike[str] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    kv_dtype: DType | None = None, kv_growth: KvGrowth = "shift", skip_zero_weights: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None, progress: Callable[[int, int], None] | None = None,
 ) -> WaferModel:  # fmt: skip
     """Open a Hugging Face directory; its weights stay in MemoryX.
 
@@ -101,6 +102,9 @@ def from_pretrained(
         there but for float32. Arithmetic and sums are float32. A number beyond the format's largest raises `NumberOverflowError`.
     kv_dtype : the same, optional
         Format of keys and values; by default `dtype`.
+    kv_growth : {"shift", "concat"}
+        Where keys and values of new tokens go: all rows of cores stay balanced, older tokens shifting; or nothing moves, and all that is
+        generated comes to lie on the last row. Never changes a value.
     skip_zero_weights : bool
         Leave zeros of matrices behind when they stream. Never changes a value.
     cache_dir : path, optional
@@ -121,7 +125,7 @@ def from_pretrained(
     """
     options = _options(
         wafer, max_tokens, prefill_chunk, stream_experts, moe_implementation, chunk, prefetch_depth, bta_max_tile,
-        Precision(dtype=dtype, kv_dtype=kv_dtype), skip_zero_weights,
+        Precision(dtype=dtype, kv_dtype=kv_dtype), kv_growth, skip_zero_weights,
     )  # fmt: skip
     check_callable("progress", progress)
     checkpoint = open_checkpoint(path)
@@ -143,7 +147,7 @@ def from_config(
     stream_experts: StreamExperts = "activated", moe_implementation: MoeImplementation = "experimental", prefill_chunk: int | None = None,
     chunk: int | None = None, prefetch_depth: int = 1, bta_max_tile: int | None = None, attention: Attention | None = None,
     dense_attention_layers: Sequence[int] = (), dtype: DType = "float32", kv_dtype: DType | None = None,
-    skip_zero_weights: bool = False,
+    kv_growth: KvGrowth = "shift", skip_zero_weights: bool = False,
 ) -> WaferModel:  # fmt: skip
     """Make a model with random weights, each made when it is first needed and then held in memory.
 
@@ -155,7 +159,7 @@ def from_config(
         The same seed gives the same weights.
     wafer, max_tokens, stream_experts, moe_implementation, prefill_chunk, chunk, prefetch_depth, bta_max_tile, attention
         As for `from_pretrained`.
-    dense_attention_layers, dtype, kv_dtype, skip_zero_weights
+    dense_attention_layers, dtype, kv_dtype, kv_growth, skip_zero_weights
         As for `from_pretrained`.
 
     Returns
@@ -164,7 +168,7 @@ def from_config(
     """
     options = _options(
         wafer, max_tokens, prefill_chunk, stream_experts, moe_implementation, chunk, prefetch_depth, bta_max_tile,
-        Precision(dtype=dtype, kv_dtype=kv_dtype), skip_zero_weights,
+        Precision(dtype=dtype, kv_dtype=kv_dtype), kv_growth, skip_zero_weights,
     )  # fmt: skip
     checkpoint = random_checkpoint(config, seed)
     dry = wafer is not None and wafer.is_dry
@@ -184,7 +188,7 @@ def _with_attention(spec: ModelSpec, attention: Attention | None, dense_layers: 
 def _options(
     wafer: Wafer | None, max_tokens: int | None, prefill_chunk: int | None, stream_experts: StreamExperts,
     moe_implementation: MoeImplementation, chunk: int | None, prefetch_depth: int, bta_max_tile: int | None, precision: Precision,
-    skip_zero_weights: bool,
+    kv_growth: KvGrowth, skip_zero_weights: bool,
 ) -> EngineOptions:  # fmt: skip
     """Options of the engine; all that a model is made with is checked before any file is touched."""
     if wafer is not None and not isinstance(wafer, Wafer):
@@ -194,7 +198,7 @@ def _options(
             raise SpecError(f"`{name}` must be an integer >= 1 or None, got {show(value)}")
     return EngineOptions(
         stream_experts=stream_experts, moe_implementation=moe_implementation, chunk=chunk, prefetch_depth=prefetch_depth,
-        bta_max_tile=bta_max_tile, precision=precision, skip_zero_weights=skip_zero_weights,
+        bta_max_tile=bta_max_tile, precision=precision, kv_growth=kv_growth, skip_zero_weights=skip_zero_weights,
     )  # fmt: skip
 
 
@@ -558,7 +562,7 @@ def _session(
         engine = model._engine_for(Workload.of(lengths, new_tokens, model.prefill_chunk, probe=probe))
         with engine.wafer.turn.program(name), engine.wafer.all_or_nothing():
             model.recorded_routing, model.recorded_kv, model.recorded_from = [], None, len(engine.wafer.ledger)
-            cache = engine.new_cache([n + new_tokens for n in lengths])
+            cache = engine.new_cache([n + new_tokens for n in lengths], prompts=lengths)
             with engine.streaming():
                 yield _Session(model, engine, cache, traces)
             model.recorded_kv = cache.tokens_by_row

@@ -269,3 +269,17 @@ def test_a_run_in_16_bits_verifies_and_says_so(checkpoint: Path, tmp_path: Path,
     plans = [run(capsys, "plan", str(checkpoint), "--prompt-tokens", "8", "--rows", "3", *more)[1] for more in ((), ("--dtype", "float16"))]
     assert plans[0]["plan"]["kv_bytes"] == 2 * plans[1]["plan"]["kv_bytes"]
     assert (plans[1]["dtype"], plans[1]["kv_dtype"]) == ("float16", "float16")
+
+
+def test_growth_behind_the_last_token_generates_the_same_and_moves_nothing(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(checkpoint), "--ids", ids_file(tmp_path, 5), "--rows", "3", "--cols", "2", "--max-new-tokens", "4"]
+    found = {growth: run(capsys, "run", *words, "--kv-growth", growth)[1] for growth in ("shift", "concat")}
+    assert found["shift"]["generated"] == found["concat"]["generated"]
+    assert found["concat"]["verification"]["passed"]
+    shifted = {growth: sum(row["wavelets"] for row in of["ledger"]["totals"] if row["kind"] == "shift") for growth, of in found.items()}
+    assert shifted["shift"] > shifted["concat"] == 0
+    asked = run(capsys, "plan", str(checkpoint), "--prompt-tokens", "8", "--rows", "3", "--kv-growth", "concat")[1]
+    assert asked["kv_growth"] == "concat"
+    assert run(capsys, "run", *words, "--kv-growth", "append")[0] == 2

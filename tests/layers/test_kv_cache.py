@@ -35,7 +35,7 @@ def grow(wafer: wse.Wafer, conversation: Conversation, capacity: tuple[int, ...]
 
 def held(cache: KVCache, slot: int, row: int) -> list[np.ndarray]:
     """Keys and values of one sequence on one row of cores, by pair unit and element, each (tokens, units, 2); one core at a time."""
-    n = int(cache.split(int(cache.lengths[slot])).sizes[row])
+    n = int(cache.split(slot, cache.keys_held(0, slot)).sizes[row])
     columns = cache.heads.units.used.tolist()
     whole = []
     for which in (0, 1):

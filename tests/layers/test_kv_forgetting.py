@@ -84,7 +84,7 @@ def test_every_row_holds_its_balanced_share_of_what_is_kept(grid, conversation, 
     for slot, length in enumerate(conversation.lengths):
         _, k, v = conversation.published(slot)
         kept = keys_of(pattern.held_after(length))
-        split, at = cache.split(len(kept)), 0
+        split, at = cache.split(slot, cache.keys_held(0, slot)), 0
         for row, n in enumerate(split.sizes.tolist()):
             for which, expected in enumerate((k, v)):
                 blocks = [cache.block(0, slot, row, col)[which] for col in cache.heads.units.used.tolist()]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from wse_emu.cli.options import OTHER_PROMPT, SHIPPED_PROMPT, Placing, grid, shipped_model
+from wse_emu.cli.options import OTHER_PROMPT, SHIPPED_PROMPT, Growth, Placing, grid, shipped_model
 from wse_emu.cli.tokens import CheckpointTokenizer, encode, load_tokenizer, read_ids
 from wse_emu.foundation.arguments import show
 from wse_emu.foundation.errors import CheckpointError, InputError, SramOverflowError
@@ -89,17 +89,24 @@ def load(request: Request, placing: Placing, *, new_tokens: int, verify: bool, q
         raise InputError(f"{n_prompt} tokens of prompt and {show(new_tokens)} new ones are more than the model's {limit} positions")
     tell_of_a_cold_start(quiet=quiet)
     rows, cols = grid(placing.rows, placing.cols)
-    plan = plan_model(
-        request.spec,
-        wafer_spec=placing.wafer.spec,
-        rows=rows,
-        cols=cols,
-        prompt_tokens=n_prompt + new_tokens if verify else n_prompt,
-        new_tokens=0 if verify else new_tokens,
-        verify=verify,
-        prefill_chunk=placing.prefill_chunk,
-        options=EngineOptions(precision=placing.precision),
-    )
+    work = [(n_prompt + new_tokens, 0, True)] if verify else []
+    if not verify or placing.kv_growth == Growth.CONCAT:  # where nothing shifts, generating may need more than a prompt of all tokens
+        work.append((n_prompt, new_tokens, False))
+    plans = [
+        plan_model(
+            request.spec,
+            wafer_spec=placing.wafer.spec,
+            rows=rows,
+            cols=cols,
+            prompt_tokens=prompt,
+            new_tokens=new,
+            verify=verified,
+            prefill_chunk=placing.prefill_chunk,
+            options=EngineOptions(precision=placing.precision, kv_growth=placing.kv_growth.value),
+        )
+        for prompt, new, verified in work
+    ]
+    plan = max(plans, key=lambda plan: (not plan.fits, plan.rows))
     if not plan.fits:
         raise SramOverflowError(plan.message)
     with progress_bar("weights to wafer layout", quiet=quiet) as progress:
@@ -111,6 +118,7 @@ def load(request: Request, placing: Placing, *, new_tokens: int, verify: bool, q
             prefill_chunk=placing.prefill_chunk,
             dtype=placing.precision.dtype,
             kv_dtype=placing.precision.kv_dtype,
+            kv_growth=placing.kv_growth.value,
             progress=progress,
         )
     if model.checkpoint.ignored and not quiet:

@@ -55,6 +55,13 @@ class NumberFormat(StrEnum):
     CB16 = "cb16"
 
 
+class Growth(StrEnum):
+    """Ways in which keys and values take in new tokens."""
+
+    SHIFT = "shift"
+    CONCAT = "concat"
+
+
 class Placing(NamedTuple):
     """Where and how a model runs, as the options say."""
 
@@ -65,6 +72,7 @@ class Placing(NamedTuple):
     stream_experts: StreamExperts = StreamExperts.ACTIVATED
     prefill_chunk: int | None = None
     precision: Precision = FLOAT32
+    kv_growth: Growth = Growth.SHIFT
 
 
 _SHIPPED = "without it, the small model that ships with the package"
@@ -91,6 +99,10 @@ Dtype = Annotated[
     typer.Option("--dtype", help="Format in which activations are stored; sums are float32. cb16: 6 exponent bits, 9 of the mantissa."),
 ]
 KvDtype = Annotated[NumberFormat | None, typer.Option("--kv-dtype", help="Format of keys and values; by default as --dtype.")]
+KvGrowth = Annotated[
+    Growth,
+    typer.Option("--kv-growth", help="shift: keys and values stay balanced over rows; concat: what is generated goes to the last row."),
+]
 Temperature = Annotated[
     float | None,
     typer.Option("--temperature", metavar="T", help="Sample at this temperature; 0, or no sampling option at all: take the most probable."),

@@ -7,7 +7,7 @@ import json
 from wse_emu.cli import options
 from wse_emu.cli.describe import JSON_SCHEMA, model_entry
 from wse_emu.cli.exits import Exit
-from wse_emu.cli.options import NumberFormat, WaferName
+from wse_emu.cli.options import Growth, NumberFormat, WaferName
 
 DEFAULT_PROMPT_TOKENS = 512
 """Tokens of a prompt where none are given; fewer where the model has not so many positions."""
@@ -24,6 +24,7 @@ def plan(
     prefill_chunk: options.PrefillChunk = None,
     dtype: options.Dtype = NumberFormat.FLOAT32,
     kv_dtype: options.KvDtype = None,
+    kv_growth: options.KvGrowth = Growth.SHIFT,
     window: options.Window = None,
     sinks: options.Sinks = 0,
     dense_layers: options.DenseLayers = None,
@@ -55,14 +56,14 @@ def plan(
         new_tokens=new_tokens,
         batch=batch,
         prefill_chunk=prefill_chunk,
-        options=EngineOptions(precision=options.precision(dtype, kv_dtype)),
+        options=EngineOptions(precision=options.precision(dtype, kv_dtype), kv_growth=kv_growth.value),
         config=config,
     )
     code = Exit.OK if made.fits else Exit.DOES_NOT_FIT
     if as_json:
         asked = {
             "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "prefill_chunk": prefill_chunk, "window": window,
-            "sinks": sinks, "dense_layers": dense_layers, "dtype": dtype, "kv_dtype": kv_dtype or dtype,
+            "sinks": sinks, "dense_layers": dense_layers, "dtype": dtype, "kv_dtype": kv_dtype or dtype, "kv_growth": kv_growth,
         }  # fmt: skip
         document = {"schema": JSON_SCHEMA, "command": "plan", "model": model_entry(model, spec), "wafer": wafer.spec.name, **asked}
         print(json.dumps({**document, "plan": made.to_dict()}))

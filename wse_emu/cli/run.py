@@ -15,7 +15,7 @@ from wse_emu.cli import options
 from wse_emu.cli.describe import JSON_SCHEMA, header, sampling_text, what_and_where
 from wse_emu.cli.exits import Exit
 from wse_emu.cli.load import Request, load, read_request
-from wse_emu.cli.options import Executor, NumberFormat, Placing, StreamExperts, WaferName
+from wse_emu.cli.options import Executor, Growth, NumberFormat, Placing, StreamExperts, WaferName
 from wse_emu.cli.tokens import TextStream
 from wse_emu.foundation.errors import StoreError
 from wse_emu.foundation.precision import FLOAT32, Precision
@@ -94,6 +94,7 @@ def run(
     prefill_chunk: options.PrefillChunk = None,
     dtype: options.Dtype = NumberFormat.FLOAT32,
     kv_dtype: options.KvDtype = None,
+    kv_growth: options.KvGrowth = Growth.SHIFT,
     verify: options.Verify = True,
     as_json: options.Json = False,
     ledger: options.LedgerFile = None,
@@ -109,7 +110,7 @@ def run(
         if file is not None:
             check_output_file(option, file)
     request = read_request(model, prompt, ids)
-    placing = Placing(rows, cols, wafer, executor, stream_experts, prefill_chunk, options.precision(dtype, kv_dtype))
+    placing = Placing(rows, cols, wafer, executor, stream_experts, prefill_chunk, options.precision(dtype, kv_dtype), kv_growth)
     started = time.perf_counter()
     loaded = load(request, placing, new_tokens=max_new_tokens, verify=verify, quiet=as_json)
     outcome = Outcome(request, loaded, sampler, placing.precision, host_seconds={"load": time.perf_counter() - started})

@@ -113,8 +113,9 @@ def _keep(run: ForwardPass, some: bool) -> None:
     run.give_up_keys()
     sequences, rows = run.sequences, np.zeros(run.wafer.rows, np.int64)
     if some and not run.spec.runs_indexer(min(run.current_layer + 1, run.spec.num_layers - 1)):
-        for n_new, length in zip(sequences.n_new.tolist(), (sequences.start + sequences.n_new).tolist(), strict=True):
-            rows += _cache(run).split(length).sizes * n_new
+        held = _cache(run).keys_in_pass(0, sequences)
+        for slot, n_new, keys in zip(sequences.slot.tolist(), sequences.n_new.tolist(), held, strict=True):
+            rows += _cache(run).split(slot, keys).sizes * n_new
         run.kept_keys = run.wafer.sram.allocate("chosen keys", -(-rows // 32), (run.heads.units.sizes > 0).astype(np.int64), 4)
 
 

@@ -22,6 +22,7 @@ from wse_emu.foundation.taps import TapRecord
 from wse_emu.layers.edges import logits
 from wse_emu.layers.heads import HeadLayout
 from wse_emu.layers.index_keys import index_heads
+from wse_emu.layers.key_rows import ConcatenatedRows
 from wse_emu.layers.kv_cache import KVCache, Sequences
 from wse_emu.layers.linear import Selection
 from wse_emu.layers.query_temperature import place_factors, temperature_factors
@@ -68,22 +69,27 @@ class Engine:
         self._stream: LayerStream | None = None
 
     def new_cache(
-        self, capacity: Sequence[int] | Ints, *, of: ModelSpec | None = None, aliases: Sequence[int] | None = None
+        self, capacity: Sequence[int] | Ints, *, prompts: Sequence[int] | None = None, of: ModelSpec | None = None,
+        aliases: Sequence[int] | None = None,
     ) -> KVCache:  # fmt: skip
-        """Key/value cache for sequences of at most `capacity` tokens each.
+        """Key/value cache for sequences of at most `capacity` tokens each, `prompts` of them prompt (by default all).
 
         Where this engine has one layer of each kind of a larger model `of`, the cache is that model's, and the engine's layer i stands for
         its layer ``aliases[i]``.
         """
         stored = half_of(self.options.precision.kv)
         spec, most = of or self.spec, np.asarray(capacity, np.int64)
+        lies = None
+        if self.options.kv_growth == "concat":
+            lies = ConcatenatedRows(self.wafer.rows, most.tolist() if prompts is None else prompts)
         patterns, index = [spec.pattern(layer) for layer in range(spec.num_layers)], None
         if spec.indexer is not None:
             own, all_layers = None, spec.indexer_layers
             if aliases is not None:
                 own = [all_layers.index(aliases[layer]) for layer in self.spec.indexer_layers]
-            index = KVCache(self.wafer, index_heads(spec.indexer, self.wafer.cols), len(all_layers), most, aliases=own, stored=stored)
-        return KVCache(self.wafer, self.heads, spec.num_layers, most, patterns, aliases=aliases, stored=stored, index=index)
+            heads = index_heads(spec.indexer, self.wafer.cols)
+            index = KVCache(self.wafer, heads, len(all_layers), most, aliases=own, stored=stored, lies=lies)
+        return KVCache(self.wafer, self.heads, spec.num_layers, most, patterns, aliases=aliases, stored=stored, index=index, lies=lies)
 
     def forward(
         self, token_ids: Ints, sequences: Sequences, cache: KVCache, wanted: Ints,

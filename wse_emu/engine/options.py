@@ -9,6 +9,7 @@ from wse_emu.foundation.arguments import show
 from wse_emu.foundation.errors import InputError, SpecError
 from wse_emu.foundation.precision import FLOAT32, Precision
 from wse_emu.layers.ffn import MoeImplementation
+from wse_emu.layers.key_rows import KvGrowth, check_growth
 from wse_emu.layers.linear import DEFAULT_CHUNK
 
 StreamExperts = Literal["activated", "all"]
@@ -34,6 +35,10 @@ class EngineOptions:
     """Batch tiling on attention: sequences of the batch that go through attention together; None is all. Experts still see all tokens at
     once. A smaller tile needs less SRAM in attention, and streams its weights once for each tile. It must divide the batch."""
 
+    kv_growth: KvGrowth = "shift"
+    """Where keys and values of new tokens go: "shift" keeps all rows of cores balanced by moving older tokens up; "concat" moves nothing
+    and puts all that is generated on the last row, as a baseline to compare with: that row fills up first and works longest."""
+
     skip_zero_weights: bool = False
     """Leave weights of matrices that are zero (all bits; not -0) behind when they stream: their bytes and wavelets are not sent, and
     messages without any other. A core finds zeros in their places and computes what it always does, so no value changes, be an activation
@@ -48,6 +53,7 @@ class EngineOptions:
             raise SpecError(f"`skip_zero_weights` must be True or False, got {show(self.skip_zero_weights)}")
         if not isinstance(self.stream_experts, str) or self.stream_experts not in ("activated", "all"):
             raise SpecError(f"`stream_experts` must be 'activated' or 'all', got {show(self.stream_experts)}")
+        check_growth(self.kv_growth)
         if self.moe_implementation not in get_args(MoeImplementation):
             known = ", ".join(get_args(MoeImplementation))
             raise SpecError(f"`moe_implementation` must be one of {known}, got {self.moe_implementation!r}")

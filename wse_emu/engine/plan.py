@@ -47,6 +47,8 @@ class Workload:
     """Most tokens of each sequence, prompt and new ones."""
     passes: tuple[tuple[tuple[int, int], ...], ...]
     """(sequence, new tokens), for every kind of forward pass (prompt chunks, decode)."""
+    prompts: tuple[int, ...] | None = None
+    """How many of them are prompt; None is all. It matters where keys and values do not shift."""
     probe: bool = False
     """Whether every stage is read, as `WaferModel.verify` does; an expert's output then lies on the wafer once more."""
 
@@ -57,7 +59,7 @@ class Workload:
         passes = list(dict.fromkeys(tuple(chunk) for chunk in prompt_chunks(prompts, prefill_chunk)))
         if new_tokens > 1:
             passes.append(tuple((i, 1) for i in range(len(prompts))))
-        return Workload(capacity=tuple(n + new_tokens for n in prompts), passes=tuple(passes), probe=probe)
+        return Workload(capacity=tuple(n + new_tokens for n in prompts), passes=tuple(passes), prompts=prompts, probe=probe)
 
 
 def prompt_chunks(lengths: tuple[int, ...], chunk: int | None) -> Iterator[list[tuple[int, int]]]:
@@ -109,8 +111,10 @@ def peak_sram(spec: ModelSpec, wafer_spec: WaferSpec, rows: int, cols: int, work
     kinds = [_kind(spec, i) for i in range(spec.num_layers)]
     firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
     for new in work.passes:
-        cache = engine.new_cache(work.capacity, of=spec, aliases=firsts)
-        sequences = sequences_of([s for s, _ in new], [n for _, n in new], [work.capacity[s] - n for s, n in new])
+        cache = engine.new_cache(work.capacity, prompts=work.prompts, of=spec, aliases=firsts)
+        ends = work.capacity if options.kv_growth == "shift" or work.prompts is None else work.prompts
+        ends = work.capacity if max(n for _, n in new) == 1 else ends
+        sequences = sequences_of([s for s, _ in new], [n for _, n in new], [ends[s] - n for s, n in new])
         trace = None
         if spec.is_moe:
             few = np.tile(np.arange(spec.n_slots, dtype=np.int64), (sequences.n_tokens, 1))
@@ -166,7 +170,8 @@ class Plan:
     kv_bytes: int
     """Bytes of keys and values, in all layers and over all cores, when every sequence is as long as planned."""
     max_context: int
-    """Longest sequence that this grid holds, with prompt chunks as planned (a prompt shorter than they are at once); 0 if it holds none."""
+    """Longest sequence that this grid holds, with prompt chunks as planned (a prompt shorter than they are at once); 0 if it holds none.
+    With ``kv_growth="concat"``: one whose prompt is as planned, and that grows from there."""
     message: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -317,13 +322,14 @@ def _max_context(
     spec: ModelSpec, wafer_spec: WaferSpec, rows: int, cols: int, prompt_tokens: int, batch: int, prefill_chunk: int | None,
     options: EngineOptions,
 ) -> int:  # fmt: skip
-    """Longest capacity for which the planned prompt chunk and the decode step still fit."""
+    """Longest capacity for which the planned prompt chunk and the decode step still fit; what is beyond the planned prompt is generated."""
     chunk = min(prefill_chunk or prompt_tokens, prompt_tokens)
 
     def fits(length: int, options: EngineOptions) -> bool:
         passes = tuple(tuple((i, n) for i in range(batch)) for n in (min(chunk, length), 1))
+        work = Workload(capacity=(length,) * batch, passes=passes, prompts=(min(prompt_tokens, length),) * batch)
         try:
-            settle(spec, wafer_spec, rows, cols, Workload(capacity=(length,) * batch, passes=passes), options)
+            settle(spec, wafer_spec, rows, cols, work, options)
         except SramOverflowError:
             return False
         return True

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from wse_emu.foundation.attention_pattern import keys_below, n_keys_of
+from wse_emu.foundation.attention_pattern import keys_below
 from wse_emu.layers.attention_kernels import (
     ACCUMULATE,
     CAP_SCORES,
@@ -256,7 +256,7 @@ def attend_on_cores(
     tally: dict[str, _Counts] = {}
     for i in range(visits.n.size):
         s, first, n, row = (int(a[i]) for a in (visits.sequence, visits.first, visits.n, visits.row))
-        held = cache.split(n_keys_of(plan.held[s]))
+        held = cache.split(int(sequences.slot[s]), plan.held[s])
         here = visits_of(plan, s, held, i)
         row0 = first - int(bands.split.starts[row])
         for head, parts in enumerate(heads.heads):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wse_emu.foundation.attention_pattern import AttentionPattern, KeyRanges, keys_below, n_keys_of
+from wse_emu.foundation.attention_pattern import AttentionPattern, KeyRanges, keys_below
 from wse_emu.layers.attention_kernels import (
     ACCUMULATE,
     CAP_SCORES,
@@ -113,7 +113,7 @@ def _visits(
     first_visit, key_rows, n_keys = [0], [], []
     for s in range(sequences.n_new.size):
         first, n = int(sequences.first_token[s]), int(sequences.n_new[s])
-        starts = cache.split(n_keys_of(held[s])).offsets
+        starts = cache.split(int(sequences.slot[s]), held[s]).offsets
         at = first
         while at < first + n:
             row = int(split.owner[at])

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wse_emu.foundation.attention_pattern import n_keys_of
 from wse_emu.foundation.indexer import Indexer
 from wse_emu.layers.attention_cores import Visit, visits_of
 from wse_emu.layers.attention_kernels import PACK_QUERIES, PARTIAL_SCORES
@@ -64,7 +63,7 @@ def choose_on_cores(
     tally, visits = _Tally(wafer), plan.visits
     for i in range(visits.n.size):
         s, first, n, row = (int(a[i]) for a in (visits.sequence, visits.first, visits.n, visits.row))
-        held = cache.split(n_keys_of(plan.held[s]))
+        held = cache.split(int(sequences.slot[s]), plan.held[s])
         here = visits_of(plan, s, held, i)
         row0 = first - int(bands.split.starts[row])
         with wafer.cores.borrowing() as borrow:

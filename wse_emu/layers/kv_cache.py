@@ -1,7 +1,8 @@
 """Keys and values in the SRAM of the cores: every sequence's tokens lie balanced over all rows and move up as it grows.
 
 Before each append the tokens that are there shift to the rows that a balanced split of the longer sequence gives them (rows differ by at
-most one token at any length), then the new tokens come from the rows that computed them.
+most one token at any length), then the new tokens come from the rows that computed them. Or nothing shifts, and what is generated comes
+to lie on the last row, for comparison (see `wse_emu.layers.key_rows`).
 
 A layer whose pattern of attention forgets (windows, chunks) keeps what its last query admits: the sinks and the last `window` keys, whose
 oldest makes room for the newest. Where a pass brings more tokens than one it holds more while that layer attends, and gives the SRAM back
@@ -29,6 +30,7 @@ from wse_emu.foundation.attention_pattern import FULL, AttentionPattern, keys_be
 from wse_emu.foundation.errors import InputError
 from wse_emu.foundation.precision import HalfType
 from wse_emu.layers.heads import HeadLayout
+from wse_emu.layers.key_rows import KeyRows, ShiftedRows
 from wse_emu.wafer import costs
 from wse_emu.wafer.cores import Block
 from wse_emu.wafer.kernel import Kernel
@@ -103,6 +105,8 @@ class KVCache:
         Format to which keys and values are rounded where they are stored, in two bytes each; float32 by default.
     index : KVCache, optional
         Keys of the indexers for the same sequences, which lie beside, of the layers that have one; freed and counted with this one.
+    lies : KeyRows, optional
+        Which row each key lies on; by default all rows stay balanced.
 
     Raises
     ------
@@ -112,11 +116,12 @@ class KVCache:
 
     def __init__(
         self, wafer: Wafer, heads: HeadLayout, n_layers: int, capacity: Ints, patterns: Seq[AttentionPattern] = (), *,
-        aliases: Seq[int] | None = None, stored: HalfType | None = None, index: KVCache | None = None,
+        aliases: Seq[int] | None = None, stored: HalfType | None = None, index: KVCache | None = None, lies: KeyRows | None = None,
     ) -> None:  # fmt: skip
         self.wafer = wafer
         self.stored = stored
         self.index = index
+        self._lies = lies or ShiftedRows(wafer.rows)
         self._n_bytes = 4 if stored is None else HALF_BYTES
         self._per_token: Ints = heads.units.sizes * 2 * heads.kv_slots
         """(n_cols,) numbers of one token on each column of cores."""
@@ -128,10 +133,12 @@ class KVCache:
         self._aliases = range(n_layers) if aliases is None else aliases
         width = 2 * heads.units.total
         self._bases = np.concatenate([[0], np.cumsum(self.capacity)[:-1]]).astype(np.int64) * width
-        least = {p: np.array([p.most_held(n) for n in self.capacity.tolist()], np.int64) for p in set(self._patterns)}
-        self._least = [-(-least[p] // wafer.rows) for p in self._patterns]
-        self._rows = [rows.copy() for rows in self._least]
-        """Per layer (n_sequences,) tokens that a core has room for."""
+        least = {
+            p: np.stack([self._lies.least_room(s, n, p) for s, n in enumerate(self.capacity.tolist())]) for p in set(self._patterns)
+        }  # fmt: skip
+        self._least = [least[p] for p in self._patterns]
+        self._rows = list(self._least)
+        """Per layer (n_sequences, n_rows) tokens that a core has room for."""
         self._reserved: list[Reservation] = []
         self._k: list[NDArray[np.float32]] = []
         self._v: list[NDArray[np.float32]] = []
@@ -157,7 +164,7 @@ class KVCache:
             self._v.append(np.empty(0 if self.heads.values_in_keys else size, np.float32))
 
     def _allocate(self, layer: int) -> Reservation:
-        rows = np.full(self.wafer.rows, int(self._rows[layer].sum()), np.int64)
+        rows: Ints = self._rows[layer].sum(axis=0)
         what = "index keys" if self.heads.value_dim == 0 else "keys and values"
         return self.wafer.sram.allocate(f"{what} of layer {layer}", rows, self._per_token, self._n_bytes)
 
@@ -165,19 +172,20 @@ class KVCache:
         """Blocks of one sequence on all cores."""
         assert self.wafer.cores is not None
         for col in self.heads.units.used.tolist():
-            shape = (int(self._rows[layer][s]), 2 * int(self.heads.units.sizes[col]))
-            for row in range(self.wafer.rows):
+            for row, n in enumerate(self._rows[layer][s].tolist()):
+                shape = (n, 2 * int(self.heads.units.sizes[col]))
                 arena = self.wafer.cores.arena(row, col)
                 names = ("keys", "values")[: self.heads.kv_slots]
                 self._blocks[layer][s, row, col] = tuple(arena.allocate(name, shape, np.float32, self.stored) for name in names)
 
-    def _resize(self, layer: int, sequences: Sequences, held: Seq[int]) -> None:
+    def _resize(self, layer: int, sequences: Sequences, held: Seq[Split]) -> None:
         """Make room for so many keys of each of some sequences; what lay in their blocks is elsewhere then."""
         if self._patterns[layer] is FULL:  # it has room for all of them from the start
             return
         rows = self._rows[layer].copy()
-        rows[sequences.slot] = np.maximum(self._least[layer][sequences.slot], -(-np.array(held, np.int64) // self.wafer.rows))
-        changed = np.flatnonzero(rows != self._rows[layer]).tolist()
+        room = [self._lies.room(slot, split) for slot, split in zip(sequences.slot.tolist(), held, strict=True)]
+        rows[sequences.slot] = np.maximum(self._least[layer][sequences.slot], room)
+        changed = np.flatnonzero((rows != self._rows[layer]).any(axis=1)).tolist()
         if not changed:
             return
         self.wafer.sram.free(self._reserved[layer])
@@ -237,12 +245,13 @@ class KVCache:
     @property
     def tokens_by_row(self) -> Ints:
         """(n_layers, n_sequences, n_rows) tokens whose keys and values each row of cores holds now."""
-        each = {p: np.stack([self.split(n_keys_of(p.held_after(n))).sizes for n in self.lengths.tolist()]) for p in set(self._patterns)}
+        lengths = list(enumerate(self.lengths.tolist()))
+        each = {p: np.stack([self.split(s, p.held_after(n)).sizes for s, n in lengths]) for p in set(self._patterns)}
         return np.stack([each[p] for p in self._patterns])
 
-    def split(self, length: int) -> Split:
-        """How `length` tokens that are held of one sequence lie over rows."""
-        return Split.balanced(length, self.wafer.rows)
+    def split(self, slot: int, held: Ints) -> Split:
+        """How the keys of one sequence that are held, (m, 2) ranges of positions, lie over rows."""
+        return self._lies.split(slot, held)
 
     def buffers(self, layer: int, sequences: Sequences) -> tuple[NDArray[np.float32], NDArray[np.float32], Ints, Ints]:
         """Batched executor: keys, values (the keys, where these are part of them), and per sequence the first element and the capacity."""
@@ -347,15 +356,17 @@ class KVCache:
         """The same for all layers with one pattern, so made once for each forward pass, or each tile of one."""
         plan = next((p for p in self._plans if p.sequences is sequences and p.bands == bands and p.pattern == pattern), None)
         if plan is None:
-            shifts, arrivals, sizes = list[Runs](), list[Runs](), list[list[int]]()
-            closing = list[tuple[Ints, Ints]]()
+            shifts, arrivals, splits = list[Runs](), list[Runs](), list[list[Split]]()
+            closing = list[tuple[tuple[Ints, Split], tuple[Ints, Split]]]()
             token_row = bands.split.owner
-            for first, n, start in zip(sequences.first_token.tolist(), sequences.n_new.tolist(), sequences.start.tolist(), strict=True):
-                before, held, kept = pattern.held_after(start), pattern.held_during(start, n), pattern.held_after(start + n)
-                sizes.append([n_keys_of(ranges) for ranges in (before, held, kept)])
-                shifts.append(self._moves(before, held))
+            of = (sequences.slot, sequences.first_token, sequences.n_new, sequences.start)
+            for slot, first, n, start in zip(*(field.tolist() for field in of), strict=True):
+                ranges = pattern.held_after(start), pattern.held_during(start, n), pattern.held_after(start + n)
+                before, held, kept = pairs = [(keys, self.split(slot, keys)) for keys in ranges]
+                splits.append([split for _, split in pairs])
+                shifts.append(_moves(*before, *held))
                 closing.append((held, kept))
-                there = self.split(sizes[-1][1]).owner[sizes[-1][1] - n :]
+                there = held[1].owner[held[1].total - n :]
                 arrivals.append(runs_of(token_row[first : first + n], there))
             units, rows = self.heads.units, self.wafer.rows
             n_kept = self.heads.kv_slots
@@ -363,37 +374,22 @@ class KVCache:
                 _along_columns(kind, "keys and values", runs, units, rows, n_kept) for kind, runs in (("shift", shifts), ("send", arrivals))
             )
             stored = Event(None, "", "launch", STORE_KV.name, count=sum(map(len, arrivals)) * int(units.used.size))
-            before_it, with_it, after_it = (tuple(column) for column in zip(*sizes, strict=True))
-            given_up = [] if after_it == with_it else [self._moves(held, kept) for held, kept in closing]
+            before_it, with_it, after_it = (tuple(column) for column in zip(*splits, strict=True))
+            unchanged = [split.total for split in after_it] == [split.total for split in with_it]
+            given_up = [] if unchanged else [_moves(*held, *kept) for held, kept in closing]
             closed = _along_columns("shift", "keys and values", given_up, units, rows, n_kept) if given_up else None
             plan = _AppendPlan(sequences, bands, pattern, shifts, arrivals, given_up, before_it, with_it, after_it, events, stored, closed)
             self._plans.append(plan)
         return plan
 
-    def _moves(self, before: Ints, after: Ints) -> Runs:
-        """What stays of some keys, from the rows that hold them to those that will."""
-        if len(before) == len(after) == 1:
-            (low, high), (after_low, after_high) = before[0].tolist(), after[0].tolist()
-            begin, end = max(low, after_low), min(high, after_high)
-            if end <= begin:
-                return _NO_RUNS
-            sources = self.split(high - low).owner[begin - low : end - low]
-            targets = self.split(after_high - after_low).owner[begin - after_low : end - after_low]
-            return runs_of(sources, targets, begin - low, begin - after_low)
-        keys = keys_of(before)
-        keys = keys[_within_ranges(after, keys)]
-        here, there = keys_below(before, keys), keys_below(after, keys)
-        n_before, n_after = n_keys_of(before), n_keys_of(after)
-        return runs_between(self.split(n_before).owner[here], self.split(n_after).owner[there], here, there)
-
-    def _shift(self, layer: int, sequences: Sequences, shifts: list[Runs], before: Seq[int], after: Seq[int]) -> None:
+    def _shift(self, layer: int, sequences: Sequences, shifts: list[Runs], before: Seq[Split], after: Seq[Split]) -> None:
         """Isolated executor: bring the tokens of all columns of cores from the rows of one split to those of another."""
         cores = self.wafer.cores
         assert cores is not None
         shifted, held = cores.traffic(), list[tuple[int, int, int, Run, NDArray[Any]]]()
         blocks = self._blocks[layer]
         for s, slot in enumerate(sequences.slot.tolist()):
-            starts = self.split(before[s]).starts
+            starts = before[s].starts
             for col in self.heads.units.used.tolist():
                 for run in shifts[s]:
                     for which in range(self.heads.kv_slots):
@@ -407,7 +403,7 @@ class KVCache:
                     for block in blocks[slot, row, col]:
                         block.poison()
         self._resize(layer, sequences, after)
-        ends = [self.split(n).starts for n in after]
+        ends = [split.starts for split in after]
         for s, col, which, run, payload in held:
             block = blocks[int(sequences.slot[s]), run.target, col][which]
             at = run.to - int(ends[s][run.target])
@@ -421,10 +417,10 @@ class KVCache:
         assert self.wafer.cores is not None
         sent = self.wafer.cores.traffic()
         for s, slot in enumerate(sequences.slot.tolist()):
-            first, earlier = int(sequences.first_token[s]), plan.held[s] - int(sequences.n_new[s])
+            first, earlier = int(sequences.first_token[s]), plan.held[s].total - int(sequences.n_new[s])
             for col in self.heads.units.used.tolist():
                 columns = {row: self._blocks[layer][slot, row, col] for row in range(self.wafer.rows)}
-                self._arrive(sent, qkv, col, columns, plan.arrivals[s], first, earlier, self.split(plan.held[s]))
+                self._arrive(sent, qkv, col, columns, plan.arrivals[s], first, earlier, plan.held[s])
         self.wafer.record(sent.event("send", "keys and values", costs.COLORS["send"]))
 
     def _arrive(
@@ -489,13 +485,28 @@ class _AppendPlan:
     shifts: list[Runs]
     arrivals: list[Runs]
     closing: list[Runs]
-    before: tuple[int, ...]
-    """Per sequence, keys that are held before the append, with the new ones, and after attention."""
-    held: tuple[int, ...]
-    kept: tuple[int, ...]
+    before: tuple[Split, ...]
+    """Per sequence, how the keys lie that are held before the append, with the new ones, and after attention."""
+    held: tuple[Split, ...]
+    kept: tuple[Split, ...]
     events: tuple[Event, ...]
     stored: Event
     closed: Event | None
+
+
+def _moves(before: Ints, source: Split, after: Ints, target: Split) -> Runs:
+    """What stays of some keys, ranges (m, 2), from the rows that hold them to those that will."""
+    if len(before) == len(after) == 1:
+        (low, high), (after_low, after_high) = before[0].tolist(), after[0].tolist()
+        begin, end = max(low, after_low), min(high, after_high)
+        if end <= begin:
+            return _NO_RUNS
+        sources, targets = source.owner[begin - low : end - low], target.owner[begin - after_low : end - after_low]
+        return runs_of(sources, targets, begin - low, begin - after_low)
+    keys = keys_of(before)
+    keys = keys[_within_ranges(after, keys)]
+    here, there = keys_below(before, keys), keys_below(after, keys)
+    return runs_between(source.owner[here], target.owner[there], here, there)
 
 
 def _within_ranges(ranges: Ints, keys: Ints) -> NDArray[np.bool_]:
