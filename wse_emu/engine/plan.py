@@ -112,8 +112,9 @@ def peak_sram(spec: ModelSpec, wafer_spec: WaferSpec, rows: int, cols: int, work
     firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
     for new in work.passes:
         cache = engine.new_cache(work.capacity, prompts=work.prompts, of=spec, aliases=firsts)
-        ends = work.capacity if options.kv_growth == "shift" or work.prompts is None else work.prompts
-        ends = work.capacity if max(n for _, n in new) == 1 else ends
+        ends = work.capacity
+        if options.kv_growth == "concat" and work.prompts is not None:
+            ends = work.prompts  # where its chunks lie; room for all that decoding adds to the last row is there from the start
         sequences = sequences_of([s for s, _ in new], [n for _, n in new], [ends[s] - n for s, n in new])
         trace = None
         if spec.is_moe:

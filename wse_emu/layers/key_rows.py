@@ -35,8 +35,8 @@ class KeyRows(Protocol):
     def split(self, slot: int, held: Ints) -> Split:
         """How the keys of one sequence that are held, (m, 2) ranges of positions, lie over rows."""
 
-    def room(self, slot: int, split: Split) -> Ints:
-        """(n_rows,) tokens that each row has room for while the keys of a sequence lie like that."""
+    def room(self, split: Split) -> Ints:
+        """(n_rows,) tokens that each row has room for while keys lie like that."""
 
     def least_room(self, slot: int, capacity: int, pattern: AttentionPattern) -> Ints:
         """(n_rows,) tokens that each row has room for at all times, so that what is kept between passes fits at every length."""
@@ -53,9 +53,8 @@ class ShiftedRows:
         del slot
         return Split.balanced(n_keys_of(held), self._n_rows)
 
-    def room(self, slot: int, split: Split) -> Ints:
+    def room(self, split: Split) -> Ints:
         """The same for all rows, so that a token more on the first of them asks for nothing."""
-        del slot
         return np.full(self._n_rows, split.max_size, np.int64)
 
     def least_room(self, slot: int, capacity: int, pattern: AttentionPattern) -> Ints:
@@ -84,14 +83,12 @@ class ConcatenatedRows:
         starts, total = keys_below(held, self._prompts[slot].starts), n_keys_of(held)
         return Split(total, starts, np.append(starts[1:], total))
 
-    def room(self, slot: int, split: Split) -> Ints:
-        """A row that is full of the prompt has room for what the fullest takes, so that no chunk needs more of it than the last one."""
-        prompt = self._prompts[slot]
-        return np.where(split.sizes == prompt.sizes, prompt.max_size, split.sizes)
+    def room(self, split: Split) -> Ints:
+        """What lies there; of a prompt no row has more than the last, which the last of its chunks fills."""
+        return split.sizes
 
     def least_room(self, slot: int, capacity: int, pattern: AttentionPattern) -> Ints:
         """See `KeyRows`."""
-        prompt = self._prompts[slot]
-        share = np.full(len(prompt), prompt.max_size, np.int64)
-        share[-1] += capacity - prompt.total
+        share = self._prompts[slot].sizes.copy()
+        share[-1] += capacity - self._prompts[slot].total
         return np.minimum(share, pattern.most_held(capacity))

@@ -183,8 +183,7 @@ class KVCache:
         if self._patterns[layer] is FULL:  # it has room for all of them from the start
             return
         rows = self._rows[layer].copy()
-        room = [self._lies.room(slot, split) for slot, split in zip(sequences.slot.tolist(), held, strict=True)]
-        rows[sequences.slot] = np.maximum(self._least[layer][sequences.slot], room)
+        rows[sequences.slot] = np.maximum(self._least[layer][sequences.slot], [self._lies.room(split) for split in held])
         changed = np.flatnonzero((rows != self._rows[layer]).any(axis=1)).tolist()
         if not changed:
             return
