@@ -28,6 +28,8 @@ from wse_emu.wafer.placement import Split, TokenBands
 from wse_kernels.experts import mesh_experts
 from wse_kernels.fma import fma
 from wse_kernels.matmul import COMBINE, STORE, SWIGLU, WEIGHT_TILE_COLS, mesh_matmul
+from wse_kernels.matmul_rounded import mesh_matmul_rounded
+from wse_kernels.storage import TO_BF16
 
 I64 = NDArray[np.int64]
 
@@ -211,6 +213,37 @@ def test_experts_of_a_token(n_experts: int, race: Race, smoke: bool) -> None:
         assert np.abs(np.asarray(call()) - right).max() <= 5e-5 * np.abs(right).max(), name
     words = 3 * n_experts * n_in * width
     race(ours, peers, Work(words, 4 * words, 1))
+
+
+HANDED_ON = (Shape("handed on in bfloat16", 512, 512, 1024, 1536, 32), Shape("handed on in bfloat16", 1, 1, 1024, 3584, 32))
+
+
+@pytest.mark.parametrize("shape", HANDED_ON, ids=str)
+def test_totals_in_16_bits(shape: Shape, race: Race, smoke: bool) -> None:
+    """Totals that are rounded at every column; the peers compute the product in float32."""
+    shape = shape.tiny if smoke else shape
+    x, w = normal(shape.m, shape.n_in), normal(shape.n_in, shape.n_out, seed=1, scale=shape.n_in**-0.5)
+    tiles = streamed(w).values
+    k_starts, out_starts = (Split.balanced(n, shape.n_cols).offsets for n in (shape.n_in, shape.n_out))
+    placed, out, rows = place(x, k_starts), np.zeros(shape.m * shape.n_out, np.float32), np.arange(shape.m)
+    scale = np.ones(1, np.float32)
+
+    def ours() -> Any:
+        mesh_matmul_rounded(
+            placed, shape.m, k_starts, rows, tiles, 0, shape.n_in, shape.n_out, out, shape.m, out_starts, rows, scale, STORE, TO_BF16
+        )  # fmt: skip
+        return out
+
+    ours()
+    right, size = x.astype(np.float64) @ w, np.abs(x) @ np.abs(w)
+    # Half a step, 2**-8, of every partial total, which is at most the sum of its terms' sizes.
+    assert np.all(np.abs(unplace(out, shape.m, out_starts) - right) <= 2.0**-8 * shape.n_cols * size)
+
+    def torch(t: Any, of: Any) -> Call:
+        a, b = of(x), of(w)
+        return lambda: t.matmul(a, b)
+
+    race(ours, {"numpy": lambda: x @ w, **torch_side(torch)}, Work(x.shape[0] * w.size, w.nbytes + x.nbytes + out.nbytes, shape.m))
 
 
 def _silu64(x: Any) -> Any:

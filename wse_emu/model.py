@@ -23,7 +23,7 @@ from wse_emu.foundation.arguments import check_callable, check_flag, show
 from wse_emu.foundation.attention_pattern import AttentionPattern
 from wse_emu.foundation.errors import InputError, SpecError, SramOverflowError, TraceError
 from wse_emu.foundation.model_spec import ModelSpec
-from wse_emu.foundation.precision import DType, Precision
+from wse_emu.foundation.precision import DType, Precision, PrecisionOptLevel
 from wse_emu.foundation.taps import TapRecord, joined
 from wse_emu.foundation.wafer_spec import WSE3
 from wse_emu.layers.ffn import MoeImplementation
@@ -61,8 +61,9 @@ def from_pretrained(
     moe_implementation: MoeImplementation = "experimental", prefill_chunk: int | None = None, chunk: int | None = None,
     prefetch_depth: int = 1, resident_bytes: int = RESIDENT_BYTES, bta_max_tile: int | None = None,
     attention: Attention | None = None, dense_attention_layers: Sequence[int] = (), dtype: DType = "float32",
-    kv_dtype: DType | None = None, kv_growth: KvGrowth = "shift", skip_zero_weights: bool = False,
-    cache_dir: str | os.PathLike[str] | None = None, progress: Callable[[int, int], None] | None = None,
+    kv_dtype: DType | None = None, precision_opt_level: PrecisionOptLevel = 0, kv_growth: KvGrowth = "shift",
+    skip_zero_weights: bool = False, cache_dir: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> WaferModel:  # fmt: skip
     """Open a Hugging Face directory; its weights stay in MemoryX.
 
@@ -99,9 +100,12 @@ def from_pretrained(
         Layers that `attention` leaves dense.
     dtype : {"float32", "bfloat16", "float16", "cb16"}
         Format of activations: what a stage stores is rounded to it (to nearest, ties to even) where SRAM is written, and takes two bytes
-        there but for float32. Arithmetic and sums are float32. A number beyond the format's largest raises `NumberOverflowError`.
+        there but for float32. Arithmetic is float32. A number beyond the format's largest raises `NumberOverflowError`.
     kv_dtype : the same, optional
         Format of keys and values; by default `dtype`.
+    precision_opt_level : {0, 1}
+        Which sums a format of 16 bits reaches. 0: none. 1: what a row of cores hands on of a matrix product is rounded to `dtype`; inside
+        a core sums are float32. Not with float32.
     kv_growth : {"shift", "concat"}
         Where keys and values of new tokens go: all rows of cores stay balanced, older tokens shifting; or nothing moves, and all that is
         generated comes to lie on the last row. Never changes a value.
@@ -125,7 +129,7 @@ def from_pretrained(
     """
     options = _options(
         wafer, max_tokens, prefill_chunk, stream_experts, moe_implementation, chunk, prefetch_depth, bta_max_tile,
-        Precision(dtype=dtype, kv_dtype=kv_dtype), kv_growth, skip_zero_weights,
+        Precision(dtype=dtype, kv_dtype=kv_dtype, precision_opt_level=precision_opt_level), kv_growth, skip_zero_weights,
     )  # fmt: skip
     check_callable("progress", progress)
     checkpoint = open_checkpoint(path)
@@ -147,7 +151,7 @@ def from_config(
     stream_experts: StreamExperts = "activated", moe_implementation: MoeImplementation = "experimental", prefill_chunk: int | None = None,
     chunk: int | None = None, prefetch_depth: int = 1, bta_max_tile: int | None = None, attention: Attention | None = None,
     dense_attention_layers: Sequence[int] = (), dtype: DType = "float32", kv_dtype: DType | None = None,
-    kv_growth: KvGrowth = "shift", skip_zero_weights: bool = False,
+    precision_opt_level: PrecisionOptLevel = 0, kv_growth: KvGrowth = "shift", skip_zero_weights: bool = False,
 ) -> WaferModel:  # fmt: skip
     """Make a model with random weights, each made when it is first needed and then held in memory.
 
@@ -159,7 +163,7 @@ def from_config(
         The same seed gives the same weights.
     wafer, max_tokens, stream_experts, moe_implementation, prefill_chunk, chunk, prefetch_depth, bta_max_tile, attention
         As for `from_pretrained`.
-    dense_attention_layers, dtype, kv_dtype, kv_growth, skip_zero_weights
+    dense_attention_layers, dtype, kv_dtype, precision_opt_level, kv_growth, skip_zero_weights
         As for `from_pretrained`.
 
     Returns
@@ -168,7 +172,7 @@ def from_config(
     """
     options = _options(
         wafer, max_tokens, prefill_chunk, stream_experts, moe_implementation, chunk, prefetch_depth, bta_max_tile,
-        Precision(dtype=dtype, kv_dtype=kv_dtype), kv_growth, skip_zero_weights,
+        Precision(dtype=dtype, kv_dtype=kv_dtype, precision_opt_level=precision_opt_level), kv_growth, skip_zero_weights,
     )  # fmt: skip
     checkpoint = random_checkpoint(config, seed)
     dry = wafer is not None and wafer.is_dry

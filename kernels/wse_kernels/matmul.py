@@ -129,7 +129,7 @@ def _chain_strip(a: F32, r0: int, r1: int, w: F32, w0: int, stride: int, k_start
 
 
 @helper
-def _pack_rows(x: F32, n_x_rows: int, k_starts: I64, rows: I64, i0: int, i1: int, starts: I64, a: F32) -> None:
+def pack_rows(x: F32, n_x_rows: int, k_starts: I64, rows: I64, i0: int, i1: int, starts: I64, a: F32) -> None:
     """Copy the chosen rows i0 to i1 of x to `a` as (blocks, k, ROWS), the last one again where a block is not full; `starts` is scratch."""
     n_cols = k_starts.shape[0] - 1
     for c in range(n_cols):
@@ -145,7 +145,7 @@ def _pack_rows(x: F32, n_x_rows: int, k_starts: I64, rows: I64, i0: int, i1: int
 
 
 @helper
-def _pack_strips(w: F32, w0: int, stride: int, n: int, n_in: int, b: F32) -> None:
+def pack_strips(w: F32, w0: int, stride: int, n: int, n_in: int, b: F32) -> None:
     """Copy n adjacent columns of a weight tile to `b` as (strips, n_in, COLS), the last strip filled up with zeros."""
     n_full = n // COLS
     for k in range(n_in):
@@ -188,7 +188,7 @@ def _thin_matmul(
 
 
 @helper
-def _group_columns(n_out: int, n_parts: int) -> int:
+def group_columns(n_out: int, n_parts: int) -> int:
     """Columns that a thread takes at a time: a weight tile, or an equal part of it that is whole strips, for threads to take turns."""
     width = WEIGHT_TILE_COLS
     while n_parts > 1 and width > COLS and n_out < GROUPS_PER_THREAD * n_parts * width:
@@ -222,8 +222,8 @@ def _mesh_matmul(
     b = np.empty(WEIGHT_TILE_COLS * n_in, np.float32)
     t = np.empty((part_rows, COLS), np.float32)
     h = np.empty((part_rows, COLS // 2), np.float32)
-    _pack_rows(x, n_x_rows, k_starts, rows, i0, i1, np.empty(ROWS, np.int64), a)
-    width = _group_columns(n_out, n_parts)
+    pack_rows(x, n_x_rows, k_starts, rows, i0, i1, np.empty(ROWS, np.int64), a)
+    width = group_columns(n_out, n_parts)
     n_groups = (n_out + width - 1) // width
     group = 0 if share_rows else take_ticket(tickets)
     while group < n_groups:
@@ -233,7 +233,7 @@ def _mesh_matmul(
         w0 = w_offset + tile * n_in + first_col - tile
         packed = n_blocks >= _PACKED_BLOCKS or (last_col - first_col) % COLS > 0
         if packed:
-            _pack_strips(w, w0, stride, last_col - first_col, n_in, b)
+            pack_strips(w, w0, stride, last_col - first_col, n_in, b)
         for j0 in range(first_col, last_col, COLS):
             j1 = min(j0 + COLS, last_col)
             if packed:

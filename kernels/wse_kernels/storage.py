@@ -18,6 +18,9 @@ from wse_kernels.formats import (
 
 F32 = NDArray[np.float32]
 
+TO_BF16, TO_F16, TO_CB16 = 0, 1, 2
+"""Formats by number, for `round_to`."""
+
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _INFINITY = np.int32(0x7F800000)
 _NONE = np.int32(0)
@@ -58,6 +61,16 @@ def round_cb16(x: F32) -> np.int32:
         largest = max(largest, _finite_size(x[i]))
         x[i] = f32_of_cb16(cb16_of_f32(x[i]))
     return largest
+
+
+@helper
+def round_to(x: F32, fmt: int) -> np.int32:
+    """Round `x`, (n,) float32, to one of `TO_BF16`, `TO_F16` and `TO_CB16`; as `round_bf16`."""
+    if fmt == TO_BF16:
+        return round_bf16(x)
+    if fmt == TO_F16:
+        return round_f16(x)
+    return round_cb16(x)
 
 
 @kernel()

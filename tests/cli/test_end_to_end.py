@@ -260,7 +260,7 @@ def test_a_run_in_16_bits_verifies_and_says_so(checkpoint: Path, tmp_path: Path,
     words = [str(checkpoint), "--ids", str(tmp_path / "ids.txt"), "--rows", "3", "--cols", "3", "--dtype", "bfloat16"]
     code, document, err = run(capsys, "run", *words, "--kv-dtype", "cb16", "--max-new-tokens", "3")
     assert code == 0, err
-    assert document["precision"] == {"dtype": "bfloat16", "kv_dtype": "cb16"}
+    assert document["precision"] == {"dtype": "bfloat16", "kv_dtype": "cb16", "precision_opt_level": 0}
     assert document["verification"]["passed"]
     assert invoke(["verify", *words]) == 0
     out = capsys.readouterr().out
@@ -268,7 +268,29 @@ def test_a_run_in_16_bits_verifies_and_says_so(checkpoint: Path, tmp_path: Path,
     assert "stored in bfloat16; bounds follow that" in out
     plans = [run(capsys, "plan", str(checkpoint), "--prompt-tokens", "8", "--rows", "3", *more)[1] for more in ((), ("--dtype", "float16"))]
     assert plans[0]["plan"]["kv_bytes"] == 2 * plans[1]["plan"]["kv_bytes"]
-    assert (plans[1]["dtype"], plans[1]["kv_dtype"]) == ("float16", "float16")
+    assert (plans[1]["dtype"], plans[1]["kv_dtype"], plans[1]["precision_opt_level"]) == ("float16", "float16", 0)
+
+
+def test_a_level_of_sums_is_passed_on_and_refused_with_float32(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ids.txt").write_text("1 2 3 4 5")
+    level = ["--precision-opt-level", "1"]
+    words = [str(checkpoint), "--ids", str(tmp_path / "ids.txt"), "--rows", "3", "--cols", "3"]
+    code, document, err = run(capsys, "run", *words, *level, "--dtype", "bfloat16", "--max-new-tokens", "2")
+    assert code == 0, err
+    assert document["precision"]["precision_opt_level"] == 1
+    assert document["verification"]["passed"]
+    assert invoke(["verify", *words, *level, "--dtype", "cb16"]) == 0
+    assert "executor batched, stored in cb16, precision_opt_level 1\n" in capsys.readouterr().out
+    code, document, err = run(capsys, "plan", str(checkpoint), "--prompt-tokens", "8", *level, "--dtype", "cb16")
+    assert (code, document["precision_opt_level"]) == (0, 1)
+    code, document, err = run(capsys, "sparsify", *words, *level, "--dtype", "cb16")
+    assert code == 0, err
+    for command in ("run", "verify", "sparsify"):
+        code, document, err = run(capsys, command, *words, *level)
+        assert (code, document) == (2, None)
+        assert "`precision_opt_level` 1 hands sums on in the 16 bits of `dtype`, which is float32" in err
 
 
 def test_growth_behind_the_last_token_generates_the_same_and_moves_nothing(

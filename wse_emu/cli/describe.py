@@ -62,7 +62,7 @@ def what_and_where(request: Request, wafer: Wafer, lies: SramMap | None, precisi
         }
     return {
         "model": model_entry(request.path, request.spec),
-        "precision": {"dtype": precision.dtype, "kv_dtype": precision.kv},
+        "precision": {"dtype": precision.dtype, "kv_dtype": precision.kv, "precision_opt_level": precision.precision_opt_level},
         "wafer": {"name": wafer.spec.name, "rows": wafer.rows, "cols": wafer.cols, "executor": wafer.executor, "sram": sram},
         "prompt": {"text": request.text, "ids": request.ids},
     }

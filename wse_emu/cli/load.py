@@ -118,6 +118,7 @@ def load(request: Request, placing: Placing, *, new_tokens: int, verify: bool, q
             prefill_chunk=placing.prefill_chunk,
             dtype=placing.precision.dtype,
             kv_dtype=placing.precision.kv_dtype,
+            precision_opt_level=placing.precision.precision_opt_level,
             kv_growth=placing.kv_growth.value,
             progress=progress,
         )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple, cast
 
 import typer
 
-from wse_emu.foundation.precision import FLOAT32, Precision
+from wse_emu.foundation.precision import FLOAT32, Precision, PrecisionOptLevel
 from wse_emu.foundation.wafer_spec import WSE2, WSE3, WaferSpec
 
 if TYPE_CHECKING:
@@ -96,9 +96,16 @@ Wafer = Annotated[WaferName, typer.Option("--wafer", help="Which wafer's limits 
 Execution = Annotated[Executor, typer.Option("--executor", help=_EXECUTORS)]
 Dtype = Annotated[
     NumberFormat,
-    typer.Option("--dtype", help="Format in which activations are stored; sums are float32. cb16: 6 exponent bits, 9 of the mantissa."),
+    typer.Option("--dtype", help="Format in which activations are stored. cb16: 6 exponent bits, 9 of the mantissa."),
 ]
 KvDtype = Annotated[NumberFormat | None, typer.Option("--kv-dtype", help="Format of keys and values; by default as --dtype.")]
+OptLevel = Annotated[
+    int,
+    typer.Option(
+        "--precision-opt-level", min=0, max=1,
+        help="Sums in 16 bits, with a --dtype of 16 bits: 0 none, 1 what rows of cores hand on of matrix products.",
+    ),
+]  # fmt: skip
 KvGrowth = Annotated[
     Growth,
     typer.Option("--kv-growth", help="shift: keys and values stay balanced over rows; concat: what is generated goes to the last row."),
@@ -141,9 +148,11 @@ DenseLayers = Annotated[
 Clear = Annotated[bool, typer.Option("--clear", help="Remove everything listed; it is made again when needed.")]
 
 
-def precision(dtype: NumberFormat, kv_dtype: NumberFormat | None) -> Precision:
-    """Formats as asked for."""
-    return Precision(dtype=dtype.value, kv_dtype=None if kv_dtype is None else kv_dtype.value)
+def precision(dtype: NumberFormat, kv_dtype: NumberFormat | None, level: int) -> Precision:
+    """Formats and sums as asked for."""
+    return Precision(
+        dtype=dtype.value, kv_dtype=None if kv_dtype is None else kv_dtype.value, precision_opt_level=cast(PrecisionOptLevel, level)
+    )
 
 
 def grid(rows: int | None, cols: int | None) -> tuple[int | None, int | None]:

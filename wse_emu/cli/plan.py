@@ -24,6 +24,7 @@ def plan(
     prefill_chunk: options.PrefillChunk = None,
     dtype: options.Dtype = NumberFormat.FLOAT32,
     kv_dtype: options.KvDtype = None,
+    precision_opt_level: options.OptLevel = 0,
     kv_growth: options.KvGrowth = Growth.SHIFT,
     window: options.Window = None,
     sinks: options.Sinks = 0,
@@ -56,14 +57,15 @@ def plan(
         new_tokens=new_tokens,
         batch=batch,
         prefill_chunk=prefill_chunk,
-        options=EngineOptions(precision=options.precision(dtype, kv_dtype), kv_growth=kv_growth.value),
+        options=EngineOptions(precision=options.precision(dtype, kv_dtype, precision_opt_level), kv_growth=kv_growth.value),
         config=config,
     )
     code = Exit.OK if made.fits else Exit.DOES_NOT_FIT
     if as_json:
         asked = {
             "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "prefill_chunk": prefill_chunk, "window": window,
-            "sinks": sinks, "dense_layers": dense_layers, "dtype": dtype, "kv_dtype": kv_dtype or dtype, "kv_growth": kv_growth,
+            "sinks": sinks, "dense_layers": dense_layers, "dtype": dtype, "kv_dtype": kv_dtype or dtype,
+            "precision_opt_level": precision_opt_level, "kv_growth": kv_growth,
         }  # fmt: skip
         document = {"schema": JSON_SCHEMA, "command": "plan", "model": model_entry(model, spec), "wafer": wafer.spec.name, **asked}
         print(json.dumps({**document, "plan": made.to_dict()}))

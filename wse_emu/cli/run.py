@@ -94,6 +94,7 @@ def run(
     prefill_chunk: options.PrefillChunk = None,
     dtype: options.Dtype = NumberFormat.FLOAT32,
     kv_dtype: options.KvDtype = None,
+    precision_opt_level: options.OptLevel = 0,
     kv_growth: options.KvGrowth = Growth.SHIFT,
     verify: options.Verify = True,
     as_json: options.Json = False,
@@ -110,7 +111,8 @@ def run(
         if file is not None:
             check_output_file(option, file)
     request = read_request(model, prompt, ids)
-    placing = Placing(rows, cols, wafer, executor, stream_experts, prefill_chunk, options.precision(dtype, kv_dtype), kv_growth)
+    precision = options.precision(dtype, kv_dtype, precision_opt_level)
+    placing = Placing(rows, cols, wafer, executor, stream_experts, prefill_chunk, precision, kv_growth)
     started = time.perf_counter()
     loaded = load(request, placing, new_tokens=max_new_tokens, verify=verify, quiet=as_json)
     outcome = Outcome(request, loaded, sampler, placing.precision, host_seconds={"load": time.perf_counter() - started})

@@ -37,6 +37,7 @@ def sparsify(
     prefill_chunk: options.PrefillChunk = None,
     dtype: options.Dtype = NumberFormat.FLOAT32,
     kv_dtype: options.KvDtype = None,
+    precision_opt_level: options.OptLevel = 0,
     plot: Plot = None,
     as_json: options.Json = False,
 ) -> int:
@@ -49,7 +50,8 @@ def sparsify(
     from wse_emu.doctor.sparsify import sparsify as measured
 
     request = read_request(model, prompt, ids)
-    placing = Placing(rows, cols, wafer, Executor.BATCHED, prefill_chunk=prefill_chunk, precision=options.precision(dtype, kv_dtype))
+    precision = options.precision(dtype, kv_dtype, precision_opt_level)
+    placing = Placing(rows, cols, wafer, Executor.BATCHED, prefill_chunk=prefill_chunk, precision=precision)
     loaded = load(request, placing, new_tokens=0, verify=False, quiet=as_json)
     report = measured(request.spec.num_layers, keep_dense, lambda sparse: _measure(loaded, request.ids, sparse, window, sinks))
     if plot is not None:

@@ -22,6 +22,7 @@ def verify(
     prefill_chunk: options.PrefillChunk = None,
     dtype: options.Dtype = NumberFormat.FLOAT32,
     kv_dtype: options.KvDtype = None,
+    precision_opt_level: options.OptLevel = 0,
     as_json: options.Json = False,
 ) -> int:
     """Compare every stage with the dense reference.
@@ -29,7 +30,8 @@ def verify(
     Runs the prompt through the wafer and holds every stage of every layer against a dense float64 forward pass.
     """
     request = read_request(model, prompt, ids)
-    placing = Placing(rows, cols, wafer, executor, prefill_chunk=prefill_chunk, precision=options.precision(dtype, kv_dtype))
+    precision = options.precision(dtype, kv_dtype, precision_opt_level)
+    placing = Placing(rows, cols, wafer, executor, prefill_chunk=prefill_chunk, precision=precision)
     loaded = load(request, placing, new_tokens=0, verify=True, quiet=as_json)
     if not as_json:
         print(header(request, loaded.wafer, placing.precision), flush=True)

@@ -55,7 +55,7 @@ def _shared(run: ForwardPass, normal: PlacedTensor, y: PlacedTensor) -> None:
         )  # fmt: skip
         run.tap("shared_out", y)
         if shared.gated:
-            gate = run.weights.matrix(prefix + "gate", spec.hidden_size, 1)
+            gate = run.weights.score_matrix(prefix + "gate", spec.hidden_size, 1)
             logits = gate_rows(run.wafer, normal, gate, y, run.bands, chunk=run.options.piece)
             if run.result.taps is not None:
                 run.result.taps.stages[run.layer, "shared_gate"] = logits

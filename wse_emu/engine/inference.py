@@ -148,6 +148,7 @@ class Engine:
         starts["heads"] = self.heads.context.starts
         latent = self.spec.latent
         if latent is not None:
+            starts["query"] = Split.balanced(latent.qk_nope_head_dim // 2, self.wafer.cols).scaled(2).starts
             starts["values"] = Split.balanced(latent.v_head_dim // 2, self.wafer.cols).scaled(2 * self.spec.num_heads).starts
             if latent.q_lora_rank is not None:
                 starts["query_a"] = Split.balanced(latent.q_lora_rank, self.wafer.cols).starts
@@ -191,7 +192,7 @@ def _execute(run: ForwardPass, token_ids: Ints, wanted: Ints, stream: LayerStrea
     with stream.layer(weights.head_names, weights.layer_names(0)), run.empty("normalised", run.place) as normal:
         run.norm("final_norm", x, normal, "final_norm")
         with ledger.scope("lm_head"):
-            head = weights.matrix("lm_head", spec.hidden_size, spec.vocab_size)
+            head = weights.score_matrix("lm_head", spec.hidden_size, spec.vocab_size)
             selection = Selection.of_tokens(np.asarray(wanted, np.int64), run.bands.split)
             offset = StreamedVector("lm_head_bias", weights.vector("lm_head_bias")) if spec.biases.head else None
             run.result.logits = logits(

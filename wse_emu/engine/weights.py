@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from wse_emu.engine.options import EngineOptions
 from wse_emu.foundation.model_spec import ModelSpec
+from wse_emu.foundation.precision import HalfType
 from wse_emu.foundation.weights import head_weights, layer_prefix, layer_weights, router_vectors
 from wse_emu.layers.clamped_experts import ClampedWeights
 from wse_emu.layers.ffn import FfnWeights
@@ -65,10 +66,14 @@ class ModelWeights:
         """A matrix of the store, on its way to the wafer."""
         return StreamedMatrix(name, n_in, n_out, *self._at_rest(name))
 
-    def _at_rest(self, name: str) -> tuple[NDArray[np.float32] | None, int | None, bool]:
-        """Values, bytes on disk, and whether zeros stay behind."""
-        tiles = None if self.shapes_only else self.store.tiles(name)
-        return tiles, None if self._disk_bytes is None else self._disk_bytes(name), self.options.skip_zero_weights
+    def score_matrix(self, name: str, n_in: int, n_out: int) -> StreamedMatrix:
+        """A matrix whose products decide or leave the wafer: their sums are float32 whatever the precision."""
+        return replace(self.matrix(name, n_in, n_out), sums=None)
+
+    def _at_rest(self, name: str) -> tuple[NDArray[np.float32] | None, int | None, bool, HalfType | None]:
+        """Values, bytes on disk, whether zeros stay behind, and the format in which sums are handed on."""
+        tiles, options = None if self.shapes_only else self.store.tiles(name), self.options
+        return tiles, None if self._disk_bytes is None else self._disk_bytes(name), options.skip_zero_weights, options.precision.sums
 
     def heads(self, name: str, n_in: int, n_out: int) -> StreamedHeads:
         """A matrix for every query head."""
@@ -100,5 +105,5 @@ class ModelWeights:
             StreamedVector(prefix + name, self.vector(prefix + name)) if name in there else None
             for name in ("router_bias", "e_score_correction_bias")
         ]
-        gate = replace(self.matrix(prefix + "router", spec.hidden_size, spec.num_experts), skip_zeros=False)
+        gate = replace(self.score_matrix(prefix + "router", spec.hidden_size, spec.num_experts), skip_zeros=False)
         return RouterWeights(gate, *vectors)

@@ -12,6 +12,7 @@ from scipy.special import expit
 from wse_emu.equivalence import local_latent, tolerance
 from wse_emu.equivalence.local_index import index_stage
 from wse_emu.equivalence.local_latent import latent_stage
+from wse_emu.equivalence.products import Products
 from wse_emu.equivalence.routing_bounds import expert_weights_bound, together_scores
 from wse_emu.equivalence.stages import attended, chosen_in, inputs_of, is_stored, of_heads
 from wse_emu.foundation.model_spec import ModelSpec
@@ -24,6 +25,9 @@ from wse_emu.reference.weights import PublishedWeights
 F64 = NDArray[np.float64]
 Bounded = tuple[F64, F64]
 """Exact value and bound of the error, of one shape."""
+
+SCORES = ("router_logits", "shared_gate")
+"""Products whose sums are float32 whatever the precision, beside the logits."""
 
 
 class StageLocal:
@@ -47,6 +51,7 @@ class StageLocal:
         self._spec = spec
         self._read = read
         self._weights = PublishedWeights(spec, read, np.dtype(np.float64))
+        self._products = Products(record, spec, precision)
         kinds = {spec.rotates_locally(i) for i in range(spec.num_layers)}
         self._angles = {local: rotary.rotary_angles(spec, record.seq, record.pos, local=local) for local in kinds}
         self._attention: tuple[int, dict[str, Bounded]] | None = None
@@ -93,15 +98,16 @@ class StageLocal:
             return self._attention[1][name]
         inputs = self._inputs(layer, name)
         x = inputs[0]
-        of_index = index_stage(self._record, spec, self._weights, layer, name, inputs, self._precision)
+        of_index = index_stage(self._record, spec, self._weights, self._products, layer, name, inputs, self._precision)
         if of_index is not None:
             return of_index
-        of_latent = latent_stage(self._record, spec, self._weights, layer, name, inputs)
+        of_latent = latent_stage(self._record, spec, self._weights, self._products, layer, name, inputs)
         if of_latent is not None:
             return of_latent
         if name in ("q", "k", "v", "attn_out", "router_logits", "shared_gate"):
             role = {"q": "w_q", "k": "w_k", "v": "w_v", "attn_out": "w_o", "router_logits": "router", "shared_gate": "shared_gate"}[name]
-            value, bound = self._linear(x, tensors.layer_tensor(spec, layer, role))
+            tensor = tensors.layer_tensor(spec, layer, role)
+            value, bound = self._scores(x, tensor) if name in SCORES else self._linear(self._input(layer, name), x, tensor)
             if spec.biases.out if name == "attn_out" else spec.biases.qkv and name in ("q", "k", "v"):
                 bound = self._stored(value, bound)[1]  # the product is written, then the sum
                 value = value + self._weights.layer(layer, "b_" + role[2:])
@@ -139,9 +145,9 @@ class StageLocal:
         if name in ("ffn_hidden", "shared_hidden"):
             return self._glu(layer, x, None if name == "ffn_hidden" else "shared")
         if name == "shared_out":
-            return self._linear(x, tensors.layer_tensor(spec, layer, "w_down", "shared"))
+            return self._linear("shared_hidden", x, tensors.layer_tensor(spec, layer, "w_down", "shared"))
         if name == "ffn_out":
-            return self._linear(x, tensors.layer_tensor(spec, layer, "w_down"))
+            return self._linear("ffn_hidden", x, tensors.layer_tensor(spec, layer, "w_down"))
         return self._chosen_experts(layer, name, x)
 
     def _norm(self, x: F64, layer: int | None, name: str) -> Bounded:
@@ -165,7 +171,7 @@ class StageLocal:
     def _logits(self, x: F64) -> Bounded:
         """Head, its constant divisor (each weight is divided by it and rounded) and the cap."""
         scales, head = self._spec.scales, tensors.lm_head(self._spec)
-        value, bound = self._linear(x, head)
+        value, bound = self._scores(x, head)
         if self._spec.biases.head:
             added = self._weights.raw(tensors.lm_head_bias(self._spec)).astype(np.float64)
             value, bound = value + added, bound + tolerance.add_bound(np.abs(value + added) + bound)
@@ -211,7 +217,7 @@ class StageLocal:
             if name == "expert_hidden":
                 value[at], bound[at] = self._glu(layer, self._entering(layer, x, at), int(expert))
             else:
-                value[at], bound[at] = self._linear(x[at], tensors.layer_tensor(spec, layer, "w_down", int(expert)))
+                value[at], bound[at] = self._linear("expert_hidden", x[at], tensors.layer_tensor(spec, layer, "w_down", int(expert)))
                 if spec.clamped_experts is not None:
                     value[at], bound[at] = self._biased(value[at], bound[at], layer, "b_down", int(expert))
         return value, bound
@@ -278,8 +284,8 @@ class StageLocal:
         return out | {"attn_context": (value.reshape(len(q), -1), bound.reshape(len(q), -1))}
 
     def _glu(self, layer: int, x: F64, expert: tensors.Expert) -> Bounded:
-        gate, e_gate = self._linear(x, tensors.layer_tensor(self._spec, layer, "w_gate", expert))
-        up, e_up = self._linear(x, tensors.layer_tensor(self._spec, layer, "w_up", expert))
+        gate, e_gate = self._linear("ffn_norm", x, tensors.layer_tensor(self._spec, layer, "w_gate", expert))
+        up, e_up = self._linear("ffn_norm", x, tensors.layer_tensor(self._spec, layer, "w_up", expert))
         clamped = self._spec.clamped_experts if isinstance(expert, int) else None
         if clamped is not None:
             alpha, limit = float(np.float32(clamped.alpha)), float(np.float32(clamped.limit))
@@ -295,9 +301,17 @@ class StageLocal:
         total = value + self._weights.layer(layer, role, expert)
         return total, bound + tolerance.add_bound(np.abs(total) + bound)
 
-    def _linear(self, x: F64, published: tensors.Published) -> Bounded:
-        weight = self._weights.raw(published)
-        return formulas.linear(x, weight.astype(np.float64)).astype(np.float64), tolerance.linear_bound(x, weight)
+    def _linear(self, stage: str, x: F64, published: tensors.Published) -> Bounded:
+        """A product of what `stage` gave."""
+        return self._products.linear(stage, x, self._weights.raw(published))
+
+    def _scores(self, x: F64, published: tensors.Published) -> Bounded:
+        """A product whose sums are float32."""
+        return self._products.scores(x, self._weights.raw(published))
+
+    def _input(self, layer: int | None, name: str) -> str:
+        """The stage that a stage is a product with."""
+        return inputs_of(self._spec, (layer, name))[0][1]
 
     def _inputs(self, layer: int | None, name: str) -> list[F64]:
         return [self._record.stages[stage].astype(np.float64) for stage in inputs_of(self._spec, (layer, name))]

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wse_emu.equivalence import tolerance
+from wse_emu.equivalence.products import Products
 from wse_emu.foundation.indexer import Indexer
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.precision import Precision
@@ -24,7 +25,8 @@ PROJECTIONS = {"index_query": "index_w_q", "index_key_a": "index_w_k", "index_we
 
 
 def index_stage(
-    record: TapRecord, spec: ModelSpec, weights: PublishedWeights, layer: int, name: str, inputs: list[F64], precision: Precision
+    record: TapRecord, spec: ModelSpec, weights: PublishedWeights, products: Products, layer: int, name: str, inputs: list[F64],
+    precision: Precision,
 ) -> Bounded | None:
     """Expected value and bound of one stage of an indexer; None for any other.
 
@@ -36,7 +38,7 @@ def index_stage(
     x = inputs[0]
     if name in PROJECTIONS:
         weight = weights.raw(tensors.layer_tensor(spec, layer, PROJECTIONS[name]))
-        value, bound = formulas.linear(x, weight.astype(np.float64)).astype(np.float64), tolerance.linear_bound(x, weight)
+        value, bound = products.linear("query_a_norm" if name == "index_query" else "attn_norm", x, weight)
         shape = (len(x), own.num_heads, own.head_dim) if name == "index_query" else value.shape
         return value.reshape(shape), bound.reshape(shape)
     if name == "index_key":

@@ -6,10 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wse_emu.equivalence import tolerance
+from wse_emu.equivalence.products import Products
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.taps import TapRecord
 from wse_emu.reference import formulas, rotary, tensors
-from wse_emu.reference.latent_attention import per_head
 from wse_emu.reference.weights import PublishedWeights
 
 F64 = NDArray[np.float64]
@@ -20,7 +20,9 @@ PROJECTIONS = {"query_a": "w_q_a", "query": "w_q", "latent_a": "w_kv_a"}
 """Stage to the matrix that it is a product with."""
 
 
-def latent_stage(record: TapRecord, spec: ModelSpec, weights: PublishedWeights, layer: int, name: str, inputs: list[F64]) -> Bounded | None:
+def latent_stage(
+    record: TapRecord, spec: ModelSpec, weights: PublishedWeights, products: Products, layer: int, name: str, inputs: list[F64]
+) -> Bounded | None:
     """Expected value and bound of one stage of latent attention up to what attention reads, and of "attn_context"; None for any other.
 
     Parameters
@@ -28,6 +30,7 @@ def latent_stage(record: TapRecord, spec: ModelSpec, weights: PublishedWeights, 
     record : TapRecord
     spec : ModelSpec
     weights : PublishedWeights
+    products : Products
     layer : int
     name : str
     inputs : list of ndarray, float64
@@ -40,7 +43,8 @@ def latent_stage(record: TapRecord, spec: ModelSpec, weights: PublishedWeights, 
     if name in PROJECTIONS:
         role = "w_q_b" if name == "query" and latent.q_lora_rank is not None else PROJECTIONS[name]
         weight = weights.raw(tensors.layer_tensor(spec, layer, role))
-        value, bound = formulas.linear(x, weight.astype(np.float64)).astype(np.float64), tolerance.linear_bound(x, weight)
+        source = "query_a_norm" if role == "w_q_b" else "attn_norm"
+        value, bound = products.linear(source, x, weight)
         shape = (len(x), spec.num_heads, spec.query_dim) if name == "query" else value.shape
         return value.reshape(shape), bound.reshape(shape)
     if name in ("query_a_norm", "latent"):
@@ -54,9 +58,9 @@ def latent_stage(record: TapRecord, spec: ModelSpec, weights: PublishedWeights, 
         bound = tolerance.rotary_bound(part, angles, factor, interleaved=spec.rotary.interleaved)
         return (turned, bound) if name == "query_rope" else (turned[:, 0], bound[:, 0])
     if name == "query_latent":
-        return _per_head(x[..., :nope], _of_heads(weights, spec, layer)[:, :nope].transpose(0, 2, 1))
+        return products.per_head("query", x[..., :nope], _of_heads(weights, spec, layer)[:, :nope].transpose(0, 2, 1))
     if name == "attn_context":
-        value, bound = _per_head(x, _of_heads(weights, spec, layer)[:, nope:])
+        value, bound = products.per_head("attn_latent", x, _of_heads(weights, spec, layer)[:, nope:])
         return value.reshape(len(x), -1), bound.reshape(len(x), -1)
     return None
 
@@ -72,9 +76,3 @@ def _of_heads(weights: PublishedWeights, spec: ModelSpec, layer: int) -> F64:
     """``kv_b_proj`` by heads, (heads, nope + v_head_dim, rank)."""
     tensor = weights.layer(layer, "w_kv_b")
     return tensor.reshape(spec.num_heads, -1, tensor.shape[1]).astype(np.float64)
-
-
-def _per_head(x: F64, weight: F64) -> Bounded:
-    """``x[:, head] @ weight[head].T`` with the bound of a product: x (T, heads, in), weight (heads, out, in)."""
-    size = per_head(np.abs(x), np.abs(weight))
-    return per_head(x, weight).astype(np.float64), tolerance.sum_bound(x.shape[-1], size)

@@ -272,6 +272,16 @@ def core_of(record: TapRecord, spec: ModelSpec, name: str, token: int, element: 
     return row, int(np.searchsorted(record.col_starts[axis], index, side="right")) - 1  # of equal starts the last: the others are empty
 
 
+def columns_of(record: TapRecord, spec: ModelSpec, name: str, n: int) -> NDArray[np.int64]:
+    """(n,) column of cores of each of the first n elements of a stage; of a stage of heads, of every head's."""
+    heads = () if name not in ("query", "attn_latent") else (0,)
+    found = [_axis_index(spec, name, (*heads, i)) for i in range(n)]
+    starts = {axis[0]: record.col_starts[axis[0]] for axis in found if axis is not None}
+    columns = [int(np.searchsorted(starts[axis[0]], axis[1], side="right")) - 1 for axis in found if axis is not None]
+    assert len(columns) == n, name
+    return np.array(columns, np.int64)
+
+
 def _axis_index(spec: ModelSpec, name: str, element: tuple[int, ...]) -> tuple[str, int] | None:
     """Axis of the wafer layout that a stage is split along, and the element's index on it ("heads": row of ``w_o``)."""
     d, group = spec.head_dim, spec.queries_per_kv
@@ -299,6 +309,8 @@ def _axis_of_latent(spec: ModelSpec, latent: LatentAttention, name: str, element
         return "query_a", element[0]
     if name in ("attn_max", "attn_denominator"):
         return "heads", 0
+    if name == "query" and element[1] < latent.qk_nope_head_dim:
+        return "query", element[1]
     if name in ("query_latent", "attn_latent"):
         head, i = element
         return "heads", (i // 2 * heads + head) * 2 + i % 2

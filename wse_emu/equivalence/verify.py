@@ -91,6 +91,8 @@ def verify_record(
         If the record's tokens break the rules above or do not fit the model. What is wrong with its stages is in the report instead.
     """
     _check_tokens(record, spec)
+    if precision.sums is not None and "hidden" not in record.col_starts:
+        raise InputError("`record.col_starts` is empty: with `precision_opt_level` 1 a result depends on where features lie")
     with np.errstate(all="ignore"):  # what is not finite is named by the structure check
         return _Verification(record, spec, read, end_to_end, precision).report()
 
@@ -109,7 +111,9 @@ class _Verification:
         self._expected = expected_stages(spec)
         self._usable: dict[Stage, NDArray[Any]] = {}
         self._structure = self._check_structure()
-        self._usable_record = TapRecord(record.seq, record.pos, record.token_ids, self._usable, pass_of_token=record.pass_of_token)
+        self._usable_record = TapRecord(
+            record.seq, record.pos, record.token_ids, self._usable, pass_of_token=record.pass_of_token, col_starts=record.col_starts
+        )  # fmt: skip
         self._local = StageLocal(self._usable_record, spec, self._read, precision)
         self._end_to_end = end_to_end
         self._copies = max(2, -(-TWIN_TOKENS // len(record.seq)))
@@ -165,10 +169,11 @@ class _Verification:
         n_tokens = len(r.seq)
         nudge = 1 + np.random.default_rng(0).uniform(-2 * self._u, 2 * self._u, (copies * n_tokens, self._spec.hidden_size))
         nudge[:n_tokens] = 1
+        n_columns = 1 if self._precision.sums is None else len(r.col_starts["hidden"])
         exact = DenseReference(self._spec, self._read).stages(
             r.token_ids, r.seq, r.pos, routing=routing, routing_weights=shares, chosen_keys=chosen
         )  # fmt: skip
-        twin = DenseReference(self._spec, self._read, dtype=np.float32, precision=self._precision).stages(
+        twin = DenseReference(self._spec, self._read, dtype=np.float32, precision=self._precision, n_columns=n_columns).stages(
             np.tile(r.token_ids, copies),
             np.repeat(np.arange(copies), n_tokens) * (r.seq.max() + 1) + np.tile(r.seq, copies),
             np.tile(r.pos, copies),

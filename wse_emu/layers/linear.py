@@ -23,10 +23,12 @@ from wse_emu.wafer.kernel import Kernel
 from wse_emu.wafer.ledger import Event
 from wse_emu.wafer.moves import CHAIN_ADD
 from wse_emu.wafer.placement import Ints, Split, TokenBands
+from wse_emu.wafer.storage import ROUNDINGS, beyond_largest, overflow
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.wafer import Wafer
 from wse_kernels.ffn import combine_into, geglu_into, swiglu_into
 from wse_kernels.matmul import COMBINE, GEGLU, STORE, SWIGLU, mesh_matmul
+from wse_kernels.matmul_rounded import mesh_matmul_rounded
 
 __all__ = ["COMBINE", "DEFAULT_CHUNK", "GEGLU", "STORE", "SWIGLU", "Selection", "all_gather_bands", "matmul"]
 
@@ -107,6 +109,9 @@ def matmul(
 ) -> None:
     """``out = x @ weight``, chained over the wafer's columns in the order of `wse_kernels.matmul`.
 
+    Where ``weight.sums`` names a format of 16 bits, a total is rounded to it (to nearest, ties to even) every time a column hands it on to
+    the next: each core adds its own float32 partial to what came in. What the last column has is float32.
+
     Parameters
     ----------
     wafer : Wafer
@@ -133,14 +138,14 @@ def matmul(
     """
     selection = take or put or compact
     counts = (selection.counts if selection is not None else bands.split.sizes).tobytes()
-    program = matmul, bands, counts, x.placement, out.placement, weight.name, weight.n_in, weight.n_bytes, mode, chunk
+    program = matmul, bands, counts, x.placement, out.placement, weight.name, weight.n_in, weight.n_bytes, weight.sums, mode, chunk
     events = None if weight.leaves_zeros else wafer.known_events(program)  # what zeros leave depends on more than shapes
     if events is None:
         with wafer.first_run(program):
             _whole(wafer, x, weight, out, bands, mode, take, put, compact, chunk, counts, elsewhere)
         return
     if not (wafer.is_dry or elsewhere):
-        _batched(x, weight, out, bands, mode, take, put, compact)
+        _batched(wafer, x, weight, out, bands, mode, take, put, compact)
     wafer.ledger.extend(events)
 
 
@@ -162,20 +167,20 @@ def _whole(
     with (
         wafer.empty("weight slabs", slab_place) as slab,
         wafer.empty("partial sums", part_place) as part,
-        wafer.empty("incoming sums", part_place) as inbox,
+        wafer.empty("incoming sums", part_place, stored=weight.sums) as inbox,
         wafer.empty("delivered sums", part_place) as landing,
         wafer.sram.code(PARTIAL_MATMUL.name, PARTIAL_MATMUL.code_bytes + CHAIN_ADD.code_bytes + _GATING.get(mode, SWIGLU_INTO).code_bytes),
     ):
         if wafer.cores is not None:
             events = _isolated(wafer, x, weight, out, bands, mode, take, put, compact, chunk, slab, part, inbox, landing)
         elif not (wafer.is_dry or elsewhere):
-            _batched(x, weight, out, bands, mode, take, put, compact)
+            _batched(wafer, x, weight, out, bands, mode, take, put, compact)
     for event in events:
         wafer.record(event)
 
 
 def _batched(
-    x: PlacedTensor, weight: StreamedMatrix, out: PlacedTensor, bands: TokenBands, mode: int,
+    wafer: Wafer, x: PlacedTensor, weight: StreamedMatrix, out: PlacedTensor, bands: TokenBands, mode: int,
     take: Selection | None, put: Selection | None, compact: Selection | None,
 ) -> None:  # fmt: skip
     n_tokens = bands.n_tokens
@@ -184,12 +189,18 @@ def _batched(
     if m == 0:
         return
     all_rows = _ramp(m)
-    mesh_matmul(
+    args = (
         x.flat, m if put or compact else n_tokens, x.placement.axis1[1].offsets, all_rows if take is None else take.rows,
         weight.values, 0, weight.n_in, weight.n_out,
         out.flat, m if take or compact else n_tokens, out.placement.axis1[1].offsets, all_rows if put is None else put.rows,
         _NO_SCALE if put is None else put.scale, mode,
     )  # fmt: skip
+    if weight.sums is None:
+        mesh_matmul(*args)
+    else:
+        beyond = beyond_largest(mesh_matmul_rounded(*args, ROUNDINGS[weight.sums]), weight.sums)
+        if beyond is not None:
+            raise overflow(wafer.ledger.where("incoming sums"), beyond, weight.sums)
     out.settle(m * out.placement.shape[1] if take or compact else None)
 
 

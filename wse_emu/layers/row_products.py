@@ -37,7 +37,7 @@ class RowProducts:
     x : PlacedTensor
         Its columns, split over columns of cores, are the rows of the matrix.
     slab, part, inbox : PlacedTensor
-        Work blocks: slabs of the piece in flight, partial sums, incoming sums.
+        Work blocks: slabs of the piece in flight, partial sums, and incoming sums in the format in which they are handed on.
     """
 
     def __init__(
@@ -81,9 +81,9 @@ class RowProducts:
                 continue
             come = self._inbox.held[core].prefix(m, w.array.shape[1])
             self._cores.send(self._chain, acc, [come])
-            self._cores.run(CHAIN_ADD, core, {"acc": come, "p": p})
+            self._cores.run(CHAIN_ADD, core, {"acc": p, "p": come})
             self._added += 1
-            acc = come
+            acc = p
         assert acc is not None
         return acc
 

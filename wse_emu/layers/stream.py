@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from wse_emu.foundation.precision import HalfType
 from wse_emu.foundation.weights import TILE_COLS
 
 
@@ -30,6 +31,8 @@ class StreamedMatrix:
     """Bytes of its codes and scales as the checkpoint holds it; None is float32."""
     skip_zeros: bool = False
     """Whether weights that are zero (all bits; not -0) stay behind."""
+    sums: HalfType | None = None
+    """Format of 16 bits in which a row of cores hands on the partial sums of products with it; None is float32."""
 
     @property
     def n_bytes(self) -> int:
@@ -71,7 +74,7 @@ class StreamedMatrix:
         tiles = None if self.tiles is None else self.tiles[start * self.n_in : stop * self.n_in]
         disk = self.disk_bytes
         share = None if disk is None else disk * stop // self.n_out - disk * start // self.n_out
-        return StreamedMatrix(self.name, self.n_in, stop - start, tiles, share, self.skip_zeros)
+        return StreamedMatrix(self.name, self.n_in, stop - start, tiles, share, self.skip_zeros, self.sums)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +88,11 @@ class StreamedHeads:
     tiles: NDArray[np.float32] | None
     disk_bytes: int | None = None
     skip_zeros: bool = False
+    sums: HalfType | None = None
 
     def head(self, head: int) -> StreamedMatrix:
         """The matrix of one head, without a copy; in the ledger all go by one name."""
         size = self.n_in * self.n_out
         tiles = None if self.tiles is None else self.tiles[head * size : (head + 1) * size]
         share = None if self.disk_bytes is None else -(-self.disk_bytes // self.n_heads)
-        return StreamedMatrix(self.name, self.n_in, self.n_out, tiles, share, self.skip_zeros)
+        return StreamedMatrix(self.name, self.n_in, self.n_out, tiles, share, self.skip_zeros, self.sums)

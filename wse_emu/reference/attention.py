@@ -28,7 +28,7 @@ def attention_block(
     stages = _attend(weights, layer, norm, seq, pos) if spec.latent is None else latent_attention(weights, layer, norm, seq, pos, chosen)
     for name, flat in stages:
         yield name, flat
-    out = weights.stored(formulas.linear(flat, weights.layer(layer, "w_o")))
+    out = weights.stored(weights.product(flat, weights.layer(layer, "w_o")))
     if spec.biases.out:
         out = weights.stored(out + weights.layer(layer, "b_o"))
     yield "attn_out", out
@@ -40,7 +40,7 @@ def _attend(weights: PublishedWeights, layer: int, norm: Floats, seq: Ints, pos:
     spec = weights.spec
     now: dict[str, Floats] = {}
     for name, heads in (("q", spec.num_heads), ("k", spec.num_kv_heads), ("v", spec.num_kv_heads)):
-        y = weights.stored(formulas.linear(norm, weights.layer(layer, "w_" + name)))
+        y = weights.stored(weights.product(norm, weights.layer(layer, "w_" + name)))
         if spec.biases.qkv:
             y = weights.stored(y + weights.layer(layer, "b_" + name))
         now[name] = y.reshape(-1, heads, spec.head_dim)

@@ -35,7 +35,10 @@ class DenseReference:
         float64 for the reference. float32 gives the *naive twin*: the same formulas in plain float32 NumPy, whose distance from the
         reference is what a straightforward implementation of that precision loses.
     precision : Precision
-        For the twin: formats to which it rounds what its stages give, and keys and values. The reference itself rounds nothing.
+        For the twin: formats to which it rounds what its stages give, keys and values, and sums that are handed on. The reference itself
+        rounds nothing.
+    n_columns : int
+        Parts of a sum that the twin adds one after another where these are handed on in 16 bits.
 
     Raises
     ------
@@ -43,14 +46,16 @@ class DenseReference:
         If `dtype` is neither.
     """
 
-    def __init__(self, spec: ModelSpec, read: Reader, *, dtype: DTypeLike = np.float64, precision: Precision = FLOAT32) -> None:
+    def __init__(
+        self, spec: ModelSpec, read: Reader, *, dtype: DTypeLike = np.float64, precision: Precision = FLOAT32, n_columns: int = 1
+    ) -> None:  # fmt: skip
         self.spec = spec
         self.dtype = np.dtype(dtype)
         if self.dtype not in (np.dtype(np.float64), np.dtype(np.float32)):
             raise InputError(f"`dtype` of the reference must be float64 or float32, got {self.dtype}")
         if self.dtype == np.float64 and precision != FLOAT32:
             raise InputError(f"`precision` is for the naive twin, with `dtype` float32; got {precision} with {self.dtype}")
-        self._weights = PublishedWeights(spec, read, self.dtype, precision)
+        self._weights = PublishedWeights(spec, read, self.dtype, precision, n_columns)
 
     def forward(
         self, token_ids: NDArray[Any], seq: NDArray[Any], pos: NDArray[Any], *, routing: Routing | None = None

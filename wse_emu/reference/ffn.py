@@ -23,17 +23,17 @@ def routing_numbers(rule: RoutingRule, token_ids: Ints, pos: Ints) -> Ints:
 
 def dense_ffn(weights: PublishedWeights, layer: int, x: Floats, expert: Expert = None) -> Iterator[tuple[str, Floats]]:
     """Stages of one feed-forward network, a layer's own or one expert's; the last is "ffn_out"."""
-    gate, up = (formulas.linear(x, weights.layer(layer, name, expert)) for name in ("w_gate", "w_up"))
+    gate, up = (weights.product(x, weights.layer(layer, name, expert)) for name in ("w_gate", "w_up"))
     clamped = weights.spec.clamped_experts if isinstance(expert, int) else None
     if clamped is not None:
         b_gate, b_up, b_down = (weights.layer(layer, name, expert) for name in ("b_gate", "b_up", "b_down"))
         hidden = weights.stored(formulas.clamped_glu(gate + b_gate, up + b_up, clamped.alpha, clamped.limit))
         yield "ffn_hidden", hidden
-        yield "ffn_out", formulas.linear(hidden, weights.layer(layer, "w_down", expert)) + b_down
+        yield "ffn_out", weights.product(hidden, weights.layer(layer, "w_down", expert)) + b_down
         return
     hidden = weights.stored(formulas.glu(gate, up, weights.spec.activation))
     yield "ffn_hidden", hidden
-    out = formulas.linear(hidden, weights.layer(layer, "w_down", expert))
+    out = weights.product(hidden, weights.layer(layer, "w_down", expert))
     yield "ffn_out", weights.stored(out) if expert is None else out  # others join a sum
 
 

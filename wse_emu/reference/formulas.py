@@ -24,6 +24,12 @@ def linear(x: Floats, weight: Floats) -> Floats:
     return out
 
 
+def per_head(x: Floats, weight: Floats) -> Floats:
+    """``x[:, head] @ weight[head].T``: x (T, heads, in), weight (heads, out, in) -> (T, heads, out)."""
+    out: Floats = np.ascontiguousarray((x.transpose(1, 0, 2) @ weight.transpose(0, 2, 1)).transpose(1, 0, 2))
+    return out
+
+
 def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis; x (T, n), weight (n,)."""
     mean = np.mean(x * x, axis=-1, keepdims=True)

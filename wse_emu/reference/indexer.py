@@ -24,14 +24,14 @@ def indexer(
     """Stages from the normalised residual stream `norm` (T, hidden) and queries' short vector (T, q_lora_rank) to "index_keys"."""
     spec, own = weights.spec, weights.spec.indexer
     assert own is not None
-    query = weights.stored(formulas.linear(short, weights.layer(layer, "index_w_q"))).reshape(len(norm), own.num_heads, own.head_dim)
+    query = weights.stored(weights.product(short, weights.layer(layer, "index_w_q"))).reshape(len(norm), own.num_heads, own.head_dim)
     yield "index_query", query
-    raw = weights.stored(formulas.linear(norm, weights.layer(layer, "index_w_k")))
+    raw = weights.stored(weights.product(norm, weights.layer(layer, "index_w_k")))
     yield "index_key_a", raw
     key = weights.stored(formulas.layer_norm(raw, weights.layer(layer, "index_k_norm"), None, own.norm_eps))
     key = weights.stored(key + weights.layer(layer, "index_k_norm_bias"))
     yield "index_key", key
-    of_heads = weights.stored(formulas.linear(norm, weights.layer(layer, "index_weights")))
+    of_heads = weights.stored(weights.product(norm, weights.layer(layer, "index_weights")))
     yield "index_weights", of_heads
     angles, factor = rotary.rotary_angles(spec, seq, pos)
     query = weights.stored(formulas.rotate(query, angles, factor, interleaved=own.interleaved))

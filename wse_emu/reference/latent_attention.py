@@ -31,13 +31,13 @@ def latent_attention(
     heads, nope, rank = spec.num_heads, latent.qk_nope_head_dim, latent.kv_lora_rank
     source, role = norm, "w_q"
     if latent.q_lora_rank is not None:
-        short = weights.stored(formulas.linear(norm, weights.layer(layer, "w_q_a")))
+        short = weights.stored(weights.product(norm, weights.layer(layer, "w_q_a")))
         yield "query_a", short
         source, role = weights.stored(formulas.rms_norm(short, weights.norm(layer, "q_a_norm"), latent.norm_eps)), "w_q_b"
         yield "query_a_norm", source
-    query = weights.stored(formulas.linear(source, weights.layer(layer, role))).reshape(len(norm), heads, -1)
+    query = weights.stored(weights.product(source, weights.layer(layer, role))).reshape(len(norm), heads, -1)
     yield "query", query
-    both = weights.stored(formulas.linear(norm, weights.layer(layer, "w_kv_a")))
+    both = weights.stored(weights.product(norm, weights.layer(layer, "w_kv_a")))
     yield "latent_a", both
     kept = weights.stored(formulas.rms_norm(both[:, :rank], weights.norm(layer, "kv_a_norm"), latent.norm_eps))
     yield "latent", kept
@@ -49,7 +49,7 @@ def latent_attention(
     yield "query_rope", turned
     yield "rope_key", key[:, 0]
     of_heads = weights.layer(layer, "w_kv_b").reshape(heads, nope + latent.v_head_dim, rank)
-    absorbed = weights.stored(per_head(query[..., :nope], of_heads[:, :nope].transpose(0, 2, 1)))
+    absorbed = weights.stored(weights.product_per_head(query[..., :nope], of_heads[:, :nope].transpose(0, 2, 1)))
     yield "query_latent", absorbed
     if spec.runs_indexer(layer):
         for name, value in indexer(weights, layer, norm, source, seq, pos):
@@ -78,9 +78,3 @@ def latent_attention(
     yield "attn_denominator", denominator
     yield "attn_latent", weights.stored(mixed)
     yield "attn_context", weights.stored(context.reshape(t, -1))
-
-
-def per_head(x: Floats, weight: Floats) -> Floats:
-    """``x[:, head] @ weight[head].T``: x (T, heads, in), weight (heads, out, in) -> (T, heads, out)."""
-    out: Floats = np.ascontiguousarray((x.transpose(1, 0, 2) @ weight.transpose(0, 2, 1)).transpose(1, 0, 2))
-    return out

@@ -30,11 +30,15 @@ class PublishedWeights:
     dtype : dtype
         Of the computation.
     precision : Precision
-        Formats to which `stored` and `kept` round what stages give.
+        Formats to which `stored` and `kept` round what stages give, and in which `product` hands sums on.
+    n_columns : int
+        Parts of which `product` adds one after another.
     """
 
-    def __init__(self, spec: ModelSpec, read: Reader, dtype: np.dtype[Any], precision: Precision = FLOAT32) -> None:
-        self.spec, self.dtype, self.precision = spec, dtype, precision
+    def __init__(
+        self, spec: ModelSpec, read: Reader, dtype: np.dtype[Any], precision: Precision = FLOAT32, n_columns: int = 1
+    ) -> None:  # fmt: skip
+        self.spec, self.dtype, self.precision, self.n_columns = spec, dtype, precision, n_columns
         self._read = read
 
     def stored(self, x: Floats) -> Floats:
@@ -44,6 +48,22 @@ class PublishedWeights:
     def kept(self, x: Floats) -> Floats:
         """Keys or values as the cache keeps them."""
         return rounded(x, self.precision.kv)
+
+    def product(self, x: Floats, weight: Floats) -> Floats:
+        """``x @ weight.T``: x (T, in), weight (out, in) -> (T, out); in parts where these are handed on in 16 bits."""
+        if self.precision.sums is None:
+            return formulas.linear(x, weight)
+        parts = np.array_split(np.arange(x.shape[1]), min(self.n_columns, x.shape[1]))
+        total = formulas.linear(x[:, parts[0]], weight[:, parts[0]])
+        for part in parts[1:]:
+            total = rounded(total, self.precision.dtype) + formulas.linear(x[:, part], weight[:, part])
+        return total
+
+    def product_per_head(self, x: Floats, weight: Floats) -> Floats:
+        """``x[:, head] @ weight[head].T``: x (T, heads, in), weight (heads, out, in) -> (T, heads, out)."""
+        if self.precision.sums is None:
+            return formulas.per_head(x, weight)
+        return np.stack([self.product(x[:, head], weight[head]) for head in range(x.shape[1])], axis=1)
 
     def layer(self, layer: int, role: str, expert: tensors.Expert = None) -> Floats:
         """Tensor of one layer by its role; see `tensors.layer_tensor`."""

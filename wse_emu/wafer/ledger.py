@@ -140,6 +140,11 @@ class Ledger:
     def current_scope(self, scope: tuple[int | None, str]) -> None:
         self._layer, self._stage = scope
 
+    def where(self, tensor: str) -> str:
+        """A tensor as errors name it, after the layer and the stage that run."""
+        scope = ([] if self._layer is None else [f"layer {self._layer}"]) + ([self._stage] if self._stage else [])
+        return f"{', '.join(scope)}: `{tensor}`" if scope else f"`{tensor}`"
+
     @contextmanager
     def forward_pass(self, phase: str, tokens: Sequence[NewTokens]) -> Iterator[None]:
         """Mark the events recorded inside the block as one forward pass; one that raises leaves no mark."""

@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from wse_emu.foundation.errors import NumberOverflowError
 from wse_emu.foundation.precision import HalfType
 from wse_kernels.formats import BF16, CB16, F16, FloatFormat, decode, encode
-from wse_kernels.storage import round_bf16, round_cb16, round_f16
+from wse_kernels.storage import TO_BF16, TO_CB16, TO_F16, round_bf16, round_cb16, round_f16
 
 FORMATS: Final[dict[HalfType, FloatFormat]] = {"bfloat16": BF16, "float16": F16, "cb16": CB16}
 _IN_PLACE: Final[dict[HalfType, Callable[..., Any]]] = {"bfloat16": round_bf16, "float16": round_f16, "cb16": round_cb16}
+ROUNDINGS: Final[dict[HalfType, int]] = {"bfloat16": TO_BF16, "float16": TO_F16, "cb16": TO_CB16}
+"""Formats as kernels number them."""
 HALF_BYTES: Final = 2
 
 
@@ -46,8 +48,12 @@ def nearest(x: NDArray[np.float32], stored: HalfType, where: str) -> NDArray[np.
 
 def round_in_place(x: NDArray[np.float32], stored: HalfType) -> float | None:
     """The same for contiguous numbers (n,), compiled; returns the largest number that has become infinite, None if there is none."""
-    largest = np.int32(_IN_PLACE[stored](x)).view(np.float32)
-    fmt = FORMATS[stored]
+    return beyond_largest(_IN_PLACE[stored](x), stored)
+
+
+def beyond_largest(size: int, stored: HalfType) -> float | None:
+    """The number of these bits, the largest finite magnitude that was rounded, if it has become infinite."""
+    largest, fmt = np.int32(size).view(np.float32), FORMATS[stored]
     half_step = 2.0 ** (fmt.bias - fmt.mantissa_bits - 1)
     return float(largest) if largest >= fmt.max_finite + half_step else None
 

@@ -64,9 +64,7 @@ class PlacedTensor:
             return
         beyond = round_in_place(self.data if n is None else self.data[:n], self.stored)
         if beyond is not None:
-            layer, stage = self.wafer.ledger.current_scope
-            at = ", ".join(([] if layer is None else [f"layer {layer}"]) + ([stage] if stage else []))
-            raise overflow(f"{at}: `{self.name}`" if at else f"`{self.name}`", beyond, self.stored)
+            raise overflow(self.wafer.ledger.where(self.name), beyond, self.stored)
 
     @property
     def held(self) -> dict[tuple[int, int], Block]:
