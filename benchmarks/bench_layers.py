@@ -93,11 +93,24 @@ def both(name: str) -> Callable[[Callable[[Layer], Case]], Callable[[Layer], Cas
     """Decorator: the case for a prompt and for one more token."""
 
     def keep(make: Callable[[Layer], Case]) -> Callable[[Layer], Case]:
-        CASES.add(f"{name}, prompt")(lambda smoke: make(Layer.prefill(smoke)))
-        CASES.add(f"{name}, token")(lambda smoke: make(Layer.decode(smoke)))
+        CASES.add(f"{name}, prompt")(lambda smoke: _computed(make(Layer.prefill(smoke))))
+        CASES.add(f"{name}, token")(lambda smoke: _computed(make(Layer.decode(smoke))))
         return make
 
     return keep
+
+
+def _computed(case: Case) -> Case:
+    """The case with its numbers computed, which a layer may leave to helpers."""
+
+    def ours() -> Any:
+        out = case.ours()
+        for result in out if isinstance(out, tuple) else (out,):
+            if isinstance(result, PlacedTensor):
+                result.wafer.pending.finish()
+        return out
+
+    return replace(case, ours=ours)
 
 
 # ---- in and out, norms, sums

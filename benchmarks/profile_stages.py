@@ -6,8 +6,9 @@
 A stage is what the ledger calls one; its time runs while the ledger attributes events to it. Beside it stand three figures of the same run:
 its time with the ``dry`` executor, which walks the same Python with the same routing and computes nothing, and the least time that its
 multiply-adds and the weights that it streams would take at the machine's measured peaks. The larger of those two bounds a stage from
-below; what goes beyond it and beyond Python is launches, threads that wait for each other, and kernels short of the peak. Turns of both
-executors alternate. All figures are seconds of the host: they say what this emulator costs, nothing about a wafer.
+below; what goes beyond it and beyond Python is launches, threads that wait for each other, and kernels short of the peak. Every stage
+waits for its numbers here; a run goes on with Python meanwhile, and takes less. Turns of both executors alternate. All figures are seconds
+of the host: they say what this emulator costs, nothing about a wafer.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import wse_emu as wse
 from benchmarks.bench_models import CONFIGS, TINY, Sizes
 from benchmarks.peaks import Machine, measure_machine
 from wse_emu.wafer.ledger import ForwardPass, Ledger, NewTokens
+from wse_emu.wafer.pending import Pending
 
 OUTSIDE = "between stages"
 """Time of a forward pass that belongs to no stage: waiting for weights, handing tensors from stage to stage."""
@@ -38,10 +40,11 @@ Seconds = dict[tuple[int | None, str], float]
 
 
 class TimedLedger(Ledger):
-    """A ledger that also keeps the seconds of every stage of every forward pass."""
+    """A ledger that also keeps the seconds of every stage of every forward pass, each with all that it asked to compute."""
 
-    def __init__(self) -> None:
+    def __init__(self, pending: Pending) -> None:
         super().__init__()
+        self._pending = pending
         self.seconds: list[Seconds] = []
         """Of each forward pass."""
 
@@ -51,6 +54,7 @@ class TimedLedger(Ledger):
         with super().scope(stage, layer):
             began = perf_counter()
             yield
+            self._pending.finish()
             if self.seconds:
                 self.seconds[-1][layer, stage] += perf_counter() - began
 
@@ -142,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         wafers = {executor: wse.Wafer(wse.WSE3, rows=sizes.rows, cols=sizes.cols, executor=executor) for executor in ("batched", "dry")}
         models = {}
         for executor, wafer in wafers.items():
-            wafer.ledger = TimedLedger()
+            wafer.ledger = TimedLedger(wafer.pending)
             models[executor] = wse.from_pretrained(directory / "model", wafer=wafer, cache_dir=directory)
         batched, dry = models["batched"], models["dry"]
         batched.generate(ids, max_new_tokens=sizes.n_new)  # compiles

@@ -33,7 +33,7 @@ from wse_kernels.attention_tile import (
     store_tile,
 )
 from wse_kernels.exp import exp32, tanh32
-from wse_kernels.threads import Driver
+from wse_kernels.threads import Driver, Runner, at_once
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -409,7 +409,7 @@ _driver = Driver(_mesh_attention)
 def mesh_attention(
     qkv: F32, unit_starts: I64, q_slots: int, head_dim: int, scale: np.float32, cap_score: np.float32, sink: F32,
     first_range: I64, ranges: I64, t0: I64, nt: I64, kv_base: I64, cap: I64, k_cache: F32, v_cache: F32,
-    context: F32, m_out: F32, denom_out: F32,
+    context: F32, m_out: F32, denom_out: F32, *, run: Runner = at_once,
 ) -> None:  # fmt: skip
     """Attention of one layer over all cores and sequences, in parallel over sequences, key/value heads and tiles of queries.
 
@@ -446,9 +446,11 @@ def mesh_attention(
         units only, and its size says how many.
     m_out, denom_out : ndarray, (n_tokens, n_kv_heads * q_slots), float32
         Written: maximum of the scaled scores and denominator of every query head. Pass arrays of shape (0, 0) if not wanted.
+    run : callable
+        How the driver is called.
     """
     admitted = int((ranges[:, 1] - ranges[:, 0]).sum())
-    _driver(
-        admitted * int(unit_starts[-1]) * q_slots, qkv, unit_starts, q_slots, head_dim, scale, cap_score, sink, first_range, ranges, t0, nt,
-        kv_base, cap, k_cache, v_cache, context, m_out, denom_out,
+    run(
+        _driver, admitted * int(unit_starts[-1]) * q_slots, qkv, unit_starts, q_slots, head_dim, scale, cap_score, sink,
+        first_range, ranges, t0, nt, kv_base, cap, k_cache, v_cache, context, m_out, denom_out,
     )  # fmt: skip

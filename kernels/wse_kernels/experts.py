@@ -14,7 +14,7 @@ from wse_kernels._jit import kernel
 from wse_kernels.ffn import geglu_into, swiglu_into
 from wse_kernels.matmul import SWIGLU
 from wse_kernels.matmul_parts import GROUPS_PER_THREAD, STREAMS, WEIGHT_TILE_COLS, thin_tiles, write_strip
-from wse_kernels.threads import Driver
+from wse_kernels.threads import LEAVE, STAY, Runner, SharedDriver, at_once
 from wse_kernels.tickets import new_tickets, pause, take_ticket, tickets_taken
 
 F32 = NDArray[np.float32]
@@ -30,23 +30,28 @@ FEW_TOKENS = 2
 
 @kernel(driver=True)
 def _mesh_experts(
-    part: int, n_parts: int, gates: I64, gated: I64, downs: I64,
+    role: int, n_threads: int, progress: I64, gates: I64, gated: I64, downs: I64,
     x: F32, n_x_rows: int, k_starts: I64, starts: I64, rows: I64, scale: F32,
     gate_up: Tiles, down: Tiles, n_in: int, width: int, mode: int,
     hidden: F32, hidden_starts: I64, places: I64, out: F32, n_out_rows: int, out_starts: I64, n_out: int,
 ) -> None:  # fmt: skip
-    """One thread's part of `mesh_experts`; the rows of `hidden` lie expert by expert, compacted."""
+    """One thread's share of `mesh_experts`, by tickets; the rows of `hidden` lie expert by expert, compacted."""
     n_experts = starts.shape[0] - 1
     most = places.shape[0]
     p = np.empty((most, STREAMS * WEIGHT_TILE_COLS), np.float32)
     t = np.empty((most, STREAMS * WEIGHT_TILE_COLS), np.float32)
     h = np.empty((most, STREAMS * WEIGHT_TILE_COLS // 2), np.float32)
+    n_out_tiles = (n_out + WEIGHT_TILE_COLS - 1) // WEIGHT_TILE_COLS
+    n_out_groups = (n_out_tiles + STREAMS - 1) // STREAMS
+    if n_threads > 1:
+        n_out_groups = max(n_out_groups, min(n_out_tiles, GROUPS_PER_THREAD * n_threads))
+    progress[1] = n_out_groups
     n_tiles = (2 * width + WEIGHT_TILE_COLS - 1) // WEIGHT_TILE_COLS
     per_expert = (n_tiles + STREAMS - 1) // STREAMS
-    if n_parts > 1:
-        per_expert = max(per_expert, min(n_tiles, (GROUPS_PER_THREAD * n_parts + n_experts - 1) // n_experts))
+    if n_threads > 1:
+        per_expert = max(per_expert, min(n_tiles, (GROUPS_PER_THREAD * n_threads + n_experts - 1) // n_experts))
     n_groups = n_experts * per_expert
-    number = take_ticket(gates)
+    mine, number = 1, take_ticket(gates)
     while number < n_groups:
         expert, group = number // per_expert, number % per_expert
         j0 = n_tiles * group // per_expert * WEIGHT_TILE_COLS
@@ -60,33 +65,37 @@ def _mesh_experts(
             geglu_into(t[:m], 0, h[:m])
         write_strip(h, 0, m, j0 // 2, j1 // 2, hidden[i0 * width :], m, hidden_starts, places, scale, False)
         take_ticket(gated)
-        number = take_ticket(gates)
+        if role == LEAVE and tickets_taken(gates) > mine:
+            return
+        mine, number = mine + 1, take_ticket(gates)
     while tickets_taken(gated) < n_groups:  # the others are at their last group
         pause()
-    n_tiles = (n_out + WEIGHT_TILE_COLS - 1) // WEIGHT_TILE_COLS
-    n_groups = (n_tiles + STREAMS - 1) // STREAMS
-    if n_parts > 1:
-        n_groups = max(n_groups, min(n_tiles, GROUPS_PER_THREAD * n_parts))
-    group = take_ticket(downs)
-    while group < n_groups:
-        j0 = n_tiles * group // n_groups * WEIGHT_TILE_COLS
-        j1 = min(n_tiles * (group + 1) // n_groups * WEIGHT_TILE_COLS, n_out)
+    mine, group = 1, take_ticket(downs)
+    while group < n_out_groups:
+        j0 = n_out_tiles * group // n_out_groups * WEIGHT_TILE_COLS
+        j1 = min(n_out_tiles * (group + 1) // n_out_groups * WEIGHT_TILE_COLS, n_out)
         for expert in range(n_experts):
             i0, i1 = starts[expert], starts[expert + 1]
             m = i1 - i0
             own = hidden[i0 * width :]
             thin_tiles(own, m, hidden_starts, places[:m], down[expert], j0 * width, width, j1 - j0, p[:m], t[:m])
             write_strip(t, 0, m, j0, j1, out, n_out_rows, out_starts, rows[i0:i1], scale[i0:i1], True)
-        group = take_ticket(downs)
+        take_ticket(progress)
+        if role == LEAVE and tickets_taken(downs) > mine:
+            return
+        mine, group = mine + 1, take_ticket(downs)
+    if role == STAY:
+        while tickets_taken(progress) < n_out_groups:
+            pause()
 
 
-_driver = Driver(_mesh_experts)
+_driver = SharedDriver(_mesh_experts)
 
 
 def mesh_experts(
     x: F32, n_x_rows: int, k_starts: I64, starts: I64, rows: I64, scale: F32,
     gate_up: list[F32], down: list[F32], n_in: int, width: int, mode: int,
-    hidden_starts: I64, out: F32, n_out_rows: int, out_starts: I64, n_out: int,
+    hidden_starts: I64, out: F32, n_out_rows: int, out_starts: I64, n_out: int, *, run: Runner = at_once,
 ) -> None:  # fmt: skip
     """Add what up to `AT_ONCE` experts make of their tokens to a placed output: ``out[t] = fma(scale, ffn_e(x[t]), out[t])``, e ascending.
 
@@ -116,6 +125,8 @@ def mesh_experts(
         Placed output; read and written.
     n_out_rows, out_starts : int, (n_cols + 1,) int64
         Its rows, and the split of its columns.
+    run : callable
+        How the driver is called.
 
     Notes
     -----
@@ -124,8 +135,8 @@ def mesh_experts(
     filler = AT_ONCE - (starts.size - 1)
     hidden = np.empty(rows.size * width, np.float32)
     places = np.arange(max(1, int(np.diff(starts).max(initial=0))))
-    _driver(
-        rows.size * n_in * width, new_tickets(), new_tickets(), new_tickets(), x, n_x_rows, k_starts, starts, rows, scale,
+    run(
+        _driver, rows.size * n_in * width, new_tickets(), new_tickets(), new_tickets(), x, n_x_rows, k_starts, starts, rows, scale,
         tuple(gate_up + gate_up[-1:] * filler), tuple(down + down[-1:] * filler), n_in, width, mode,
         hidden, hidden_starts, places, out, n_out_rows, out_starts, n_out,
     )  # fmt: skip

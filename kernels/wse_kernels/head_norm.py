@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from wse_kernels._jit import helper, kernel
 from wse_kernels.fma import fma
-from wse_kernels.threads import Driver
+from wse_kernels.threads import Driver, Runner, at_once
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -172,7 +172,8 @@ _driver = Driver(_mesh_head_norm)
 
 
 def mesh_head_norm(
-    qkv: F32, n_tokens: int, unit_starts: I64, q_slots: int, half: int, q_weight: F32, k_weight: F32, size: np.float32, eps: np.float32
+    qkv: F32, n_tokens: int, unit_starts: I64, q_slots: int, half: int, q_weight: F32, k_weight: F32, size: np.float32, eps: np.float32,
+    *, run: Runner = at_once,
 ) -> None:  # fmt: skip
     """`head_squares`, the chains, and `head_scale` for a whole mesh, parallel over tokens: the same bits.
 
@@ -189,5 +190,7 @@ def mesh_head_norm(
         In the order of the pair units.
     size, eps : float32
         Elements of a head; guard against a zero head.
+    run : callable
+        How the driver is called.
     """
-    _driver(qkv.shape[0], qkv, n_tokens, unit_starts, q_slots, half, q_weight, k_weight, size, eps)
+    run(_driver, qkv.shape[0], qkv, n_tokens, unit_starts, q_slots, half, q_weight, k_weight, size, eps)

@@ -30,8 +30,8 @@ from wse_kernels.matmul_tile import (
     store_tile,
     zero_tile,
 )
-from wse_kernels.threads import Driver
-from wse_kernels.tickets import new_tickets, take_ticket
+from wse_kernels.threads import LEAVE, STAY, Runner, SharedDriver, at_once
+from wse_kernels.tickets import new_tickets, pause, take_ticket, tickets_taken
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -162,16 +162,17 @@ def pack_strips(w: F32, w0: int, stride: int, n: int, n_in: int, b: F32) -> None
 
 @helper
 def _thin_matmul(
-    tickets: I64, n_parts: int, x: F32, n_x_rows: int, k_starts: I64, rows: I64,
+    role: int, n_threads: int, progress: I64, tickets: I64, x: F32, n_x_rows: int, k_starts: I64, rows: I64,
     w: F32, w_offset: int, n_in: int, n_out: int,
     out: F32, n_out_rows: int, out_starts: I64, out_rows: I64, scale: F32, mode: int, p: F32, t: F32, h: F32,
 ) -> None:  # fmt: skip
     """`mesh_matmul` for a few rows: groups of weight tiles, each read once for every row; `p`, `t` and `h` are scratch."""
     n_tiles = (n_out + WEIGHT_TILE_COLS - 1) // WEIGHT_TILE_COLS
     n_groups = (n_tiles + STREAMS - 1) // STREAMS
-    if n_parts > 1:
-        n_groups = max(n_groups, min(n_tiles, GROUPS_PER_THREAD * n_parts))
-    group = take_ticket(tickets)
+    if n_threads > 1:
+        n_groups = max(n_groups, min(n_tiles, GROUPS_PER_THREAD * n_threads))
+    progress[1] = n_groups
+    mine, group = 1, take_ticket(tickets)
     while group < n_groups:
         j0 = n_tiles * group // n_groups * WEIGHT_TILE_COLS
         j1 = min(n_tiles * (group + 1) // n_groups * WEIGHT_TILE_COLS, n_out)
@@ -184,80 +185,123 @@ def _thin_matmul(
                 geglu_into(t, 0, h)
             block, j0, j1 = h, j0 // 2, j1 // 2
         write_strip(block, 0, rows.shape[0], j0, j1, out, n_out_rows, out_starts, out_rows, scale, mode == COMBINE)
-        group = take_ticket(tickets)
+        take_ticket(progress)
+        if role == LEAVE and tickets_taken(tickets) > mine:
+            return
+        mine, group = mine + 1, take_ticket(tickets)
 
 
 @helper
-def group_columns(n_out: int, n_parts: int) -> int:
+def group_columns(n_out: int, n_threads: int) -> int:
     """Columns that a thread takes at a time: a weight tile, or an equal part of it that is whole strips, for threads to take turns."""
     width = WEIGHT_TILE_COLS
-    while n_parts > 1 and width > COLS and n_out < GROUPS_PER_THREAD * n_parts * width:
+    while n_threads > 1 and width > COLS and n_out < GROUPS_PER_THREAD * n_threads * width:
         width //= 2
     return width
 
 
+@helper
+def _columns(
+    a: F32, n_blocks: int, i0: int, i1: int, first_col: int, last_col: int, k_starts: I64, w: F32, w_offset: int, n_in: int, n_out: int,
+    out: F32, n_out_rows: int, out_starts: I64, out_rows: I64, scale: F32, mode: int, packed: bool, b: F32, t: F32, h: F32,
+) -> None:  # fmt: skip
+    """Packed rows i0 to i1 times some columns of one weight tile; `b`, `t` and `h` are scratch."""
+    tile = first_col // WEIGHT_TILE_COLS * WEIGHT_TILE_COLS
+    stride = min(WEIGHT_TILE_COLS, n_out - tile)
+    w0 = w_offset + tile * n_in + first_col - tile
+    if packed:
+        pack_strips(w, w0, stride, last_col - first_col, n_in, b)
+    for j0 in range(first_col, last_col, COLS):
+        j1 = min(j0 + COLS, last_col)
+        if packed:
+            _chain_strip(a, 0, n_blocks, read_only(b), (j0 - first_col) * n_in, COLS, k_starts, t)
+        else:
+            _chain_strip(a, 0, n_blocks, w, w0 + j0 - first_col, stride, k_starts, t)
+        if mode == SWIGLU or mode == GEGLU:
+            if mode == SWIGLU:
+                swiglu_into(t[: i1 - i0], 0, h[: i1 - i0])
+            else:
+                geglu_into(t[: i1 - i0], 0, h[: i1 - i0])
+            write_strip(h, i0, i1, j0 // 2, j1 // 2, out, n_out_rows, out_starts, out_rows, scale, False)
+        else:
+            write_strip(t, i0, i1, j0, j1, out, n_out_rows, out_starts, out_rows, scale, mode == COMBINE)
+
+
+@helper
+def _thick_matmul(
+    role: int, n_threads: int, progress: I64, tickets: I64, x: F32, n_x_rows: int, k_starts: I64, rows: I64,
+    w: F32, w_offset: int, n_in: int, n_out: int,
+    out: F32, n_out_rows: int, out_starts: I64, out_rows: I64, scale: F32, mode: int, a: F32, b: F32, t: F32, h: F32, starts: I64,
+) -> None:  # fmt: skip
+    """`mesh_matmul` for many rows, which are packed: a piece of them with all columns for each thread, or all of them with some columns.
+
+    `a`, `b`, `t`, `h` and `starts` are scratch.
+    """
+    n_blocks = (rows.shape[0] + ROWS - 1) // ROWS
+    width = group_columns(n_out, n_threads)
+    n_groups = (n_out + width - 1) // width
+    share_rows = n_blocks >= _BLOCKS_PER_THREAD * n_threads
+    n_pieces = n_threads if share_rows else n_groups
+    progress[1] = n_pieces
+    mine, piece = 1, take_ticket(tickets)
+    first, last = 0, n_blocks
+    while piece < n_pieces:
+        if share_rows:
+            first, last = piece * n_blocks // n_threads, (piece + 1) * n_blocks // n_threads
+        i0, i1 = first * ROWS, min(rows.shape[0], last * ROWS)
+        if share_rows or mine == 1:
+            pack_rows(x, n_x_rows, k_starts, rows, i0, i1, starts, a)
+        for group in range(0 if share_rows else piece, n_groups if share_rows else piece + 1):
+            j0, j1 = group * width, min((group + 1) * width, n_out)
+            packed = n_blocks >= _PACKED_BLOCKS or (j1 - j0) % COLS > 0
+            _columns(
+                a, last - first, i0, i1, j0, j1, k_starts, w, w_offset, n_in, n_out, out, n_out_rows, out_starts, out_rows, scale, mode,
+                packed, b, t, h,
+            )  # fmt: skip
+        take_ticket(progress)
+        if role == LEAVE and tickets_taken(tickets) > mine:
+            return
+        mine, piece = mine + 1, take_ticket(tickets)
+
+
 @kernel(driver=True)
 def _mesh_matmul(
-    part: int, n_parts: int, tickets: I64, x: F32, n_x_rows: int, k_starts: I64, rows: I64,
+    role: int, n_threads: int, progress: I64, tickets: I64, x: F32, n_x_rows: int, k_starts: I64, rows: I64,
     w: F32, w_offset: int, n_in: int, n_out: int,
     out: F32, n_out_rows: int, out_starts: I64, out_rows: I64, scale: F32, mode: int,
 ) -> None:  # fmt: skip
-    """One part of `mesh_matmul`: groups of tiles by ticket, its row blocks of all strips, or its piece of the sequence of both."""
+    """One thread's share of `mesh_matmul`, taken by tickets (see `SharedDriver`)."""
     m = rows.shape[0]
     if m <= THIN_ROWS:
         width = STREAMS * WEIGHT_TILE_COLS
         _thin_matmul(
-            tickets, n_parts, x, n_x_rows, k_starts, rows, w, w_offset, n_in, n_out, out, n_out_rows, out_starts, out_rows, scale, mode,
+            role, n_threads, progress, tickets, x, n_x_rows, k_starts, rows, w, w_offset, n_in, n_out,
+            out, n_out_rows, out_starts, out_rows, scale, mode,
             np.empty((m, width), np.float32), np.empty((m, width), np.float32), np.empty((m, width // 2), np.float32),
         )  # fmt: skip
-        return
-    n_blocks = (m + ROWS - 1) // ROWS
-    share_rows = n_blocks >= _BLOCKS_PER_THREAD * n_parts
-    first, last = 0, n_blocks
-    if share_rows:
-        first, last = part * n_blocks // n_parts, (part + 1) * n_blocks // n_parts
-    i0, i1 = first * ROWS, min(m, last * ROWS)
-    part_rows = (last - first) * ROWS
-    a = np.empty(part_rows * n_in, np.float32)
-    b = np.empty(WEIGHT_TILE_COLS * n_in, np.float32)
-    t = np.empty((part_rows, COLS), np.float32)
-    h = np.empty((part_rows, COLS // 2), np.float32)
-    pack_rows(x, n_x_rows, k_starts, rows, i0, i1, np.empty(ROWS, np.int64), a)
-    width = group_columns(n_out, n_parts)
-    n_groups = (n_out + width - 1) // width
-    group = 0 if share_rows else take_ticket(tickets)
-    while group < n_groups:
-        first_col, last_col = group * width, min((group + 1) * width, n_out)
-        tile = first_col // WEIGHT_TILE_COLS * WEIGHT_TILE_COLS
-        stride = min(WEIGHT_TILE_COLS, n_out - tile)
-        w0 = w_offset + tile * n_in + first_col - tile
-        packed = n_blocks >= _PACKED_BLOCKS or (last_col - first_col) % COLS > 0
-        if packed:
-            pack_strips(w, w0, stride, last_col - first_col, n_in, b)
-        for j0 in range(first_col, last_col, COLS):
-            j1 = min(j0 + COLS, last_col)
-            if packed:
-                _chain_strip(a, 0, last - first, read_only(b), (j0 - first_col) * n_in, COLS, k_starts, t)
-            else:
-                _chain_strip(a, 0, last - first, w, w0 + j0 - first_col, stride, k_starts, t)
-            if mode == SWIGLU or mode == GEGLU:
-                if mode == SWIGLU:
-                    swiglu_into(t[: i1 - i0], 0, h[: i1 - i0])
-                else:
-                    geglu_into(t[: i1 - i0], 0, h[: i1 - i0])
-                write_strip(h, i0, i1, j0 // 2, j1 // 2, out, n_out_rows, out_starts, out_rows, scale, False)
-            else:
-                write_strip(t, i0, i1, j0, j1, out, n_out_rows, out_starts, out_rows, scale, mode == COMBINE)
-        group = group + 1 if share_rows else take_ticket(tickets)
+    else:
+        n_blocks = (m + ROWS - 1) // ROWS
+        if n_blocks >= _BLOCKS_PER_THREAD * n_threads:
+            n_blocks = (n_blocks + n_threads - 1) // n_threads
+        n_rows = n_blocks * ROWS
+        _thick_matmul(
+            role, n_threads, progress, tickets, x, n_x_rows, k_starts, rows, w, w_offset, n_in, n_out,
+            out, n_out_rows, out_starts, out_rows, scale, mode,
+            np.empty(n_rows * n_in, np.float32), np.empty(WEIGHT_TILE_COLS * n_in, np.float32), np.empty((n_rows, COLS), np.float32),
+            np.empty((n_rows, COLS // 2), np.float32), np.empty(ROWS, np.int64),
+        )  # fmt: skip
+    if role == STAY:
+        while tickets_taken(progress) < progress[1]:
+            pause()
 
 
-_driver = Driver(_mesh_matmul)
+_driver = SharedDriver(_mesh_matmul)
 
 
 def mesh_matmul(
     x: F32, n_x_rows: int, k_starts: I64, rows: I64,
     w: F32, w_offset: int, n_in: int, n_out: int,
-    out: F32, n_out_rows: int, out_starts: I64, out_rows: I64, scale: F32, mode: int,
+    out: F32, n_out_rows: int, out_starts: I64, out_rows: I64, scale: F32, mode: int, *, run: Runner = at_once,
 ) -> None:  # fmt: skip
     """Product of chosen rows of a placed tensor with a weight matrix, chained over the wafer's columns; parallel over outputs.
 
@@ -287,10 +331,15 @@ def mesh_matmul(
         Factor of each row, read with `COMBINE` only.
     mode : int
         `STORE`, `SWIGLU` or `GEGLU` (gate and up projection in alternate columns; `n_out` even) or `COMBINE`.
+    run : callable
+        How the driver is called.
 
     Notes
     -----
     Shapes and indices are the caller's to check: compiled, nothing is. The result does not depend on the number of threads.
     """
     units = rows.shape[0] * n_in * n_out
-    _driver(units, new_tickets(), x, n_x_rows, k_starts, rows, w, w_offset, n_in, n_out, out, n_out_rows, out_starts, out_rows, scale, mode)
+    run(
+        _driver, units, new_tickets(), x, n_x_rows, k_starts, rows, w, w_offset, n_in, n_out,
+        out, n_out_rows, out_starts, out_rows, scale, mode,
+    )  # fmt: skip

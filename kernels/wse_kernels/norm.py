@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from wse_kernels._jit import kernel
 from wse_kernels.fma import fma
-from wse_kernels.threads import Driver
+from wse_kernels.threads import Driver, Runner, at_once
 
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
@@ -107,7 +107,7 @@ _driver = Driver(_mesh_rms_norm)
 
 def mesh_rms_norm(
     x: NDArray[np.float32], n_rows: int, starts: NDArray[np.int64], weight: NDArray[np.float32],
-    size: np.float32, eps: np.float32, out: NDArray[np.float32],
+    size: np.float32, eps: np.float32, out: NDArray[np.float32], *, run: Runner = at_once,
 ) -> None:  # fmt: skip
     """RMSNorm of a whole mesh: `sum_squares` on every column, its partials chained west to east, then `rms_scale`.
 
@@ -124,8 +124,10 @@ def mesh_rms_norm(
         As for `rms_scale`.
     out : ndarray, as `x`
         Written.
+    run : callable
+        How the driver is called.
     """
-    _driver(x.shape[0], x, n_rows, starts, weight, size, eps, out)
+    run(_driver, x.shape[0], x, n_rows, starts, weight, size, eps, out)
 
 
 @kernel()

@@ -4,6 +4,9 @@ A driver is serial code that does one of `n` parts of its work without Python's 
 threads take parts too, if they wake in time: a busy machine delays nobody, for nobody waits for a helper that has not begun. No threading
 layer of Numba's is ever started, so any number of Python threads may call drivers at once, and a forked child computes with threads of its
 own. Results never depend on any of this.
+
+A caller may also leave the work of a `SharedDriver` to the helpers once one of them has begun, do something else, and come back for the
+rest. Python's own work then costs no time of its own, while there is as much to compute.
 """
 
 from __future__ import annotations
@@ -13,15 +16,24 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 import numba
+import numpy as np
+from numpy.typing import NDArray
 
 WORTH_NS = 500_000
 """Work below this many nanoseconds is done by the caller alone: waking a helper costs more than it brings."""
+
+LEAVE, STAY, HELP = -1, 0, 1
+"""What a thread does that calls the function of a `SharedDriver`: work until another one has begun; do all that is left and wait for what
+the others are at; or do what it can get."""
+
+Runner = Callable[..., None]
+"""How a driver is called: ``run(driver, units, *args)``."""
 
 _config: Any = numba.config  # which Numba's types do not name
 _limit: ContextVar[int | None] = ContextVar("wse_kernels_threads", default=None)
@@ -75,6 +87,110 @@ class Driver:
         n_parts = n_threads() if self._ns_per_unit is None or units * self._ns_per_unit >= WORTH_NS else 1
         measured = in_parts(self.function, n_parts, args) / max(units, 1)
         self._ns_per_unit = measured if self._ns_per_unit is None else (self._ns_per_unit + measured) / 2
+
+
+    def begin(self, units: int, *args: Any) -> Unfinished | None:
+        """Do all parts, as a call does, unless the driver can leave work to helpers: then what is unfinished."""
+        self(units, *args)
+        return None
+
+
+def at_once(driver: Driver, units: int, *args: Any) -> None:
+    """Call a driver and wait for it: the plain `Runner`."""
+    driver(units, *args)
+
+
+class SharedDriver(Driver):
+    """A driver whose threads take its work by tickets, so that nobody has a part that the others must wait for.
+
+    Parameters
+    ----------
+    function : callable
+        ``function(role, n_threads, progress, *args)`` with `role` one of `LEAVE`, `STAY` and `HELP`. Every thread writes the number of
+        pieces to ``progress[1]`` before it takes one, and takes a ticket of ``progress[:1]`` for each that it has finished. The result does
+        not depend on who does what. It raises nothing once it has taken a piece.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        super().__init__(function)
+        self._last: tuple[Unfinished, int] | None = None
+        """The call before, and its units."""
+
+    def __call__(self, units: int, *args: Any) -> None:
+        """Do all of the work: with helpers if so many `units` took long enough lately."""
+        call = self.begin(units, *args)
+        if call is not None:
+            call.finish_or_stop()
+
+    def begin(self, units: int, *args: Any) -> Unfinished | None:
+        """Do all of the work, or as much as it takes for a helper to come: then what is unfinished."""
+        progress = np.zeros(2, np.int64)
+        if not self._began:  # compiles
+            self.function(STAY, 1, progress, *args)
+            self._began = True
+            return None
+        self._note_time()
+        n = n_threads() if self._ns_per_unit is None or units * self._ns_per_unit >= WORTH_NS else 1
+        if _config.DISABLE_JIT:  # tickets are for one thread then
+            n = 1
+        call = Unfinished(self.function, n, progress, args)
+        self._last = call, units
+        if n == 1:
+            call.finish()
+            return None
+        _helpers.offer(call, n - 1)
+        call.finish_or_stop(LEAVE)
+        return call
+
+    def _note_time(self) -> None:
+        """Learn from the call before; a helper that has not yet said what it took is left out."""
+        last, self._last = self._last, None
+        if last is not None:
+            call, units = last
+            measured = sum(call.ns) / max(units, 1)
+            self._ns_per_unit = measured if self._ns_per_unit is None else (self._ns_per_unit + measured) / 2
+
+
+class Unfinished:
+    """A call of a `SharedDriver` that helpers may still be at work on: what it writes must not be looked at before `finish`."""
+
+    __slots__ = ("_args", "_function", "_n_threads", "_progress", "ns")
+
+    def __init__(self, function: Callable[..., None], n_threads: int, progress: NDArray[np.int64], args: tuple[Any, ...]) -> None:
+        self._function, self._n_threads, self._progress, self._args = function, n_threads, progress, args
+        self.ns: list[int] = []
+        """Nanoseconds that each thread was at it, each time."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left, so that `finish` would not wait."""
+        done, of = self._progress.tolist()
+        return bool(0 < of <= done)
+
+    def work(self, role: int) -> None:
+        """Take part."""
+        start = time.perf_counter_ns()
+        self._function(role, self._n_threads, self._progress, *self._args)
+        self.ns.append(time.perf_counter_ns() - start)
+
+    def help(self) -> None:
+        """What a helper does, which may come too late."""
+        with suppress(MemoryError):  # before it took a piece: the others do them all
+            self.work(HELP)
+
+    def finish(self) -> None:
+        """Do what is left, and wait until all is done."""
+        self.work(STAY)
+
+    def finish_or_stop(self, role: int = STAY) -> None:
+        """Take part; when interrupted (Ctrl-C), go on only once nobody writes to the caller's arrays any more."""
+        try:
+            self.work(role)
+        except BaseException:
+            while not self.is_done:
+                with suppress(BaseException):
+                    self.finish()
+            raise
 
 
 def in_parts(function: Callable[..., None], n_parts: int, args: tuple[Any, ...]) -> int:
@@ -159,6 +275,13 @@ class _Job:
             raise interrupt
 
 
+class _Helped(Protocol):
+    """What helpers take part in."""
+
+    def help(self) -> None:
+        """Called by a helper, maybe too late."""
+
+
 class _Helpers:
     """Threads that wait for jobs; started when first needed, gone in a forked child, which starts its own."""
 
@@ -167,11 +290,11 @@ class _Helpers:
 
     def forget(self) -> None:
         """Begin anew, without threads."""
-        self._jobs: SimpleQueue[_Job] = SimpleQueue()
+        self._jobs: SimpleQueue[_Helped] = SimpleQueue()
         self._lock = threading.Lock()
         self._n = 0
 
-    def offer(self, job: _Job, n: int) -> None:
+    def offer(self, job: _Helped, n: int) -> None:
         """Ask `n` helpers to take part; fewer come where the system grants no more threads."""
         if self._n < n:
             self._start(n)
@@ -189,7 +312,7 @@ class _Helpers:
                 self._n += 1
 
 
-def _help(jobs: SimpleQueue[_Job]) -> None:
+def _help(jobs: SimpleQueue[_Helped]) -> None:
     while True:
         jobs.get().help()
 

@@ -70,6 +70,9 @@ class FailingStore:
         self._count()
         self._store.prepare(names)
 
+    def check_readable(self) -> None:
+        self._store.check_readable()
+
     def is_ready(self, names: Sequence[str]) -> bool:
         return self._store.is_ready(names)
 

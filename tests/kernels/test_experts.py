@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from wse_kernels import experts, threads
-from wse_kernels._jit import plain
 from wse_kernels.experts import AT_ONCE, mesh_experts
 from wse_kernels.matmul import COMBINE, GEGLU, SWIGLU, WEIGHT_TILE_COLS, mesh_matmul
 from wse_kernels.threads import limit_threads
+
+from .plain_threads import in_turns
 
 F = np.float32
 JIT = hasattr(experts._mesh_experts, "signatures")
@@ -96,13 +97,12 @@ def test_threads_share_many_groups(monkeypatch, n_threads):
 
 
 @pytest.mark.nojit
-@pytest.mark.parametrize("n_parts", [1, 2, 3])
-def test_as_plain_python_the_first_part_does_it_all(monkeypatch, n_parts):
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+def test_as_plain_python_it_gives_the_same_bits(monkeypatch, n_threads):
     mix = Mix(1, 3, 2, 3, 2, 4, 2, SWIGLU)
-    part = plain(experts._mesh_experts)
     with np.errstate(all="ignore"):
         want = mix.one_by_one()
-        monkeypatch.setattr(experts, "_driver", lambda units, *args: [part(i, n_parts, *args) for i in range(n_parts)])
+        monkeypatch.setattr(experts, "_driver", in_turns(monkeypatch, experts, experts._mesh_experts, n_threads))
         np.testing.assert_array_equal(mix.together().view(np.int32), want.view(np.int32))
 
 

@@ -30,6 +30,8 @@ from wse_kernels.matmul import (
 )
 from wse_kernels.threads import limit_threads
 
+from .plain_threads import in_turns
+
 F = np.float32
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -209,16 +211,15 @@ def test_many_threads_share_any_shape_without_gap_or_overlap(monkeypatch, m, n):
 
 
 @pytest.mark.nojit
-@pytest.mark.parametrize("n_parts", [1, 2, 3, 5])
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 5])
 @pytest.mark.parametrize("mode", [STORE, SWIGLU, COMBINE])
 @pytest.mark.parametrize("rows_for_a_thread", [0, 16], ids=["rows shared", "strips shared"])
-def test_driver_as_plain_python_gives_the_same_bits(monkeypatch, n_parts, mode, rows_for_a_thread):
+def test_driver_as_plain_python_gives_the_same_bits(monkeypatch, n_threads, mode, rows_for_a_thread):
     case = make_case(3, 7, 3, 6, 4, mode, special=0.1)
     want = case.expected()
     assert same_bits(case.run(), want)
     monkeypatch.setattr(matmul, "_BLOCKS_PER_THREAD", rows_for_a_thread)
-    part = plain(matmul._mesh_matmul)
-    monkeypatch.setattr(matmul, "_driver", lambda units, *args: [part(i, n_parts, *args) for i in range(n_parts)])
+    monkeypatch.setattr(matmul, "_driver", in_turns(monkeypatch, matmul, matmul._mesh_matmul, n_threads))
     assert same_bits(case.run(), want)
 
 

@@ -14,7 +14,7 @@ import pytest
 from numba import config
 
 from wse_kernels import threads
-from wse_kernels.threads import Driver, in_parts, limit_threads, n_threads
+from wse_kernels.threads import HELP, LEAVE, STAY, Driver, SharedDriver, in_parts, limit_threads, n_threads
 
 pytestmark = pytest.mark.skipif(bool(config.DISABLE_JIT), reason="plain Python starts no threads")
 
@@ -209,3 +209,154 @@ def test_a_forked_child_computes_with_threads_of_its_own() -> None:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT], env=env, capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.split() == ["0", "none"], "no threading layer of Numba's may start: GNU OpenMP's ends a forked child"
+
+
+# ---- work by tickets
+
+
+class Pieces:
+    """A function for a `SharedDriver` that notes who did what; each thread does a piece when it is told to."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.lock = threading.Lock()
+        self.next = 0
+        self.done: list[tuple[int, str]] = []
+        self.roles: list[int] = []
+        self.helper_has_begun, self.helper_may_go_on = threading.Event(), threading.Event()
+
+    def __call__(self, role: int, n_threads: int, progress: Any) -> None:
+        self.roles.append(role)
+        progress[1] = self.n
+        mine = 0
+        while True:
+            with self.lock:
+                piece, self.next = self.next, self.next + 1
+            if piece >= self.n:
+                break
+            mine += 1
+            if role == HELP:
+                self.helper_has_begun.set()
+                assert self.helper_may_go_on.wait(60)
+            elif role == LEAVE:
+                assert self.helper_has_begun.wait(60)
+            self.done.append((piece, threading.current_thread().name))
+            with self.lock:
+                progress[0] += 1
+            if role == LEAVE and self.next > mine:
+                return
+        while role == STAY and progress[0] < self.n:
+            time.sleep(0.001)
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Everything is worth helpers."""
+    monkeypatch.setattr(threads, "WORTH_NS", 0)
+    with limit_threads(2):
+        yield
+
+
+def begun_driver(function: Any) -> SharedDriver:
+    driver = SharedDriver(function)
+    driver._began = True  # the first call is for one thread
+    return driver
+
+
+def test_a_caller_leaves_its_work_to_a_helper_that_has_begun(helpers: threads._Helpers, shared: None) -> None:
+    pieces = Pieces(5)
+    call = begun_driver(pieces).begin(1)
+    assert call is not None
+    assert not call.is_done
+    assert len(pieces.done) == 1  # and the helper is at another
+    pieces.helper_may_go_on.set()
+    call.finish()
+    assert call.is_done
+    assert sorted(piece for piece, _ in pieces.done) == list(range(5))
+    assert pieces.roles == [LEAVE, HELP, STAY] or pieces.roles == [HELP, LEAVE, STAY]
+
+
+def test_what_is_finished_may_be_finished_again(helpers: threads._Helpers, shared: None) -> None:
+    pieces = Pieces(2)
+    pieces.helper_may_go_on.set()
+    call = begun_driver(pieces).begin(1)
+    assert call is not None
+    call.finish()
+    call.finish()
+    assert sorted(piece for piece, _ in pieces.done) == [0, 1]
+
+
+def test_a_call_waits_for_what_helpers_are_at(helpers: threads._Helpers, shared: None) -> None:
+    pieces = Pieces(4)
+    threading.Timer(0.05, pieces.helper_may_go_on.set).start()
+    begun_driver(pieces)(1)
+    assert sorted(piece for piece, _ in pieces.done) == list(range(4))
+
+
+def test_without_a_helper_the_caller_does_it_all(helpers: threads._Helpers, shared: None) -> None:
+    go_on = threading.Event()
+    in_parts(lambda i, n: None, 2, ())
+    helpers._jobs.put(type("Busy", (), {"help": lambda self: go_on.wait(60)})())  # type: ignore[arg-type]
+    try:
+        pieces = Pieces(3)
+        pieces.helper_has_begun.set()
+        call = begun_driver(pieces).begin(1)
+        assert call is not None
+        assert call.is_done
+        assert {name for _, name in pieces.done} == {threading.current_thread().name}
+    finally:
+        go_on.set()
+
+
+def test_a_helper_without_memory_leaves_the_work_to_others(helpers: threads._Helpers, shared: None) -> None:
+    pieces, tried = Pieces(3), threading.Event()
+    pieces.helper_has_begun.set()
+
+    def function(role: int, n: int, progress: Any) -> None:
+        if role == HELP:
+            tried.set()
+            raise MemoryError
+        assert tried.wait(60)
+        pieces(role, n, progress)
+
+    begun_driver(function)(1)
+    assert sorted(piece for piece, _ in pieces.done) == [0, 1, 2]
+    in_parts(lambda i, n: None, 2, ())  # the helper lives
+
+
+def test_the_first_call_and_small_work_are_for_one_thread(helpers: threads._Helpers) -> None:
+    numbers: list[tuple[int, int]] = []
+
+    def function(role: int, n: int, progress: Any) -> None:
+        numbers.append((role, n))
+        progress[:] = 1
+
+    driver = SharedDriver(function)
+    assert next(driver.begin(1) for _ in range(2)) is None
+    driver._ns_per_unit, driver._last = 1.0, None
+    assert driver.begin(threads.WORTH_NS - 1) is None
+    assert numbers[0] == numbers[-1] == (STAY, 1)
+
+
+def test_an_interrupt_of_shared_work_waits_for_the_helpers(helpers: threads._Helpers, shared: None) -> None:
+    pieces = Pieces(3)
+    interrupts = [KeyboardInterrupt, KeyboardInterrupt]
+
+    def function(role: int, n: int, progress: Any) -> None:
+        if role == STAY and interrupts:
+            pieces.helper_may_go_on.set()
+            raise interrupts.pop()
+        pieces(role, n, progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        begun_driver(function)(1)
+    assert sorted(piece for piece, _ in pieces.done) == [0, 1, 2]
+
+
+def test_time_is_learned_from_the_call_before(helpers: threads._Helpers, shared: None) -> None:
+    driver = begun_driver(Pieces(0))
+    driver.begin(10)
+    assert driver._last is not None
+    driver._last[0].ns[:] = [300, 700]
+    driver.begin(10)
+    assert driver._ns_per_unit == 100.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from types import TracebackType
 from typing import Literal
 
 import numpy as np
@@ -122,7 +123,9 @@ class Engine:
         if taps:
             run.result.taps = self._new_record(run)
         with ExitStack() as stack:
-            stream = self._stream if self._stream is not None else stack.enter_context(LayerStream(self.store, depth=0))
+            stream = self._stream if self._stream is not None else stack.enter_context(self._new_stream(0))
+            self.wafer.pending.check = self.store.check_readable
+            stack.push(self._no_more)
             with self.wafer.ledger.forward_pass(phase, sequences.new_tokens):
                 _execute(run, token_ids, wanted, stream, stack)
         cache.advance(sequences)
@@ -131,13 +134,26 @@ class Engine:
     @contextmanager
     def streaming(self) -> Iterator[None]:
         """Keep one prefetch thread for all forward passes inside the block; without it weights are made resident as they are used."""
-        depth = 0 if self.wafer.is_dry else self.options.prefetch_depth
-        with LayerStream(self.store, depth=depth) as stream:
+        with self._new_stream(0 if self.wafer.is_dry else self.options.prefetch_depth) as stream:
             self._stream = stream
             try:
                 yield
             finally:
                 self._stream = None
+
+    def _new_stream(self, depth: int) -> LayerStream:
+        """Weights that are let go of when what reads them is computed; without prefetch, before the next ones are asked for."""
+        pending = self.wafer.pending
+        return LayerStream(self.store, depth=depth, behind=pending.behind if depth else pending.now)
+
+    def _no_more(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """A pass ends with all of it computed; one that failed, with nobody at it."""
+        pending = self.wafer.pending
+        if kind is None:
+            pending.finish()
+        else:
+            pending.abandon()
+        pending.check = None
 
     def _new_record(self, run: ForwardPass) -> TapRecord:
         widths = {

@@ -84,14 +84,15 @@ def attention(
         elif not wafer.is_dry:
             k, v, base, capacity = cache.buffers(layer, sequences)
             mesh_attention(
-                qkv.flat, heads.units.offsets, heads.queries_per_kv, heads.head_dim, heads.scale, heads.cap, _values(sink),
-                plan.admitted.first, plan.admitted.ranges, sequences.first_token, sequences.n_new, base, capacity, k, v, context.flat,
-                m, denominator,
+                qkv.unsettled, heads.units.offsets, heads.queries_per_kv, heads.head_dim, heads.scale, heads.cap, _values(sink),
+                plan.admitted.first, plan.admitted.ranges, sequences.first_token, sequences.n_new, base, capacity, k, v,
+                context.unsettled, m, denominator, run=wafer.pending.run,
             )  # fmt: skip
             context.settle()
     wafer.record(*events)
     if not probe:
         return None
+    wafer.pending.finish()
     wafer.record(costs.moved("probe", "softmax statistics", count=2, words=2 * m.size, hops=0, max_link=0, max_hops=0))
     return m, denominator
 

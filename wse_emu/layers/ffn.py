@@ -209,6 +209,15 @@ def _at_once(
     wafer: Wafer, x: PlacedTensor, experts: Experts, lists: _ExpertLists, h: PlacedTensor, out: PlacedTensor, bands: TokenBands, chunk: int
 ) -> None:
     """Several experts in one driver; on the wafer they come one by one, and are accounted for so."""
+    for first in range(0, 0 if wafer.is_dry else len(experts), AT_ONCE):
+        some = experts[first : first + AT_ONCE]
+        starts, rows, scale = lists.entries([expert for expert, _ in some])
+        mesh_experts(
+            x.unsettled, bands.n_tokens, x.placement.axis1[1].offsets, starts, rows, scale,
+            [w.gate_up.values for _, w in some], [w.down.values for _, w in some], x.placement.shape[1], h.placement.shape[1],
+            some[0][1].mode, h.placement.axis1[1].offsets, out.unsettled, bands.n_tokens, out.placement.axis1[1].offsets,
+            out.placement.shape[1], run=wafer.pending.run,
+        )  # fmt: skip
     for expert, weights in experts:
         tokens = lists.tokens(expert).tobytes()
         at_rest = tuple((matrix.name, matrix.n_bytes) for matrix in (weights.gate_up, weights.down))
@@ -222,16 +231,6 @@ def _at_once(
             matmul(wafer, x, weights.gate_up, h, bands, mode=weights.mode, take=selection, chunk=chunk, elsewhere=True)
             all_gather_bands(wafer, h, bands, selection)
             matmul(wafer, h, weights.down, out, bands, mode=COMBINE, put=selection, chunk=chunk, elsewhere=True)
-    if wafer.is_dry:
-        return
-    for first in range(0, len(experts), AT_ONCE):
-        some = experts[first : first + AT_ONCE]
-        starts, rows, scale = lists.entries([expert for expert, _ in some])
-        mesh_experts(
-            x.flat, bands.n_tokens, x.placement.axis1[1].offsets, starts, rows, scale,
-            [w.gate_up.values for _, w in some], [w.down.values for _, w in some], x.placement.shape[1], h.placement.shape[1],
-            some[0][1].mode, h.placement.axis1[1].offsets, out.flat, bands.n_tokens, out.placement.axis1[1].offsets, out.placement.shape[1],
-        )  # fmt: skip
 
 
 def _clamped(

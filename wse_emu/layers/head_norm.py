@@ -61,11 +61,12 @@ def head_norm(
             _account(wafer, qkv, heads, names, weights, size, guard, bands)
     else:
         wafer.ledger.extend(events)
-    if qkv.data is not None:
+    if wafer.cores is None and not wafer.is_dry:
         if weights is None:  # a product with 1 changes no bit
             weights = (np.ones(heads.head_dim, np.float32),) * 2
         mesh_head_norm(
-            qkv.flat, bands.n_tokens, heads.units.offsets, heads.queries_per_kv, heads.head_dim // 2, *weights, size, guard
+            qkv.unsettled, bands.n_tokens, heads.units.offsets, heads.queries_per_kv, heads.head_dim // 2, *weights, size, guard,
+            run=wafer.pending.run,
         )  # fmt: skip
         qkv.settle()
 

@@ -310,8 +310,8 @@ class KVCache:
                 self.wafer.record(*plan.events)
                 if not self.wafer.is_dry:
                     k, v, base, cap = self._k[layer], self._v[layer], self._bases[sequences.slot], self.capacity[sequences.slot]
-                    mesh_store_kv(
-                        self._as_stored(qkv), self.heads.units.offsets, self.heads.queries_per_kv,
+                    self.wafer.pending.behind(
+                        mesh_store_kv, self._as_stored(qkv), self.heads.units.offsets, self.heads.queries_per_kv,
                         sequences.first_token, sequences.n_new, sequences.start, base, cap, k, v,
                     )  # fmt: skip
         self.wafer.record(plan.stored)
@@ -329,7 +329,7 @@ class KVCache:
     def _as_stored(self, qkv: PlacedTensor) -> NDArray[np.float32]:
         """Batched executor: the projections, keys and values as the cache takes them."""
         if self.stored is None or self.stored == qkv.stored:
-            return qkv.flat
+            return qkv.unsettled
         flat, q = qkv.flat.copy(), 2 * self.heads.queries_per_kv
         kept = flat.reshape(-1, q + 2 * self.heads.kv_slots)[:, q:]
         rounded = kept.reshape(-1)  # a copy: queries lie between

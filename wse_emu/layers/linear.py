@@ -190,14 +190,15 @@ def _batched(
         return
     all_rows = _ramp(m)
     args = (
-        x.flat, m if put or compact else n_tokens, x.placement.axis1[1].offsets, all_rows if take is None else take.rows,
+        x.unsettled, m if put or compact else n_tokens, x.placement.axis1[1].offsets, all_rows if take is None else take.rows,
         weight.values, 0, weight.n_in, weight.n_out,
-        out.flat, m if take or compact else n_tokens, out.placement.axis1[1].offsets, all_rows if put is None else put.rows,
+        out.unsettled, m if take or compact else n_tokens, out.placement.axis1[1].offsets, all_rows if put is None else put.rows,
         _NO_SCALE if put is None else put.scale, mode,
     )  # fmt: skip
     if weight.sums is None:
-        mesh_matmul(*args)
+        mesh_matmul(*args, run=wafer.pending.run)
     else:
+        wafer.pending.finish()
         beyond = beyond_largest(mesh_matmul_rounded(*args, ROUNDINGS[weight.sums]), weight.sums)
         if beyond is not None:
             raise overflow(wafer.ledger.where("incoming sums"), beyond, weight.sums)

@@ -50,7 +50,7 @@ def rms_norm(
             _whole(wafer, x, name, weight, size, guard, out, bands)
         return
     if weight is not None:
-        mesh_rms_norm(x.flat, n_tokens, features.offsets, weight, size, guard, out.flat)
+        mesh_rms_norm(x.unsettled, n_tokens, features.offsets, weight, size, guard, out.unsettled, run=wafer.pending.run)
         out.settle()
     wafer.ledger.extend(events)
 
@@ -93,7 +93,7 @@ def stream_vector(
             )
         )  # fmt: skip
         if values is not None:
-            tensor.flat[...] = values
+            tensor.unsettled[...] = values  # nothing knows it yet
         return tensor
     assert values is not None
     traffic = wafer.cores.traffic()

@@ -262,7 +262,14 @@ class MappedStore:
 
     def _check_asked_for(self, name: str) -> None:
         """`_check_untouched`; of a tensor that was prepared, and whose file is looked at again when it is let go of, the size alone."""
-        if name not in self._in_use or not self._close_file.alive or os.lseek(self._fd, 0, os.SEEK_END) != self._as_opened[0]:
+        if name not in self._in_use or not self._close_file.alive:
+            self._check_untouched()
+        else:
+            self.check_readable()
+
+    def check_readable(self) -> None:
+        """Raise `StoreError` if the file was cut: a page beyond its end kills whoever touches it."""
+        if self._close_file.alive and os.lseek(self._fd, 0, os.SEEK_END) != self._as_opened[0]:
             self._check_untouched()
 
     def after_fork(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from queue import SimpleQueue
@@ -27,6 +27,8 @@ class LayerStream:
         Its ``prepare`` is called from this stream's thread.
     depth : int
         Groups that may be prepared and not yet used; 0 starts no thread.
+    behind : callable, optional
+        ``behind(function, *args)`` calls a function when what was asked of the group's readers is done; by default at once.
 
     Raises
     ------
@@ -34,11 +36,12 @@ class LayerStream:
         If `depth` is not a non-negative integer.
     """
 
-    def __init__(self, store: WeightStore, *, depth: int = 1) -> None:
+    def __init__(self, store: WeightStore, *, depth: int = 1, behind: Callable[..., None] | None = None) -> None:
         if type(depth) is not int or depth < 0:
             raise SpecError(f"`depth` (prefetch) must be a non-negative integer, got {depth!r}")
         self._store = store
         self._depth = depth
+        self._behind = behind
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._pending: dict[tuple[str, ...], Future[None]] = {}
         self._thread: threading.Thread | None = None
@@ -90,7 +93,7 @@ class LayerStream:
         Parameters
         ----------
         names : sequence of str
-            Waited for, whether or not they were scheduled; dropped on leaving, except what a scheduled group needs again.
+            Waited for, whether or not they were scheduled; dropped on leaving, or `behind` that, except what a scheduled group needs again.
         then : sequence of str
             The group after this one; prepared in the background while the body runs.
 
@@ -109,8 +112,14 @@ class LayerStream:
         try:
             yield
         finally:
-            again = set().union(*self._pending)
-            self._store.drop([n for n in key if n not in again] if again else key)
+            if self._behind is None:
+                self._let_go(key)
+            else:
+                self._behind(self._let_go, key)
+
+    def _let_go(self, key: tuple[str, ...]) -> None:
+        again = set().union(*self._pending)
+        self._store.drop([n for n in key if n not in again] if again else key)
 
     @property
     def _prefetching(self) -> bool:

@@ -46,6 +46,9 @@ class WeightStore(Protocol):
     def drop(self, names: Sequence[str]) -> None:
         """Let go of resident pages; the tensors may be asked for again."""
 
+    def check_readable(self) -> None:
+        """Raise `StoreError` if arrays that were handed out cannot be read to their end any more."""
+
     def close(self) -> None:
         """Let go of everything; arrays handed out stay valid. May be called twice."""
 
@@ -197,6 +200,9 @@ class ArrayStore:
         """Check the names; memory has nowhere to forget to."""
         self._tensors.check_names(names)
 
+    def check_readable(self) -> None:
+        """Memory stays."""
+
     def close(self) -> None:
         """Let go of the arrays."""
         self._tensors.clear()
@@ -235,6 +241,9 @@ class ShapeStore:
         for name in names:
             if name not in self._names:
                 raise StoreError(f"{self.name}: there is no vector or tiled matrix `{name}`")
+
+    def check_readable(self) -> None:
+        """There is nothing to read."""
 
     def close(self) -> None:
         """Nothing is held."""

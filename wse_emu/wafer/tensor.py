@@ -26,7 +26,7 @@ class PlacedTensor:
     Use it as a context manager, or call `free`, to give its SRAM back.
     """
 
-    __slots__ = ("_reservation", "blocks", "data", "dtype", "name", "ndim", "placement", "stored", "wafer")
+    __slots__ = ("_data", "_reservation", "blocks", "dtype", "name", "ndim", "placement", "stored", "wafer")
 
     def __init__(
         self, wafer: Wafer, name: str, placement: Placement, dtype: np.dtype[Any], ndim: int, reservation: Reservation,
@@ -41,16 +41,27 @@ class PlacedTensor:
         self.stored = stored
         """Format of 16 bits to which its float32 numbers are rounded where SRAM is written; None leaves them."""
         self._reservation: Reservation | None = reservation
-        self.data = data
-        """Flat column-panel-major buffer (batched executor), else None."""
+        self._data = data
         self.blocks = blocks
         """Block of every core (isolated and interpreted executors), else None."""
 
     @property
+    def data(self) -> NDArray[Any] | None:
+        """Flat column-panel-major buffer (batched executor), whatever writes to it done; else None."""
+        self.wafer.pending.finish()
+        return self._data
+
+    @property
     def flat(self) -> NDArray[Any]:
         """The buffer of the batched executor; asking for it elsewhere is a mistake of the program."""
-        assert self.data is not None, f"`{self.name}` has no flat buffer"
-        return self.data
+        self.wafer.pending.finish()
+        return self.unsettled
+
+    @property
+    def unsettled(self) -> NDArray[Any]:
+        """The same for who does not look at it yet: an argument of `Pending.run` and `Pending.behind`."""
+        assert self._data is not None, f"`{self.name}` has no flat buffer"
+        return self._data
 
     def settle(self, n: int | None = None) -> None:
         """Round what a program wrote into `flat` to the format that is stored: everything, or the first `n` numbers.
@@ -60,9 +71,9 @@ class PlacedTensor:
         NumberOverflowError
             If a finite number is beyond the format's largest.
         """
-        if self.stored is None or self.data is None:
+        if self.stored is None or self._data is None:
             return
-        beyond = round_in_place(self.data if n is None else self.data[:n], self.stored)
+        beyond = round_in_place(self.flat if n is None else self.flat[:n], self.stored)
         if beyond is not None:
             raise overflow(self.wafer.ledger.where(self.name), beyond, self.stored)
 
@@ -119,7 +130,7 @@ class PlacedTensor:
             raise SramStateError(f"`{self.name}` is not on the wafer: it was freed before")
         self.wafer.release(self, self._reservation)
         self._reservation = None
-        self.data = self.blocks = None
+        self._data = self.blocks = None
 
     def check_placed(self, wafer: Wafer) -> None:
         """Raise unless the tensor lies on `wafer`.
@@ -138,7 +149,7 @@ class PlacedTensor:
 
     def _check_live(self) -> None:
         self.check_placed(self.wafer)
-        if self.data is None and self.blocks is None:
+        if self._data is None and self.blocks is None:
             raise SramStateError(f"`{self.name}` has no values: the `dry` executor moves shapes and counts only")
 
     def __enter__(self) -> PlacedTensor:

@@ -19,6 +19,7 @@ from wse_emu.wafer import costs
 from wse_emu.wafer.cores import Block, Cores
 from wse_emu.wafer.kernel import Kernel, Scratch
 from wse_emu.wafer.ledger import Event, Ledger
+from wse_emu.wafer.pending import Pending
 from wse_emu.wafer.placement import GridAxis, Ints, Placement, Split, placed
 from wse_emu.wafer.sram import Reservation, SramTracker
 from wse_emu.wafer.storage import FORMATS, HALF_BYTES
@@ -92,6 +93,8 @@ class Wafer:
         """One thread at a time runs here; the others wait."""
         self.sram = SramTracker(spec, self.rows, self.cols, self.turn)
         """What lies on every core."""
+        self.pending = Pending()
+        """What is not computed yet."""
         self.cores: Cores | None = None
         """The arenas of the isolated and interpreted executors."""
         if executor in ("isolated", "interpreted"):
@@ -281,6 +284,7 @@ class Wafer:
         try:
             yield
         except BaseException:
+            self.pending.abandon()
             while True:  # a second Ctrl-C changes nothing: the run fails already
                 try:
                     self.sram.back_to(sram)
@@ -632,7 +636,7 @@ class Wafer:
             arg = args[name]
             if isinstance(arg, PlacedTensor):
                 kinds.append(str(arg.ndim))
-                data = arg.flat
+                data = arg.flat if kernel.guarded else arg.unsettled
                 if kernel.guarded and name not in kernel.out and name not in kernel.inout:
                     data = data.view()
                     data.flags.writeable = False
@@ -646,14 +650,16 @@ class Wafer:
         driver = make_driver(kernel.body, "".join(kinds), takes_core=kernel.takes_core)
         units = plan.macs + sum(value.size for value in values if isinstance(value, np.ndarray))
         places = (plan.rows, plan.cols, self.rows, self.cols)
-        if kernel.guarded:
+        if kernel.guarded:  # a stranger's body may fail: it does so here
             kernel.vet(driver.function, kernel.body, (0, 1, *places, *values))
-        try:
-            driver(units, *places, *values)
-        except Exception as error:
-            if isinstance(error, COMPILE_ERRORS):
-                raise
-            raise kernel.failed(error) from error
+            try:
+                driver(units, *places, *values)
+            except Exception as error:
+                if isinstance(error, COMPILE_ERRORS):
+                    raise
+                raise kernel.failed(error) from error
+        else:
+            self.pending.run(driver, units, *places, *values)
         for name in (*kernel.out, *kernel.inout):
             args[name].settle()
 
