@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from wse_emu.checkpoint import MAX_SHARD_BYTES, Checkpoint, StorageType, open_checkpoint, random_checkpoint, save_checkpoint
 from wse_emu.engine.forward_pass import ForwardResult
 from wse_emu.engine.inference import Engine, Phase
-from wse_emu.engine.options import EngineOptions, StreamExperts
+from wse_emu.engine.options import EngineOptions, KvKeeping, StreamExperts
 from wse_emu.engine.plan import Workload, prompt_chunks, sequences_of, settle, smallest_square
 from wse_emu.engine.routing_trace import RoutingTrace
 from wse_emu.equivalence import VerifyReport, check_continuation, verify_record
@@ -61,7 +61,7 @@ def from_pretrained(
     moe_implementation: MoeImplementation = "experimental", prefill_chunk: int | None = None, chunk: int | None = None,
     prefetch_depth: int = 1, resident_bytes: int = RESIDENT_BYTES, bta_max_tile: int | None = None,
     attention: Attention | None = None, dense_attention_layers: Sequence[int] = (), dtype: DType = "float32",
-    kv_dtype: DType | None = None, precision_opt_level: PrecisionOptLevel = 0, kv_growth: KvGrowth = "shift",
+    kv_dtype: DType | None = None, precision_opt_level: PrecisionOptLevel = 0, kv_growth: KvGrowth = "shift", kv: KvKeeping = "store",
     skip_zero_weights: bool = False, cache_dir: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> WaferModel:  # fmt: skip
@@ -109,6 +109,9 @@ def from_pretrained(
     kv_growth : {"shift", "concat"}
         Where keys and values of new tokens go: all rows of cores stay balanced, older tokens shifting; or nothing moves, and all that is
         generated comes to lie on the last row. Never changes a value.
+    kv : {"store", "recompute"}
+        Keep the keys and values of every layer; or keep the inputs that they are made of, ``hidden_size`` numbers a token in `dtype`, and
+        make them again in every forward pass, one layer at a time. Never changes a value. Not with latent attention.
     skip_zero_weights : bool
         Leave zeros of matrices behind when they stream. Never changes a value.
     cache_dir : path, optional
@@ -129,7 +132,7 @@ def from_pretrained(
     """
     options = _options(
         wafer, max_tokens, prefill_chunk, stream_experts, moe_implementation, chunk, prefetch_depth, bta_max_tile,
-        Precision(dtype=dtype, kv_dtype=kv_dtype, precision_opt_level=precision_opt_level), kv_growth, skip_zero_weights,
+        Precision(dtype=dtype, kv_dtype=kv_dtype, precision_opt_level=precision_opt_level), kv_growth, kv, skip_zero_weights,
     )  # fmt: skip
     check_callable("progress", progress)
     checkpoint = open_checkpoint(path)
@@ -151,7 +154,7 @@ def from_config(
     stream_experts: StreamExperts = "activated", moe_implementation: MoeImplementation = "experimental", prefill_chunk: int | None = None,
     chunk: int | None = None, prefetch_depth: int = 1, bta_max_tile: int | None = None, attention: Attention | None = None,
     dense_attention_layers: Sequence[int] = (), dtype: DType = "float32", kv_dtype: DType | None = None,
-    precision_opt_level: PrecisionOptLevel = 0, kv_growth: KvGrowth = "shift", skip_zero_weights: bool = False,
+    precision_opt_level: PrecisionOptLevel = 0, kv_growth: KvGrowth = "shift", kv: KvKeeping = "store", skip_zero_weights: bool = False,
 ) -> WaferModel:  # fmt: skip
     """Make a model with random weights, each made when it is first needed and then held in memory.
 
@@ -163,7 +166,7 @@ def from_config(
         The same seed gives the same weights.
     wafer, max_tokens, stream_experts, moe_implementation, prefill_chunk, chunk, prefetch_depth, bta_max_tile, attention
         As for `from_pretrained`.
-    dense_attention_layers, dtype, kv_dtype, precision_opt_level, kv_growth, skip_zero_weights
+    dense_attention_layers, dtype, kv_dtype, precision_opt_level, kv_growth, kv, skip_zero_weights
         As for `from_pretrained`.
 
     Returns
@@ -172,7 +175,7 @@ def from_config(
     """
     options = _options(
         wafer, max_tokens, prefill_chunk, stream_experts, moe_implementation, chunk, prefetch_depth, bta_max_tile,
-        Precision(dtype=dtype, kv_dtype=kv_dtype, precision_opt_level=precision_opt_level), kv_growth, skip_zero_weights,
+        Precision(dtype=dtype, kv_dtype=kv_dtype, precision_opt_level=precision_opt_level), kv_growth, kv, skip_zero_weights,
     )  # fmt: skip
     checkpoint = random_checkpoint(config, seed)
     dry = wafer is not None and wafer.is_dry
@@ -192,7 +195,7 @@ def _with_attention(spec: ModelSpec, attention: Attention | None, dense_layers: 
 def _options(
     wafer: Wafer | None, max_tokens: int | None, prefill_chunk: int | None, stream_experts: StreamExperts,
     moe_implementation: MoeImplementation, chunk: int | None, prefetch_depth: int, bta_max_tile: int | None, precision: Precision,
-    kv_growth: KvGrowth, skip_zero_weights: bool,
+    kv_growth: KvGrowth, kv: KvKeeping, skip_zero_weights: bool,
 ) -> EngineOptions:  # fmt: skip
     """Options of the engine; all that a model is made with is checked before any file is touched."""
     if wafer is not None and not isinstance(wafer, Wafer):
@@ -202,7 +205,7 @@ def _options(
             raise SpecError(f"`{name}` must be an integer >= 1 or None, got {show(value)}")
     return EngineOptions(
         stream_experts=stream_experts, moe_implementation=moe_implementation, chunk=chunk, prefetch_depth=prefetch_depth,
-        bta_max_tile=bta_max_tile, precision=precision, kv_growth=kv_growth, skip_zero_weights=skip_zero_weights,
+        bta_max_tile=bta_max_tile, precision=precision, kv_growth=kv_growth, kv=kv, skip_zero_weights=skip_zero_weights,
     )  # fmt: skip
 
 

@@ -8,13 +8,13 @@ from functools import partial
 from wse_emu.engine.forward_pass import AttentionTile, ForwardPass
 from wse_emu.engine.index_projection import index_choice, index_projection, index_tensors, place_index_rotary
 from wse_emu.engine.latent_projection import latent_queries, latent_values, tap_mixed, value_units
+from wse_emu.engine.qkv_norm import normalise
+from wse_emu.engine.recompute import recomputed
 from wse_emu.foundation.taps import TapRecord, joined
 from wse_emu.foundation.weights import layer_prefix
 from wse_emu.layers.attention import attention
 from wse_emu.layers.elementwise import bias, clip
-from wse_emu.layers.head_norm import head_norm
 from wse_emu.layers.linear import all_gather_bands, matmul
-from wse_emu.layers.qk_norm import qk_norm
 from wse_emu.layers.query_temperature import TUNE_QUERIES, place_factors, temperature_factors
 from wse_emu.layers.rotary import ROTATE_QK, place_rotary, rotary_tables
 from wse_emu.layers.stream import StreamedVector
@@ -80,6 +80,9 @@ def _attention_block(run: ForwardPass, x: PlacedTensor) -> None:
             run.norm("attn_norm", x, normal, "attention_norm")
             if spec.latent is None:
                 _project(run, normal, qkv)
+                if run.cache.inputs is not None:
+                    with run.scope("kv_cache"):
+                        run.cache.inputs.append(layer, normal, run.sequences, bands)
             else:
                 with ExitStack() as inner:
                     index = index_tensors(run, inner)
@@ -88,8 +91,8 @@ def _attention_block(run: ForwardPass, x: PlacedTensor) -> None:
                         index_choice(run, index)
         if spec.latent is None:
             _prepare(run, qkv)
-        with run.scope("kv_cache"):
-            run.cache.append(layer, qkv, run.sequences, bands)
+        with recomputed(run) as again, run.scope("kv_cache"):
+            run.cache.append(layer, qkv, run.sequences, bands, again=again)
         context = stack.enter_context(
             run.empty("attention context", wafer.placement((n, heads.context.total), rows, ("col", heads.context)))
         )
@@ -108,6 +111,8 @@ def _attention_block(run: ForwardPass, x: PlacedTensor) -> None:
                     tap_mixed(run, context)
         with run.scope("kv_cache"):
             run.cache.forget(layer, run.sequences, bands)
+            if run.cache.inputs is not None:
+                run.cache.inputs.forget(layer, run.sequences, bands)
         if spec.latent is not None:
             n_values, split = spec.num_heads * spec.value_dim, value_units(run).scaled(2 * spec.num_heads)
             mixed = context
@@ -142,7 +147,7 @@ def _prepare(run: ForwardPass, qkv: PlacedTensor) -> None:
     for suffix in spec.qkv_suffixes(layer):
         if suffix == "_norm":
             with run.scope("head_norm"):
-                _normalise(run, qkv)
+                normalise(run, qkv, run.heads, run.bands)
                 run.tap_qkv(qkv, suffix, "qk")
         elif suffix == "_clip":
             assert spec.clip_qkv is not None
@@ -159,15 +164,3 @@ def _prepare(run: ForwardPass, qkv: PlacedTensor) -> None:
             with run.scope("rotary"):
                 run.wafer.launch(ROTATE_QK, qkv=qkv, cos=cos, sin=sin, q_slots=spec.queries_per_kv)
                 run.tap_qkv(qkv, suffix, "qk")
-
-
-def _normalise(run: ForwardPass, qkv: PlacedTensor) -> None:
-    spec, store, prefix = run.spec, run.weights.store, layer_prefix(run.current_layer)
-    assert spec.qk_norm is not None
-    if not spec.qk_norm.weighted:
-        head_norm(run.wafer, qkv, run.heads, None, None, spec.rms_norm_eps, run.bands)
-        return
-    names = (prefix + "q_norm", prefix + "k_norm")
-    head_weights = None if run.wafer.is_dry else (store.vector(names[0]), store.vector(names[1]))
-    norm = head_norm if spec.qk_norm.over == "head" else qk_norm
-    norm(run.wafer, qkv, run.heads, names, head_weights, spec.rms_norm_eps, run.bands)

@@ -23,6 +23,7 @@ from wse_emu.foundation.taps import TapRecord
 from wse_emu.layers.edges import logits
 from wse_emu.layers.heads import HeadLayout
 from wse_emu.layers.index_keys import index_heads
+from wse_emu.layers.kept_inputs import InputLayout
 from wse_emu.layers.key_rows import ConcatenatedRows
 from wse_emu.layers.kv_cache import KVCache, Sequences
 from wse_emu.layers.linear import Selection
@@ -65,6 +66,8 @@ class Engine:
                 "`moe_implementation` 'functional' computes every expert for every token, which has no weight to multiply its input by: "
                 "with `probability_before_ffn` use 'experimental' or 'optimized'"
             )
+        if self.options.kv == "recompute":
+            check_recomputable(self.spec)
         self.heads = _heads(self.spec, wafer.cols)
         self.weights = ModelWeights(store, self.spec, self.options, shapes_only=wafer.is_dry, disk_bytes=disk_bytes)
         self._stream: LayerStream | None = None
@@ -90,6 +93,16 @@ class Engine:
                 own = [all_layers.index(aliases[layer]) for layer in self.spec.indexer_layers]
             heads = index_heads(spec.indexer, self.wafer.cols)
             index = KVCache(self.wafer, heads, len(all_layers), most, aliases=own, stored=stored, lies=lies)
+        if self.options.kv == "recompute":
+            layout, of_inputs = InputLayout(spec.hidden_size, self.wafer.cols), half_of(self.options.precision.dtype)
+            inputs = KVCache(self.wafer, layout, spec.num_layers, most, patterns, aliases=aliases, stored=of_inputs, lies=lies)
+            kinds = list(dict.fromkeys(patterns))
+            ours = [kinds.index(self.spec.pattern(layer)) for layer in range(self.spec.num_layers)]
+            try:
+                return KVCache(self.wafer, self.heads, len(kinds), most, kinds, aliases=ours, stored=stored, inputs=inputs, lies=lies)
+            except BaseException:
+                inputs.free()
+                raise
         return KVCache(self.wafer, self.heads, spec.num_layers, most, patterns, aliases=aliases, stored=stored, index=index, lies=lies)
 
     def forward(
@@ -174,6 +187,17 @@ class Engine:
             seq=np.repeat(sequences.slot, sequences.n_new), pos=sequences.positions, token_ids=run.token_ids,
             row_of_token=rows, row_in_attention=in_attention, col_starts=starts,
         )  # fmt: skip
+
+
+def check_recomputable(spec: ModelSpec) -> None:
+    """Raise `SpecError` if a model's keys and values cannot be made again of the inputs that are kept for it."""
+    if spec.latent is not None:
+        raise SpecError("`kv` 'recompute' does not go with latent attention: what is kept there is one short latent a token already")
+    if spec.rope_scaling is not None and spec.rope_scaling.follows_length:
+        raise SpecError(
+            f"`kv` 'recompute' does not go with rotary scaling {spec.rope_scaling.kind}: a key keeps the rotation of the length at which "
+            "it came, which its input does not tell"
+        )
 
 
 def _execute(run: ForwardPass, token_ids: Ints, wanted: Ints, stream: LayerStream, stack: ExitStack) -> None:

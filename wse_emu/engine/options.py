@@ -12,6 +12,7 @@ from wse_emu.layers.ffn import MoeImplementation
 from wse_emu.layers.key_rows import KvGrowth, check_growth
 from wse_emu.layers.linear import DEFAULT_CHUNK
 
+KvKeeping = Literal["store", "recompute"]
 StreamExperts = Literal["activated", "all"]
 CHUNKS = (DEFAULT_CHUNK, 16, 8, 4, 2)
 """Sizes of streamed pieces that are tried in turn: smaller ones need less SRAM and more messages."""
@@ -39,6 +40,11 @@ class EngineOptions:
     """Where keys and values of new tokens go: "shift" keeps all rows of cores balanced by moving older tokens up; "concat" moves nothing
     and puts all that is generated on the last row, as a baseline to compare with: that row fills up first and works longest."""
 
+    kv: KvKeeping = "store"
+    """What is kept of a token for later ones: "store" keeps its keys and values in every layer; "recompute" keeps what they are made of,
+    the normalised residual stream (``hidden_size`` numbers in place of ``2 * num_kv_heads * head_dim``), and makes them anew in every pass
+    for one layer at a time. That saves SRAM where key/value heads are many, and costs multiply-adds and the stream of their columns."""
+
     skip_zero_weights: bool = False
     """Leave weights of matrices that are zero (all bits; not -0) behind when they stream: their bytes and wavelets are not sent, and
     messages without any other. A core finds zeros in their places and computes what it always does, so no value changes, be an activation
@@ -54,6 +60,8 @@ class EngineOptions:
         if not isinstance(self.stream_experts, str) or self.stream_experts not in ("activated", "all"):
             raise SpecError(f"`stream_experts` must be 'activated' or 'all', got {show(self.stream_experts)}")
         check_growth(self.kv_growth)
+        if not isinstance(self.kv, str) or self.kv not in get_args(KvKeeping):
+            raise SpecError(f"`kv` must be 'store' or 'recompute', got {show(self.kv)}")
         if self.moe_implementation not in get_args(MoeImplementation):
             known = ", ".join(get_args(MoeImplementation))
             raise SpecError(f"`moe_implementation` must be one of {known}, got {self.moe_implementation!r}")

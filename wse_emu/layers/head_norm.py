@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import lru_cache
 
 import numpy as np
@@ -86,11 +87,10 @@ def _account(
             run(HEAD_SCALE_PLAIN, qkv=qkv, total=total, q_slots=q, size=size, eps=eps)
             return
         w_q, w_k = weights if weights is not None else (None, None)
-        with (
-            stream_vector(wafer, names[0], _laid_out(w_q, heads), heads.unit_weights, bands) as of_q,
-            stream_vector(wafer, names[1], _laid_out(w_k, heads), heads.unit_weights, bands) as of_k,
-        ):
-            run(HEAD_SCALE, qkv=qkv, total=total, q_weight=of_q, k_weight=of_k, q_slots=q, size=size, eps=eps)
+        with ExitStack() as stack:
+            of_q = stack.enter_context(stream_vector(wafer, names[0], _laid_out(w_q, heads), heads.unit_weights, bands)) if q else None
+            of_k = stack.enter_context(stream_vector(wafer, names[1], _laid_out(w_k, heads), heads.unit_weights, bands))
+            run(HEAD_SCALE, qkv=qkv, total=total, q_weight=of_q or of_k, k_weight=of_k, q_slots=q, size=size, eps=eps)
 
 
 def _laid_out(weight: NDArray[np.float32] | None, heads: HeadLayout) -> NDArray[np.float32] | None:

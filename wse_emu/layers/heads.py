@@ -49,6 +49,11 @@ class HeadLayout:
         return self.value_dim is not None
 
     @property
+    def kept(self) -> str:
+        """What a cache keeps of them, in reports."""
+        return "index keys" if self.value_dim == 0 else "keys and values"
+
+    @property
     def kv_slots(self) -> int:
         """Slots of a pair unit beside its queries: its key and its value, or its key alone."""
         return 1 if self.values_in_keys else 2

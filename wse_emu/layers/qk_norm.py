@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -54,16 +56,16 @@ def qk_norm(
     end_place = wafer.placement((n, 2), rows, ("col", Split.single(2, int(cols[-1]), wafer.cols)))
     of_q, of_k = weights if weights is not None else (None, None)
     slots = heads.queries_per_kv
-    q_size, k_size = np.float32(heads.context.total), np.float32(heads.keys.total)
+    q_size, k_size = np.float32(max(1, heads.context.total)), np.float32(heads.keys.total)  # there may be no queries: keys made again
     with wafer.empty("sums of squares", wafer.placement((n, 2), rows, ("col", Split.everywhere(2, wafer.cols, at=cols)))) as total:
         with wafer.empty("partial sums of squares", partial_place) as partial, wafer.empty("row sums", end_place) as end:
             wafer.launch(QK_SQUARES, qkv=qkv, q_slots=slots, ss=partial)
             chain_row(wafer, partial, end)
             broadcast_row(wafer, end, total)
-        with (
-            stream_vector(wafer, names[0], of_q, heads.context, bands) as w_q,
-            stream_vector(wafer, names[1], of_k, heads.keys, bands) as w_k,
-        ):
+        with ExitStack() as stack:
+            w_q = stack.enter_context(stream_vector(wafer, names[0], of_q, heads.context, bands)) if slots else None
+            w_k = stack.enter_context(stream_vector(wafer, names[1], of_k, heads.keys, bands))
             wafer.launch(
-                QK_SCALE, qkv=qkv, total=total, q_weight=w_q, k_weight=w_k, q_slots=slots, q_size=q_size, k_size=k_size, eps=np.float32(eps)
-            )
+                QK_SCALE, qkv=qkv, total=total, q_weight=w_q or w_k, k_weight=w_k, q_slots=slots, q_size=q_size, k_size=k_size,
+                eps=np.float32(eps),
+            )  # fmt: skip

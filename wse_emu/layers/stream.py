@@ -76,6 +76,15 @@ class StreamedMatrix:
         share = None if disk is None else disk * stop // self.n_out - disk * start // self.n_out
         return StreamedMatrix(self.name, self.n_in, stop - start, tiles, share, self.skip_zeros, self.sums)
 
+    def some(self, name: str, columns: NDArray[np.int64]) -> StreamedMatrix:
+        """Some columns as a matrix of their own, with a copy; their share of the bytes on disk, rounded up."""
+        n, tiles = columns.size, None
+        if self.tiles is not None:
+            chosen = self.columns(0, self.n_out)[:, columns]
+            tiles = np.concatenate([chosen[:, at : at + TILE_COLS].reshape(-1) for at in range(0, n, TILE_COLS)])
+        share = None if self.disk_bytes is None else -(-self.disk_bytes * n // self.n_out)
+        return StreamedMatrix(name, self.n_in, n, tiles, share, self.skip_zeros)
+
 
 @dataclass(frozen=True, slots=True)
 class StreamedHeads:

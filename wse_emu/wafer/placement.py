@@ -239,6 +239,8 @@ class TokenBands:
 
     n_tokens: int
     n_rows: int
+    given: Split | None = None
+    """Tokens of each row, where they lie otherwise: one feature band then."""
 
     @property
     def n_token_bands(self) -> int:
@@ -248,16 +250,18 @@ class TokenBands:
     @property
     def n_feature_bands(self) -> int:
         """Rows that hold the same tokens and share the output features."""
-        return self.n_rows // self.n_tokens if 0 < self.n_tokens < self.n_rows else 1
+        return self.n_rows // self.n_tokens if 0 < self.n_tokens < self.n_rows and self.given is None else 1
 
     @property
     def split(self) -> Split:
         """Tokens held by each row, replicas included."""
-        return _band_split(self)
+        return _band_split(self) if self.given is None else self.given
 
     @property
     def used_rows(self) -> int:
-        """Rows that hold tokens (0 without tokens); rows beyond idle."""
+        """Rows that hold tokens (0 without tokens), or lie between such rows; rows beyond idle."""
+        if self.given is not None:
+            return int(self.given.used[-1]) + 1 if self.n_tokens else 0
         return self.n_token_bands * self.n_feature_bands if self.n_tokens else 0
 
 
