@@ -139,6 +139,7 @@ def from_pretrained(
     dry = wafer is not None and wafer.is_dry
     store: WeightStore = ShapeStore(checkpoint.spec)
     try:
+        options.check_model(checkpoint.spec)
         if not dry:
             store = open_store(checkpoint, cache_dir=cache_dir, progress=progress, resident_bytes=resident_bytes)
         spec = _with_attention(checkpoint.spec, attention, dense_attention_layers)
@@ -178,6 +179,7 @@ def from_config(
         Precision(dtype=dtype, kv_dtype=kv_dtype, precision_opt_level=precision_opt_level), kv_growth, kv, skip_zero_weights,
     )  # fmt: skip
     checkpoint = random_checkpoint(config, seed)
+    options.check_model(checkpoint.spec)
     dry = wafer is not None and wafer.is_dry
     store: WeightStore = ShapeStore(checkpoint.spec) if dry else ArrayStore(checkpoint)
     spec = _with_attention(checkpoint.spec, attention, dense_attention_layers)

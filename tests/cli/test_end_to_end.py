@@ -305,3 +305,16 @@ def test_growth_behind_the_last_token_generates_the_same_and_moves_nothing(
     asked = run(capsys, "plan", str(checkpoint), "--prompt-tokens", "8", "--rows", "3", "--kv-growth", "concat")[1]
     assert asked["kv_growth"] == "concat"
     assert run(capsys, "run", *words, "--kv-growth", "append")[0] == 2
+
+
+def test_inputs_in_place_of_keys_and_values_generate_the_same(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(checkpoint), "--ids", ids_file(tmp_path, 5), "--rows", "3", "--cols", "2", "--max-new-tokens", "3"]
+    found = {kv: run(capsys, "run", *words, "--kv", kv)[1] for kv in ("store", "recompute")}
+    assert found["store"]["generated"] == found["recompute"]["generated"]
+    assert found["recompute"]["verification"]["passed"]
+    stages = {kv: {row["stage"] for row in of["ledger"]["totals"]} for kv, of in found.items()}
+    assert stages["recompute"] - stages["store"] == {"recompute"}
+    asked = run(capsys, "plan", str(checkpoint), "--prompt-tokens", "8", "--rows", "3", "--kv", "recompute")[1]
+    assert asked["kv"] == "recompute"

@@ -102,7 +102,7 @@ def load(request: Request, placing: Placing, *, new_tokens: int, verify: bool, q
             new_tokens=new,
             verify=verified,
             prefill_chunk=placing.prefill_chunk,
-            options=EngineOptions(precision=placing.precision, kv_growth=placing.kv_growth.value),
+            options=EngineOptions(precision=placing.precision, kv_growth=placing.kv_growth.value, kv=placing.kv.value),
         )
         for prompt, new, verified in work
     ]
@@ -120,6 +120,7 @@ def load(request: Request, placing: Placing, *, new_tokens: int, verify: bool, q
             kv_dtype=placing.precision.kv_dtype,
             precision_opt_level=placing.precision.precision_opt_level,
             kv_growth=placing.kv_growth.value,
+            kv=placing.kv.value,
             progress=progress,
         )
     if model.checkpoint.ignored and not quiet:

@@ -62,6 +62,13 @@ class Growth(StrEnum):
     CONCAT = "concat"
 
 
+class Keeping(StrEnum):
+    """What is kept of a token for later ones."""
+
+    STORE = "store"
+    RECOMPUTE = "recompute"
+
+
 class Placing(NamedTuple):
     """Where and how a model runs, as the options say."""
 
@@ -73,6 +80,7 @@ class Placing(NamedTuple):
     prefill_chunk: int | None = None
     precision: Precision = FLOAT32
     kv_growth: Growth = Growth.SHIFT
+    kv: Keeping = Keeping.STORE
 
 
 _SHIPPED = "without it, the small model that ships with the package"
@@ -109,6 +117,9 @@ OptLevel = Annotated[
 KvGrowth = Annotated[
     Growth,
     typer.Option("--kv-growth", help="shift: keys and values stay balanced over rows; concat: what is generated goes to the last row."),
+]
+Kv = Annotated[
+    Keeping, typer.Option("--kv", help="Keep keys and values, or the inputs that they are made of, and make them again in every pass.")
 ]
 Temperature = Annotated[
     float | None,

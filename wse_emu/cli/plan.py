@@ -7,7 +7,7 @@ import json
 from wse_emu.cli import options
 from wse_emu.cli.describe import JSON_SCHEMA, model_entry
 from wse_emu.cli.exits import Exit
-from wse_emu.cli.options import Growth, NumberFormat, WaferName
+from wse_emu.cli.options import Growth, Keeping, NumberFormat, WaferName
 
 DEFAULT_PROMPT_TOKENS = 512
 """Tokens of a prompt where none are given; fewer where the model has not so many positions."""
@@ -26,6 +26,7 @@ def plan(
     kv_dtype: options.KvDtype = None,
     precision_opt_level: options.OptLevel = 0,
     kv_growth: options.KvGrowth = Growth.SHIFT,
+    kv: options.Kv = Keeping.STORE,
     window: options.Window = None,
     sinks: options.Sinks = 0,
     dense_layers: options.DenseLayers = None,
@@ -57,7 +58,7 @@ def plan(
         new_tokens=new_tokens,
         batch=batch,
         prefill_chunk=prefill_chunk,
-        options=EngineOptions(precision=options.precision(dtype, kv_dtype, precision_opt_level), kv_growth=kv_growth.value),
+        options=EngineOptions(precision=options.precision(dtype, kv_dtype, precision_opt_level), kv_growth=kv_growth.value, kv=kv.value),
         config=config,
     )
     code = Exit.OK if made.fits else Exit.DOES_NOT_FIT
@@ -65,7 +66,7 @@ def plan(
         asked = {
             "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "prefill_chunk": prefill_chunk, "window": window,
             "sinks": sinks, "dense_layers": dense_layers, "dtype": dtype, "kv_dtype": kv_dtype or dtype,
-            "precision_opt_level": precision_opt_level, "kv_growth": kv_growth,
+            "precision_opt_level": precision_opt_level, "kv_growth": kv_growth, "kv": kv,
         }  # fmt: skip
         document = {"schema": JSON_SCHEMA, "command": "plan", "model": model_entry(model, spec), "wafer": wafer.spec.name, **asked}
         print(json.dumps({**document, "plan": made.to_dict()}))

@@ -15,7 +15,7 @@ from wse_emu.cli import options
 from wse_emu.cli.describe import JSON_SCHEMA, header, sampling_text, what_and_where
 from wse_emu.cli.exits import Exit
 from wse_emu.cli.load import Request, load, read_request
-from wse_emu.cli.options import Executor, Growth, NumberFormat, Placing, StreamExperts, WaferName
+from wse_emu.cli.options import Executor, Growth, Keeping, NumberFormat, Placing, StreamExperts, WaferName
 from wse_emu.cli.tokens import TextStream
 from wse_emu.foundation.errors import StoreError
 from wse_emu.foundation.precision import FLOAT32, Precision
@@ -96,6 +96,7 @@ def run(
     kv_dtype: options.KvDtype = None,
     precision_opt_level: options.OptLevel = 0,
     kv_growth: options.KvGrowth = Growth.SHIFT,
+    kv: options.Kv = Keeping.STORE,
     verify: options.Verify = True,
     as_json: options.Json = False,
     ledger: options.LedgerFile = None,
@@ -112,7 +113,7 @@ def run(
             check_output_file(option, file)
     request = read_request(model, prompt, ids)
     precision = options.precision(dtype, kv_dtype, precision_opt_level)
-    placing = Placing(rows, cols, wafer, executor, stream_experts, prefill_chunk, precision, kv_growth)
+    placing = Placing(rows, cols, wafer, executor, stream_experts, prefill_chunk, precision, kv_growth, kv)
     started = time.perf_counter()
     loaded = load(request, placing, new_tokens=max_new_tokens, verify=verify, quiet=as_json)
     outcome = Outcome(request, loaded, sampler, placing.precision, host_seconds={"load": time.perf_counter() - started})

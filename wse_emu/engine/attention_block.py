@@ -40,6 +40,7 @@ def attention_block(run: ForwardPass, x: PlacedTensor) -> None:
                 _place_tables(run, tile, stack)
             _attention_block(part, own)
             run.join_keys(tile)
+            part.give_up_tables()
             with run.scope("attention_tile"):
                 move_tokens(run.wafer, own, part.bands, 0, x, run.bands, tile.first, n)
     if run.result.taps is not None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from wse_emu.engine.routing_trace import RoutingTrace
 from wse_emu.engine.weights import ModelWeights
-from wse_emu.foundation.attention_pattern import KeyRanges
+from wse_emu.foundation.attention_pattern import AttentionPattern, KeyRanges
 from wse_emu.foundation.taps import TapRecord, joined
 from wse_emu.foundation.weights import layer_prefix
 from wse_emu.layers.elementwise import bias
@@ -96,6 +96,8 @@ class ForwardPass:
         """Factor of each token's queries in layers without rotation, where there is one."""
         self.index_tables: tuple[PlacedTensor, PlacedTensor] | None = None
         """Rotary cosines and sines of the indexers."""
+        self.earlier_tables: dict[tuple[AttentionPattern, bool], tuple[PlacedTensor, PlacedTensor]] = {}
+        """Rotary cosines and sines of earlier tokens whose keys are made again, of the layers with a pattern that turn (locally)."""
         self.chosen: KeyRanges | None = None
         """Keys that tokens attend to, as the last indexer chose them; None is all."""
         self.kept_keys: Reservation | None = None
@@ -157,6 +159,13 @@ class ForwardPass:
             if run.kept_keys is not None:
                 self.wafer.sram.free(run.kept_keys)
                 run.kept_keys = None
+
+    def give_up_tables(self) -> None:
+        """Give back the SRAM of earlier tokens' rotary tables."""
+        for tables in self.earlier_tables.values():
+            for table in tables:
+                table.free()
+        self.earlier_tables.clear()
 
     def replayed_keys(self, n_keys: int) -> NDArray[np.bool_] | None:
         """With the ``dry`` executor: the next indexer's choice among `n_keys` positions, if the trace holds it."""

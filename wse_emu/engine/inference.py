@@ -66,8 +66,7 @@ class Engine:
                 "`moe_implementation` 'functional' computes every expert for every token, which has no weight to multiply its input by: "
                 "with `probability_before_ffn` use 'experimental' or 'optimized'"
             )
-        if self.options.kv == "recompute":
-            check_recomputable(self.spec)
+        self.options.check_model(self.spec)
         self.heads = _heads(self.spec, wafer.cols)
         self.weights = ModelWeights(store, self.spec, self.options, shapes_only=wafer.is_dry, disk_bytes=disk_bytes)
         self._stream: LayerStream | None = None
@@ -189,17 +188,6 @@ class Engine:
         )  # fmt: skip
 
 
-def check_recomputable(spec: ModelSpec) -> None:
-    """Raise `SpecError` if a model's keys and values cannot be made again of the inputs that are kept for it."""
-    if spec.latent is not None:
-        raise SpecError("`kv` 'recompute' does not go with latent attention: what is kept there is one short latent a token already")
-    if spec.rope_scaling is not None and spec.rope_scaling.follows_length:
-        raise SpecError(
-            f"`kv` 'recompute' does not go with rotary scaling {spec.rope_scaling.kind}: a key keeps the rotation of the length at which "
-            "it came, which its input does not tell"
-        )
-
-
 def _execute(run: ForwardPass, token_ids: Ints, wanted: Ints, stream: LayerStream, stack: ExitStack) -> None:
     """Embedding, layers, head."""
     wafer, spec, weights, ledger = run.wafer, run.spec, run.weights, run.wafer.ledger
@@ -228,6 +216,7 @@ def _execute(run: ForwardPass, token_ids: Ints, wanted: Ints, stream: LayerStrea
             ffn_block(run, x, stream)
         run.note_hidden(x)
     run.give_up_keys()
+    run.give_up_tables()
     run.layer = None
     with stream.layer(weights.head_names, weights.layer_names(0)), run.empty("normalised", run.place) as normal:
         run.norm("final_norm", x, normal, "final_norm")

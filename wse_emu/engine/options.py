@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from wse_emu.foundation.arguments import show
 from wse_emu.foundation.errors import InputError, SpecError
+from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.precision import FLOAT32, Precision
 from wse_emu.layers.ffn import MoeImplementation
 from wse_emu.layers.key_rows import KvGrowth, check_growth
@@ -71,6 +72,18 @@ class EngineOptions:
             raise SpecError(f"`bta_max_tile` must be an integer >= 1 or None, got {show(self.bta_max_tile)}")
         if type(self.prefetch_depth) is not int or self.prefetch_depth < 0:
             raise SpecError(f"`prefetch_depth` must be an integer >= 0, got {show(self.prefetch_depth)}")
+
+    def check_model(self, spec: ModelSpec) -> None:
+        """Raise `SpecError` if keys and values are to be made again of inputs that do not tell what they are."""
+        if self.kv == "store":
+            return
+        if spec.latent is not None:
+            raise SpecError("`kv` 'recompute' does not go with latent attention: what is kept there is one short latent a token already")
+        if spec.rope_scaling is not None and spec.rope_scaling.follows_length:
+            raise SpecError(
+                f"`kv` 'recompute' does not go with rotary scaling {spec.rope_scaling.kind}: a key keeps the rotation of the length at "
+                "which it came, which its input does not tell"
+            )
 
     def check_batch(self, n_sequences: int) -> None:
         """Raise `InputError` if tiles of attention do not divide a batch."""

@@ -112,10 +112,7 @@ def peak_sram(spec: ModelSpec, wafer_spec: WaferSpec, rows: int, cols: int, work
     firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
     for new in work.passes:
         cache = engine.new_cache(work.capacity, prompts=work.prompts, of=spec, aliases=firsts)
-        ends = work.capacity
-        if options.kv_growth == "concat" and work.prompts is not None:
-            ends = work.prompts  # where its chunks lie; room for all that decoding adds to the last row is there from the start
-        sequences = sequences_of([s for s, _ in new], [n for _, n in new], [ends[s] - n for s, n in new])
+        sequences = sequences_of([s for s, _ in new], [n for _, n in new], [_last_end(work, options, s, n) - n for s, n in new])
         trace = None
         if spec.is_moe:
             few = np.tile(np.arange(spec.n_slots, dtype=np.int64), (sequences.n_tokens, 1))
@@ -126,6 +123,14 @@ def peak_sram(spec: ModelSpec, wafer_spec: WaferSpec, rows: int, cols: int, work
     lies = wafer.sram.high_water_map
     assert lies is not None
     return lies
+
+
+def _last_end(work: Workload, options: EngineOptions, sequence: int, n: int) -> int:
+    """Tokens of a sequence after the last pass that brings `n` of them; the capacity where only room counts, and passes find all alike."""
+    if work.prompts is None or n == 1 or (options.kv_growth == "shift" and options.kv == "store"):
+        return work.capacity[sequence]
+    prompt, step = work.prompts[sequence], max(m for new in work.passes for s, m in new if s == sequence)
+    return prompt - prompt % step if n == step and options.kv_growth == "shift" else prompt
 
 
 def settle(
@@ -169,7 +174,8 @@ class Plan:
     chunk: int
     """Most columns of one streamed piece of a matrix."""
     kv_bytes: int
-    """Bytes of keys and values, in all layers and over all cores, when every sequence is as long as planned."""
+    """Bytes of keys and values, in all layers and over all cores, when every sequence is as long as planned. With ``kv="recompute"``: of
+    the inputs of all layers, and of the keys and values of one layer of each pattern."""
     max_context: int
     """Longest sequence that this grid holds, with prompt chunks as planned (a prompt shorter than they are at once); 0 if it holds none.
     With ``kv_growth="concat"``: one whose prompt is as planned, and that grows from there."""
@@ -239,9 +245,10 @@ def plan_model(
     rows, cols = cols if rows is None else rows, rows if cols is None else cols
     assert rows is not None
     assert cols is not None
-    chunks = Counter(n for ((_, n),) in prompt_chunks((prompt_tokens,), prefill_chunk))
-    bytes_prefill = sum(times * _stream_bytes(spec, batch * n, options, config) for n, times in chunks.items())
-    bytes_token = _stream_bytes(spec, batch, options, config)
+    keeps_inputs = options.kv == "recompute"  # what is made again of them streams once there are any
+    chunks = Counter((n, keeps_inputs and i > 0) for i, ((_, n),) in enumerate(prompt_chunks((prompt_tokens,), prefill_chunk)))
+    bytes_prefill = sum(times * _stream_bytes(spec, batch * n, options, config, int(later)) for (n, later), times in chunks.items())
+    bytes_token = _stream_bytes(spec, batch, options, config, int(keeps_inputs))
     held = kv_bytes(spec, wafer_spec, rows, cols, [prompt_tokens + new_tokens] * batch, options)
     longest = _max_context(spec, wafer_spec, rows, cols, prompt_tokens, batch, prefill_chunk, options)
     try:
@@ -303,16 +310,19 @@ def smallest_square(spec: ModelSpec, wafer_spec: WaferSpec, work: Workload, opti
     return high
 
 
-def _stream_bytes(spec: ModelSpec, n_tokens: int, options: EngineOptions, config: Mapping[str, Any] | None) -> int:
-    """Weight bytes of one forward pass over `n_tokens`, from the ledger of a dry run of one layer of each kind on one boundless core."""
+def _stream_bytes(spec: ModelSpec, n_tokens: int, options: EngineOptions, config: Mapping[str, Any] | None, earlier: int) -> int:
+    """Weight bytes of one forward pass over `n_tokens` that follow `earlier` ones, from the ledger of a dry run.
+
+    It runs one layer of each kind on one boundless core.
+    """
     roomy = replace(WSE3, sram_bytes_per_core=1 << 48)
     wafer = Wafer(roomy, rows=1, cols=1, executor="dry")
     few, n_alike = kinds_of_layers(spec)
     disk = None if config is None else DiskBytes(bytes_by_config(config, few), few)
     engine = shape_engine(wafer, few, options, disk_bytes=disk)
-    cache = engine.new_cache([n_tokens])
+    cache = engine.new_cache([earlier + n_tokens])
     trace = RoutingTrace.worst_case(len(few.moe_layers), n_tokens, spec.num_experts, spec.n_slots) if spec.is_moe else None
-    engine.forward(np.zeros(n_tokens, np.int64), sequences_of([0], [n_tokens], [0]), cache, np.array([n_tokens - 1]), trace=trace)
+    engine.forward(np.zeros(n_tokens, np.int64), sequences_of([0], [n_tokens], [earlier]), cache, np.array([n_tokens - 1]), trace=trace)
     rows = [row for row in wafer.ledger.totals(by=("layer", "kind")) if row["kind"] == "stream"]
     inside = sum(row["bytes"] * n_alike[row["layer"]] for row in rows if row["layer"] is not None)
     outside = sum(row["bytes"] for row in rows if row["layer"] is None)

@@ -87,15 +87,23 @@ def _prepare(run: ForwardPass, kv: PlacedTensor, heads: HeadLayout, earlier: Ear
 
 
 def _rotate(run: ForwardPass, kv: PlacedTensor, heads: HeadLayout, earlier: EarlierTokens) -> None:
-    """Turn the keys by their positions; the tables come in for this layer and go."""
-    wafer, local = run.wafer, run.spec.rotates_locally(run.current_layer)
+    """Turn the keys by their positions; the tables come in once for all layers that hold the same tokens."""
+    pattern, local = run.spec.pattern(run.current_layer), run.spec.rotates_locally(run.current_layer)
+    if (pattern, local) not in run.earlier_tables:
+        run.earlier_tables[pattern, local] = _place_tables(run, heads, earlier, local=local)
+    cos, sin = run.earlier_tables[pattern, local]
+    run.wafer.launch(ROTATE_QK, qkv=kv, cos=cos, sin=sin, q_slots=0)
+
+
+def _place_tables(run: ForwardPass, heads: HeadLayout, earlier: EarlierTokens, *, local: bool) -> tuple[PlacedTensor, PlacedTensor]:
+    wafer = run.wafer
     tables: tuple[NDArray[np.float32] | None, ...] = (None, None)
     if not wafer.is_dry:
         last = int(earlier.positions.max()) + 1
         whole = Sequences(*(np.array([n], np.int64) for n in (0, last, 0, 0, last)))
         tables = tuple(table[earlier.positions] for table in rotary_tables(run.spec, whole, local=local))
     where = wafer.placement((earlier.n_tokens, heads.units.total), ("row", earlier.bands.split), ("col", heads.units))
-    with wafer.empty("cosines of earlier tokens", where) as cos, wafer.empty("sines of earlier tokens", where) as sin:
-        for tensor, table in zip((cos, sin), tables, strict=True):
-            wafer.inject(tensor, table)
-        wafer.launch(ROTATE_QK, qkv=kv, cos=cos, sin=sin, q_slots=0)
+    cos, sin = (wafer.empty(f"{kind} of earlier tokens", where) for kind in ("cosines", "sines"))
+    for tensor, table in zip((cos, sin), tables, strict=True):
+        wafer.inject(tensor, table)
+    return cos, sin
