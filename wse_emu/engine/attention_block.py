@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from functools import partial
 
 from wse_emu.engine.forward_pass import AttentionTile, ForwardPass
-from wse_emu.engine.index_projection import index_choice, index_projection, index_tensors, place_index_rotary
+from wse_emu.engine.index_projection import index_choice, index_projection, index_tensors, keys_are_done, place_index_rotary
 from wse_emu.engine.latent_projection import latent_queries, latent_values, tap_mixed, value_units
 from wse_emu.engine.qkv_norm import normalise
 from wse_emu.engine.recompute import recomputed
@@ -102,7 +102,7 @@ def _attention_block(run: ForwardPass, x: PlacedTensor) -> None:
             sink = StreamedVector(prefix + "sinks", weights.vector(prefix + "sinks")) if spec.attn_sinks else None
             statistics = attention(
                 wafer, qkv, context, run.cache, layer, run.sequences, bands, pattern=spec.pattern(layer), chosen=run.chosen,
-                sink=sink, probe=record is not None,
+                kept=run.kept_keys, sink=sink, probe=record is not None,
             )  # fmt: skip
             if record is not None and statistics is not None:
                 record.stages[layer, "attn_max"], record.stages[layer, "attn_denominator"] = statistics
@@ -114,6 +114,8 @@ def _attention_block(run: ForwardPass, x: PlacedTensor) -> None:
             run.cache.forget(layer, run.sequences, bands)
             if run.cache.inputs is not None:
                 run.cache.inputs.forget(layer, run.sequences, bands)
+        if spec.indexer is not None:
+            keys_are_done(run)
         if spec.latent is not None:
             n_values, split = spec.num_heads * spec.value_dim, value_units(run).scaled(2 * spec.num_heads)
             mixed = context

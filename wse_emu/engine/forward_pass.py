@@ -15,13 +15,13 @@ from wse_emu.foundation.attention_pattern import AttentionPattern, KeyRanges
 from wse_emu.foundation.taps import TapRecord, joined
 from wse_emu.foundation.weights import layer_prefix
 from wse_emu.layers.elementwise import bias
+from wse_emu.layers.kept_keys import KeptKeys
 from wse_emu.layers.kv_cache import KVCache, Sequences
 from wse_emu.layers.layer_norm import layer_norm
 from wse_emu.layers.norm import add_residual, rms_norm
 from wse_emu.layers.router import Routing
 from wse_emu.memoryx.layout import qkv_to_published
 from wse_emu.wafer.placement import Ints, Placement, Split, TokenBands
-from wse_emu.wafer.sram import Reservation
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.wafer import Wafer
 
@@ -100,8 +100,8 @@ class ForwardPass:
         """Rotary cosines and sines of earlier tokens whose keys are made again, of the layers with a pattern that turn (locally)."""
         self.chosen: KeyRanges | None = None
         """Keys that tokens attend to, as the last indexer chose them; None is all."""
-        self.kept_keys: Reservation | None = None
-        """Where they are kept for layers that share them."""
+        self.kept_keys: KeptKeys | None = None
+        """The same as every core was told, for this layer and those that share them."""
         self.replay: NDArray[np.uint8] | None = None
         """With the ``dry`` executor, of a tile: what the layer's indexer chooses, as `ForwardResult.chosen_keys` has it."""
         self.layer: int | None = None
@@ -154,10 +154,10 @@ class ForwardPass:
         self.result.chosen_keys.append(np.packbits(taken, axis=1))
 
     def give_up_keys(self) -> None:
-        """Give back the SRAM of keys that later layers were to share, of tiles too."""
+        """Give back the SRAM of keys that layers attended to, of tiles too."""
         for run in (self, *(tile.run for tile in self.tiles)):
             if run.kept_keys is not None:
-                self.wafer.sram.free(run.kept_keys)
+                run.kept_keys.free()
                 run.kept_keys = None
 
     def give_up_tables(self) -> None:

@@ -16,6 +16,7 @@ from wse_emu.layers.elementwise import bias
 from wse_emu.layers.head_products import PUT_SLOTS, ROTATE_SLOTS
 from wse_emu.layers.heads import HeadLayout
 from wse_emu.layers.index_keys import choose_keys, weights_column
+from wse_emu.layers.kept_keys import KeptKeys
 from wse_emu.layers.kv_cache import KVCache
 from wse_emu.layers.layer_norm import layer_norm
 from wse_emu.layers.rotary import rotary_tables
@@ -93,30 +94,35 @@ def index_choice(run: ForwardPass, index: IndexTensors) -> None:
     layer, cache = run.spec.indexer_layers.index(run.current_layer), _cache(run)
     with run.scope("kv_cache"):
         cache.append(layer, index.qk, run.sequences, run.bands)
-    record = run.result.taps
+    record, n_keys = run.result.taps, int((run.sequences.start + run.sequences.n_new).max())
+    some = n_keys > _indexer(run).topk
+    _make_room(run, some)
     with run.scope("indexer"):
-        n_keys = int((run.sequences.start + run.sequences.n_new).max())
         found = choose_keys(
             run.wafer, index.qk, index.weights, cache, layer, run.sequences, run.bands, _indexer(run), run.heads.units,
-            probe=record is not None, replay=run.replayed_keys(n_keys),
+            kept=run.kept_keys, probe=record is not None, replay=run.replayed_keys(n_keys),
         )  # fmt: skip
     if record is not None:
         assert found.scores is not None
         record.stages[run.layer, "index_scores"], record.stages[run.layer, "index_keys"] = found.scores, found.taken
-    some = n_keys > _indexer(run).topk
-    _keep(run, some)
     run.note_keys(found.taken, found.ranges if some else None)
 
 
-def _keep(run: ForwardPass, some: bool) -> None:
-    """Where later layers attend to the same keys, every core keeps a bit for each of its row's keys and each new token."""
+def keys_are_done(run: ForwardPass) -> None:
+    """Give up what the layer's indexer chose, after it attended, unless the next layer attends to the same keys."""
+    if run.spec.runs_indexer(min(run.current_layer + 1, run.spec.num_layers - 1)):
+        run.give_up_keys()
+
+
+def _make_room(run: ForwardPass, some: bool) -> None:
+    """Where tokens attend to some keys only, every core keeps which."""
     run.give_up_keys()
-    sequences, rows = run.sequences, np.zeros(run.wafer.rows, np.int64)
-    if some and not run.spec.runs_indexer(min(run.current_layer + 1, run.spec.num_layers - 1)):
-        held = _cache(run).keys_in_pass(0, sequences)
-        for slot, n_new, keys in zip(sequences.slot.tolist(), sequences.n_new.tolist(), held, strict=True):
-            rows += _cache(run).split(slot, keys).sizes * n_new
-        run.kept_keys = run.wafer.sram.allocate("chosen keys", -(-rows // 32), (run.heads.units.sizes > 0).astype(np.int64), 4)
+    if not some:
+        return
+    sequences, cache = run.sequences, _cache(run)
+    slots, held = sequences.slot.tolist(), cache.keys_in_pass(0, sequences)
+    splits = [cache.split(slot, keys) for slot, keys in zip(slots, held, strict=True)]
+    run.kept_keys = KeptKeys(run.wafer, run.heads.units, splits, sequences.n_new.tolist())
 
 
 def _indexer(run: ForwardPass) -> Indexer:

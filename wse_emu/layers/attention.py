@@ -19,6 +19,7 @@ from wse_emu.layers.attention_cores import attend_on_cores
 from wse_emu.layers.attention_kernels import CAP_SCORES, CODE_BYTES, NO_SINK
 from wse_emu.layers.attention_plan import plan_attention
 from wse_emu.layers.heads import HeadLayout
+from wse_emu.layers.kept_keys import KeptKeys
 from wse_emu.layers.kv_cache import KVCache, Sequences
 from wse_emu.layers.norm import stream_vector
 from wse_emu.layers.stream import StreamedVector
@@ -37,7 +38,8 @@ _WORDS_PER_KEY = 4
 
 def attention(
     wafer: Wafer, qkv: PlacedTensor, context: PlacedTensor, cache: KVCache, layer: int, sequences: Sequences, bands: TokenBands,
-    *, pattern: AttentionPattern = FULL, chosen: KeyRanges | None = None, sink: StreamedVector | None = None, probe: bool = False,
+    *, pattern: AttentionPattern = FULL, chosen: KeyRanges | None = None, kept: KeptKeys | None = None,
+    sink: StreamedVector | None = None, probe: bool = False,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:  # fmt: skip
     """Context of every new token: softmax of its scaled scores over the keys that the pattern admits, times the values.
 
@@ -59,6 +61,8 @@ def attention(
         Keys that each token admits; all up to its own by default.
     chosen : KeyRanges, optional
         Those of them that each attends to, if not all.
+    kept : KeptKeys, optional
+        The same, on the cores that hold the keys: of cores that run one at a time, each works on those that it was told.
     sink : StreamedVector, (num_heads,), optional
         A score of every query head that no key has; it is streamed to all rows, for any may hold a token's first key.
     probe : bool
@@ -80,7 +84,7 @@ def attention(
             plan = plan_attention(cache, layer, sequences, bands, pattern, tile_tokens, chosen)
         events = plan.events
         if wafer.cores is not None:
-            events = attend_on_cores(wafer, qkv, context, cache, layer, sequences, bands, plan, m, denominator, sinks)
+            events = attend_on_cores(wafer, qkv, context, cache, layer, sequences, bands, plan, m, denominator, sinks, kept)
         elif not wafer.is_dry:
             k, v, base, capacity = cache.buffers(layer, sequences)
             mesh_attention(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from wse_emu.layers.attention_kernels import (
 )
 from wse_emu.layers.attention_plan import AttentionPlan
 from wse_emu.layers.heads import Part
+from wse_emu.layers.kept_keys import KeptKeys
 from wse_emu.layers.kv_cache import KVCache, Sequences
 from wse_emu.wafer import costs
 from wse_emu.wafer.cores import Block
@@ -111,15 +114,19 @@ class _TileRun:
         at = self.cache.heads.part_heads[parts.starts[col] : parts.stops[col]].tolist().index(self.head)
         return block.shaped(block.array.size).view(slice(at * q, (at + 1) * q))
 
-    def list_keys(self) -> None:
-        """Every core lists the keys of its row that the pattern admits, and the tokens that admit them; it knows the positions."""
+    def list_keys(self, told: Callable[[tuple[int, int]], tuple[Ints, Ints]] | None) -> None:
+        """Every core lists the keys of its row that are admitted, and the tokens that admit them.
+
+        By the pattern, for it knows the positions; or by what it was told.
+        """
         for visit in self.visits:
             for part in self.parts:
                 core = (visit.row, part.col)
-                keys = self.borrow(core, "admitted keys", visit.keys.size, dtype=np.int64)
-                admitted = self.borrow(core, "admitting tokens", visit.keys.size, dtype=np.int64)
-                keys.write(visit.keys)
-                admitted.write(visit.admitted)
+                found = (visit.keys, visit.admitted) if told is None else told(core)
+                keys = self.borrow(core, "admitted keys", found[0].size, dtype=np.int64)
+                admitted = self.borrow(core, "admitting tokens", found[0].size, dtype=np.int64)
+                keys.write(found[0])
+                admitted.write(found[1])
                 self.lists[core] = keys, admitted
 
     def send_queries(self, qkv: PlacedTensor, row: int, row0: int) -> None:
@@ -145,10 +152,11 @@ class _TileRun:
     def score(self) -> None:
         """Whole scores on every core of the group, row of keys by row of keys."""
         for visit in self.visits:
-            row, n_keys = visit.row, visit.keys.size
+            row = visit.row
             total: Block | None = None
             for part in self.parts:
                 core = (row, part.col)
+                n_keys = self.lists[core][0].array.size
                 own = self.borrow(core, "scores", n_keys, self.n_columns)
                 args = {"k": self.kept(0, core), "f0": 2 * part.first_unit, "keys": self.lists[core][0], "q_t": self.queries[core]}
                 self.run(PARTIAL_SCORES, core, {**args, "s_t": own})
@@ -248,6 +256,7 @@ _MOVES = (
 def attend_on_cores(
     wafer: Wafer, qkv: PlacedTensor, context: PlacedTensor, cache: KVCache, layer: int, sequences: Sequences, bands: TokenBands,
     plan: AttentionPlan, m_out: NDArray[np.float32], denom_out: NDArray[np.float32], sinks: PlacedTensor | None = None,
+    kept: KeptKeys | None = None,
 ) -> tuple[Event, ...]:  # fmt: skip
     """`wse_emu.layers.attention.attention`, tile by tile and head by head, every core on its own; returns what was done and moved."""
     assert wafer.cores is not None
@@ -258,14 +267,14 @@ def attend_on_cores(
         s, first, n, row = (int(a[i]) for a in (visits.sequence, visits.first, visits.n, visits.row))
         held = cache.split(int(sequences.slot[s]), plan.held[s])
         here = visits_of(plan, s, held, i)
-        row0 = first - int(bands.split.starts[row])
+        row0, token = first - int(bands.split.starts[row]), first - int(sequences.first_token[s])
         for head, parts in enumerate(heads.heads):
             run = _TileRun(wafer, cache, layer, int(sequences.slot[s]), parts, n, here, tally, traffic)
             try:
                 run.rows_held = held.sizes.tolist()
                 run.sinks, run.head = sinks, head
                 run.send_queries(qkv, row, row0)
-                run.list_keys()
+                run.list_keys(None if kept is None else partial(kept.of, sequence=s, token=token, n_tokens=n))
                 run.score()
                 maxima = run.maximum()
                 ends = run.accumulate(maxima)

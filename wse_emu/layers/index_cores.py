@@ -12,6 +12,7 @@ from wse_emu.layers.attention_cores import Visit, visits_of
 from wse_emu.layers.attention_kernels import PACK_QUERIES, PARTIAL_SCORES
 from wse_emu.layers.attention_plan import AttentionPlan
 from wse_emu.layers.index_kernels import ADD_COUNTS, COUNT_REACHING, COUNT_WANTED, INDEX_SCORES, RAISE_THRESHOLD, TAKE_KEYS
+from wse_emu.layers.kept_keys import KeptKeys
 from wse_emu.layers.kv_cache import KVCache, Sequences
 from wse_emu.wafer import costs
 from wse_emu.wafer.cores import Block, Borrow
@@ -57,6 +58,7 @@ class _Tally:
 def choose_on_cores(
     wafer: Wafer, qk: PlacedTensor, weights: PlacedTensor, cache: KVCache, layer: int, sequences: Sequences, bands: TokenBands,
     plan: AttentionPlan, indexer: Indexer, columns: Split, taken: NDArray[np.bool_], order: NDArray[np.int32],
+    kept: KeptKeys | None,
 ) -> tuple[Event, ...]:  # fmt: skip
     """`wse_emu.layers.index_keys.choose_keys`, tile by tile, every core on its own; writes `taken` and `order`, returns what was done."""
     assert wafer.cores is not None
@@ -74,6 +76,9 @@ def choose_on_cores(
             tile.find_threshold(position)
             tile.take(columns)
             for visit in here:
+                if kept is not None:
+                    for core, told in tile.told[visit.row].items():
+                        kept.keep(core, s, first - int(sequences.first_token[s]), n, visit.keys, told)
                 keys = int(held.starts[visit.row]) + visit.keys
                 of_row = tile.taken[visit.row].read()
                 for token in range(n):
@@ -100,6 +105,8 @@ class _Tile:
         self.weights: dict[int, Block] = {}
         self.order: dict[int, Block] = {}
         self.taken: dict[int, Block] = {}
+        self.told: dict[int, dict[tuple[int, int], Block]] = {}
+        """Of every row, what each core with a part of attention's keys was told."""
         self.threshold: dict[int, Block] = {}
         self.wanted: dict[int, Block] = {}
 
@@ -185,8 +192,9 @@ class _Tile:
             self.tally.run(TAKE_KEYS, core, {**of, "before": ties, "taken": taken})
             before = ties
             others = [col for col in columns.used.tolist() if col != self.last]
-            told = [self.borrow((visit.row, col), "taken keys", (visit.keys.size,), np.int64) for col in others]
-            self.tally.send("chosen keys", taken, told)
+            told = {(visit.row, col): self.borrow((visit.row, col), "taken keys", (visit.keys.size,), np.int64) for col in others}
+            self.tally.send("chosen keys", taken, list(told.values()))
+            self.told[visit.row] = told | ({core: taken} if len(others) < columns.used.size else {})
 
     def _words(self, row: int, name: str) -> Block:
         """One word of every token on the last core of a row."""

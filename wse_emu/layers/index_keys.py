@@ -32,6 +32,7 @@ from wse_emu.layers.index_kernels import (
     RAISE_THRESHOLD,
     TAKE_KEYS,
 )
+from wse_emu.layers.kept_keys import KeptKeys
 from wse_emu.layers.kv_cache import KVCache, Sequences
 from wse_emu.wafer import costs
 from wse_emu.wafer.ledger import Event
@@ -76,7 +77,7 @@ def weights_column(heads: HeadLayout) -> int:
 
 def choose_keys(
     wafer: Wafer, qk: PlacedTensor, weights: PlacedTensor, cache: KVCache, layer: int, sequences: Sequences, bands: TokenBands,
-    indexer: Indexer, columns: Split, *, probe: bool = False, replay: NDArray[np.bool_] | None = None,
+    indexer: Indexer, columns: Split, *, kept: KeptKeys | None = None, probe: bool = False, replay: NDArray[np.bool_] | None = None,
 ) -> ChosenKeys:  # fmt: skip
     """The keys of the highest scores, for every new token.
 
@@ -96,6 +97,8 @@ def choose_keys(
     indexer : Indexer
     columns : Split
         Pair units of attention's own keys: every column that has any is told which keys are taken.
+    kept : KeptKeys, optional
+        Where cores that run one at a time keep what they are told.
     probe : bool
         Also give the scores back, through the probe channel.
     replay : ndarray, (T, keys), bool, optional
@@ -109,7 +112,7 @@ def choose_keys(
     with wafer.working((choose_keys, heads, rows_per_core), lambda: _work(wafer, heads, words, rows_per_core)):
         plan = cache.attention_plan(sequences, FULL, lambda: plan_attention(cache, layer, sequences, bands, FULL, tile_tokens))
         if wafer.cores is not None:
-            events = choose_on_cores(wafer, qk, weights, cache, layer, sequences, bands, plan, indexer, columns, taken, order)
+            events = choose_on_cores(wafer, qk, weights, cache, layer, sequences, bands, plan, indexer, columns, taken, order, kept)
         else:
             events = _events(heads, wafer.rows, plan, columns)
             if wafer.is_dry:
