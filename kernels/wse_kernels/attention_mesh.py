@@ -29,6 +29,7 @@ from wse_kernels.attention_tile import (
     fma_step,
     fma_step_where,
     load_tile,
+    raise_max,
     scale_tile,
     store_tile,
 )
@@ -151,22 +152,14 @@ def _any_admits(masks: I32, tile: int, tiles: int, span: int, begin: int, end: i
 
 
 @helper
-def _raise_max(m: F32, s_t: F32, masks: I32, lanes: int, span: int, begin: int, end: int) -> None:
-    """Raise the maxima by keys begin to end, counted from the first of the scores."""
-    first, last = _run_of_all(masks, 0, lanes // WIDTH, span, begin, end)
+def _raise_max(m: F32, s_t: F32, masks: I32, lanes: int, lane: int, span: int, begin: int, end: int) -> None:
+    """Raise the maxima of one register tile's lanes, those from `lane` on, by the keys begin to end that each admits."""
     for j in range(begin, end):
-        row = s_t[j * lanes :]
-        if first <= j < last:
-            for n in range(lanes):
-                x = row[n]
-                m[n] = x if x > m[n] or x != x else m[n]
-        else:
-            for lane in range(0, lanes, WIDTH):
-                bits = masks[lane // WIDTH * span + j]
-                for n in range(WIDTH):
-                    x = row[lane + n]
-                    if (bits >> n) & 1 and (x > m[lane + n] or x != x):
-                        m[lane + n] = x
+        row, bits = s_t[j * lanes :], masks[lane // WIDTH * span + j]
+        for n in range(WIDTH):
+            x = row[lane + n]
+            if (bits >> n) & 1 and (x > m[lane + n] or x != x):
+                m[lane + n] = x
 
 
 @helper
@@ -193,27 +186,57 @@ def _weigh(denom: F32, s_t: F32, m: F32, masks: I32, lanes: int, span: int, begi
 
 
 @helper
-def _accumulate(
-    work: F32, masks: I32, outputs: int, values: int, scores: int, height: int, lanes: int, span: int, begin: int, end: int
+def _accumulate_tile(
+    work: F32, o: int, lanes: int, a: F32, at: int, step: int, s: int, bits: I32, first: int, last: int, begin: int, end: int
 ) -> None:  # fmt: skip
-    """Add the weighted values of keys begin to end, counted from the first, to the outputs; a lane takes its keys in ascending order."""
+    """Add keys begin to end to `ROWS` elements of the outputs, from ``work[o]`` on.
+
+    Values of key j are at ``a[at + (j - begin) * step]``, its weights at ``work[s + j * lanes]``; all lanes admit the keys first to last.
+    """
+    tile = load_tile(work, o, lanes)
+    for j in range(begin, first):
+        if bits[j] != 0:
+            tile = fma_step_where(bits[j], tile, a, at + (j - begin) * step, 1, work, s + j * lanes)
+    value, weight = at + (first - begin) * step, s + first * lanes
+    for _ in range(last - first):
+        tile = fma_step(tile, a, value, 1, work, weight)
+        value += step
+        weight += lanes
+    for j in range(last, end):
+        if bits[j] != 0:
+            tile = fma_step_where(bits[j], tile, a, at + (j - begin) * step, 1, work, s + j * lanes)
+    store_tile(tile, work, o, lanes)
+
+
+@helper
+def _accumulate(
+    work: F32, masks: I32, outputs: int, values: int, scores: int, height: int, lanes: int, span: int, begin: int, end: int,
+    v_cache: F32, first_value: I64, pieces: I64, in_place: bool,
+) -> None:  # fmt: skip
+    """Add the weighted values of keys begin to end, counted from the first, to the outputs; a lane takes its keys in ascending order.
+
+    The values of each piece of the head lie in the cache from `first_value` on; where they are not `in_place`, all of them were copied to
+    the rows of scratch from `values` on.
+    """
     for lane in range(0, lanes, WIDTH):
         tile = lane // WIDTH
         if not _any_admits(masks, tile, tile + 1, span, begin, end):
             continue
         bits = masks[tile * span :]
         first, last = _run_of_all(masks, tile, tile + 1, span, begin, end)
-        for f in range(0, height, ROWS):
-            o = load_tile(work, outputs + f * lanes + lane, lanes)
-            for j in range(begin, first):
-                if bits[j] != 0:
-                    o = fma_step_where(bits[j], o, work, values + (j - begin) * height + f, 1, work, scores + j * lanes + lane)
-            for j in range(first, last):
-                o = fma_step(o, work, values + (j - begin) * height + f, 1, work, scores + j * lanes + lane)
-            for j in range(last, end):
-                if bits[j] != 0:
-                    o = fma_step_where(bits[j], o, work, values + (j - begin) * height + f, 1, work, scores + j * lanes + lane)
-            store_tile(o, work, outputs + f * lanes + lane, lanes)
+        if in_place:
+            for c in range(pieces.shape[0]):
+                o = outputs + 2 * pieces[c, 3] * lanes + lane
+                for f in range(0, 2 * pieces[c, 7], ROWS):
+                    _accumulate_tile(
+                        work, o + f * lanes, lanes, v_cache, first_value[c] + f, 2 * pieces[c, 1], scores + lane, bits, first, last, begin,
+                        end,
+                    )  # fmt: skip
+        else:
+            for f in range(0, height, ROWS):
+                _accumulate_tile(
+                    work, outputs + f * lanes + lane, lanes, work, values + f, height, scores + lane, bits, first, last, begin, end
+                )  # fmt: skip
 
 
 @helper
@@ -259,11 +282,44 @@ def _find_pieces(unit_starts: I64, half: int, value_half: int, pieces: I64, firs
     first_piece[-1] = n
 
 
+@helper
+def _queries_in(
+    work: F32, to: int, lanes: int, n_lanes: int, qkv: F32, first: int, width: int, n_units: int, slot: int, q_slots: int, token: int
+) -> None:  # fmt: skip
+    """Copy the units of a piece, `width` elements apart from ``qkv[first]`` on, to rows of lanes from ``work[to]`` on.
+
+    The first lane is query slot `slot` of its token; the next token lies `token` elements behind.
+    """
+    for u in range(n_units):
+        at, s = first + u * width, slot
+        for n in range(to + 2 * u * lanes, to + 2 * u * lanes + n_lanes):
+            work[n] = qkv[at]
+            work[n + lanes] = qkv[at + 1]
+            at, s = at + 2, s + 1
+            if s == q_slots:
+                at, s = at + token - 2 * q_slots, 0
+
+
+@helper
+def _context_out(
+    work: F32, of: int, lanes: int, n_lanes: int, context: F32, first: int, width: int, n_units: int, slot: int, q_slots: int, token: int
+) -> None:  # fmt: skip
+    """Copy rows of lanes from ``work[of]`` on to the units of a piece of the context: `_queries_in` the other way."""
+    for u in range(n_units):
+        at, s = first + u * width, slot
+        for n in range(of + 2 * u * lanes, of + 2 * u * lanes + n_lanes):
+            context[at] = work[n]
+            context[at + 1] = work[n + lanes]
+            at, s = at + 2, s + 1
+            if s == q_slots:
+                at, s = at + token - 2 * q_slots, 0
+
+
 @kernel()
 def _attend(
     qkv: F32, width: int, n_tokens: int, pieces: I64, q_slots: int, height: int, value_height: int, head: int, scale: np.float32,
     cap_score: np.float32, sink: F32, first_range: I64, ranges: I64, t0: int, kv_base: int, cap: int, k_cache: F32, v_cache: F32,
-    lane0: int, n_lanes: int, work: F32, masks: I32, context: F32, m_out: F32, denom_out: F32,
+    lane0: int, n_lanes: int, work: F32, masks: I32, first_value: I64, context: F32, m_out: F32, denom_out: F32,
 ) -> None:  # fmt: skip
     """One task: lanes lane0 to lane0 + n_lanes of one sequence and head."""
     lanes = (n_lanes + WIDTH - 1) // WIDTH * WIDTH
@@ -279,24 +335,23 @@ def _attend(
     denom = work[denominators:]
     m = denom[lanes:]
     s_t = m[lanes:]
+    in_place = True  # whether every piece is whole register tiles of values
+    for c in range(pieces.shape[0]):
+        in_place = in_place and 2 * pieces[c, 7] % ROWS == 0
     for n in range(scores):
         work[n] = _ZERO
     for n in range(lanes):
         m[n] = _MINUS_INF
 
-    for n in range(n_lanes):
-        i = (lane0 + n) // q_slots
-        s = lane0 + n - i * q_slots
-        if sink.shape[0] > 0:
-            m[n] = sink[head * q_slots + s]
-        for c in range(pieces.shape[0]):
-            at = (n_tokens * pieces[c, 0] + (t0 + i) * pieces[c, 1] + pieces[c, 2]) * width + 2 * s
-            to = 2 * pieces[c, 3] * lanes + n
-            for _ in range(pieces[c, 4]):
-                work[to] = qkv[at]
-                work[to + lanes] = qkv[at + 1]
-                at += width
-                to += 2 * lanes
+    if sink.shape[0] > 0:
+        for n in range(n_lanes):
+            m[n] = sink[head * q_slots + (lane0 + n) % q_slots]
+    slot = lane0 % q_slots
+    for c in range(pieces.shape[0]):
+        first = (n_tokens * pieces[c, 0] + (t0 + lane0 // q_slots) * pieces[c, 1] + pieces[c, 2]) * width + 2 * slot
+        _queries_in(
+            work, 2 * pieces[c, 3] * lanes, lanes, n_lanes, qkv, first, width, pieces[c, 4], slot, q_slots, pieces[c, 1] * width
+        )  # fmt: skip
 
     for begin in range(0, span, _KEYS):
         end = min(begin + _KEYS, span)
@@ -319,11 +374,17 @@ def _attend(
                         at += 1
                         of += lanes
                     total = add_tiles(total, p)
-                store_tile(scale_tile(total, scale), s_t, j * lanes + lane, apart * lanes)
+                total = scale_tile(total, scale)
+                store_tile(total, s_t, j * lanes + lane, apart * lanes)
                 if cap_score > _ZERO:
                     _cap(s_t, j * lanes + lane, step, lanes, cap_score)
+                    total = load_tile(s_t, j * lanes + lane, apart * lanes)
+                first, last = _run_of_all(masks, lane // WIDTH, lane // WIDTH + 1, span, j, j + step)
+                if last - first == step:
+                    raise_max(m, lane, total)
+                else:
+                    _raise_max(m, s_t, masks, lanes, lane, span, j, j + step)
             j += step
-        _raise_max(m, s_t, masks, lanes, span, begin, end)
     for n in range(lanes):
         m[n] = m[n] + _ZERO  # -0 would depend on which zero came first
     if sink.shape[0] > 0:
@@ -336,29 +397,28 @@ def _attend(
             continue
         _weigh(denom, s_t, m, masks, lanes, span, begin, end)
         for c in range(pieces.shape[0]):
-            for j in range(begin, end):
-                at = kv_base + (cap * pieces[c, 0] + (first_key + j) * pieces[c, 1] + pieces[c, 2]) * 2
-                to = values + (j - begin) * value_height + 2 * pieces[c, 3]
+            first_value[c] = kv_base + (cap * pieces[c, 0] + (first_key + begin) * pieces[c, 1] + pieces[c, 2]) * 2
+            for j in range(0 if in_place else end - begin):
+                at, to = first_value[c] + j * 2 * pieces[c, 1], values + j * value_height + 2 * pieces[c, 3]
                 for f in range(2 * pieces[c, 7]):
                     work[to + f] = v_cache[at + f]
-        _accumulate(work, masks, outputs, values, scores, value_height, lanes, span, begin, end)
+        _accumulate(
+            work, masks, outputs, values, scores, value_height, lanes, span, begin, end, v_cache, first_value, pieces, in_place
+        )  # fmt: skip
 
     for lane in range(0, lanes, WIDTH):
         for f in range(0, value_height, ROWS):
             at = outputs + f * lanes + lane
             store_tile(divide_tile(load_tile(work, at, lanes), denom, lane), work, at, lanes)
-    for n in range(n_lanes):
-        i = (lane0 + n) // q_slots
-        s = lane0 + n - i * q_slots
-        for c in range(pieces.shape[0]):
-            at = ((n_tokens * pieces[c, 5] + (t0 + i) * pieces[c, 6] + pieces[c, 2]) * q_slots + s) * 2
-            of = outputs + 2 * pieces[c, 3] * lanes + n
-            for _ in range(pieces[c, 7]):
-                context[at] = work[of]
-                context[at + 1] = work[of + lanes]
-                at += 2 * q_slots
-                of += 2 * lanes
-        if m_out.shape[0] > 0:
+    for c in range(pieces.shape[0]):
+        first = ((n_tokens * pieces[c, 5] + (t0 + lane0 // q_slots) * pieces[c, 6] + pieces[c, 2]) * q_slots + slot) * 2
+        _context_out(
+            work, outputs + 2 * pieces[c, 3] * lanes, lanes, n_lanes, context, first, 2 * q_slots, pieces[c, 7], slot, q_slots,
+            pieces[c, 6] * 2 * q_slots,
+        )  # fmt: skip
+    if m_out.shape[0] > 0:
+        for n in range(n_lanes):
+            i, s = (lane0 + n) // q_slots, (lane0 + n) % q_slots
             m_out[t0 + i, head * q_slots + s] = m[n]
             denom_out[t0 + i, head * q_slots + s] = denom[n]
 
@@ -389,6 +449,7 @@ def _mesh_attention(
             size = max(size, (height + value_height + 2 + high - low) * lanes + _KEYS * value_height)
             words = max(words, lanes // WIDTH * (high - low))
     work, masks = np.empty(size, np.float32), np.empty(words, np.int32)
+    first_value = np.empty(pieces.shape[0], np.int64)
     task = 0
     for s in range(nt.shape[0]):
         for lane0 in range(0, nt[s] * q_slots, _LANES):
@@ -398,7 +459,7 @@ def _mesh_attention(
                     _attend(
                         qkv, width, n_tokens, pieces[first_piece[head] : first_piece[head + 1]], q_slots, height, value_height, head, scale,
                         cap_score, sink, first_range, ranges, t0[s], kv_base[s], cap[s],
-                        k_cache, v_cache, lane0, n_lanes, work, masks, context, m_out, denom_out,
+                        k_cache, v_cache, lane0, n_lanes, work, masks, first_value, context, m_out, denom_out,
                     )  # fmt: skip
                 task += 1
 

@@ -69,6 +69,14 @@ def divide_tile(p: F32, b: F32, j: int) -> F32:
         return p / b[j : j + WIDTH]
 
 
+def raise_max(m: F32, j: int, x: F32) -> None:
+    """``m[j + n] = x[r, n]`` where that is higher or NaN, for every row r from the first to the last."""
+    for r in range(ROWS):
+        for n in range(WIDTH):
+            if x[r, n] > m[j + n] or x[r, n] != x[r, n]:
+                m[j + n] = x[r, n]
+
+
 def fma_step(p: F32, a: F32, i: int, stride: int, b: F32, j: int) -> F32:
     """One step of every sum: ``p[r, n] = fma(a[i + r * stride], b[j + n], p[r, n])``."""
     return fma_step_where(ALL_LANES, p, a, i, stride, b, j)
@@ -125,6 +133,10 @@ def _type_scale(context: Any) -> Callable[..., Any]:
 
 def _type_divide(context: Any) -> Callable[..., Any]:
     return lambda p, b, j: _TILE
+
+
+def _type_raise_max(context: Any) -> Callable[..., Any]:
+    return lambda m, j, x: types.void
 
 
 def _type_step(context: Any) -> Callable[..., Any]:
@@ -200,6 +212,19 @@ def _lower_divide(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     return p
 
 
+def _lower_raise_max(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    m, j, x = args
+    at = _vector_address(context, builder, signature.args[0], m, j)
+    top = builder.load(at, align=4)
+    for r in range(ROWS):
+        row = builder.extract_value(x, r)
+        # Higher, or not a number; where the maximum is NaN already, only another NaN takes its place.
+        takes = builder.or_(builder.fcmp_ordered(">", row, top), builder.fcmp_unordered("uno", row, row))
+        top = builder.select(takes, row, top)
+    builder.store(top, at, align=4)
+    return context.get_dummy_value()
+
+
 def _step(context: Any, builder: Any, arg_types: Any, args: Any, admitted: Any) -> Any:
     p, a, i, stride, b, j = args
     a_type, b_type = arg_types[1], arg_types[4]
@@ -232,6 +257,7 @@ type_callable(store_tile)(_type_store)
 type_callable(add_tiles)(_type_add)
 type_callable(scale_tile)(_type_scale)
 type_callable(divide_tile)(_type_divide)
+type_callable(raise_max)(_type_raise_max)
 type_callable(fma_step)(_type_step)
 type_callable(fma_step_where)(_type_step_where)
 _lower_builtin(fill_tile, types.float32)(_lower_fill)
@@ -240,5 +266,6 @@ _lower_builtin(store_tile, _TileType, _ARRAY, _INT, _INT)(_lower_store)
 _lower_builtin(add_tiles, _TileType, _TileType)(_lower_add)
 _lower_builtin(scale_tile, _TileType, types.float32)(_lower_scale)
 _lower_builtin(divide_tile, _TileType, _ARRAY, _INT)(_lower_divide)
+_lower_builtin(raise_max, _ARRAY, _INT, _TileType)(_lower_raise_max)
 _lower_builtin(fma_step, _TileType, _ARRAY, _INT, _INT, _ARRAY, _INT)(_lower_step)
 _lower_builtin(fma_step_where, types.int32, _TileType, _ARRAY, _INT, _INT, _ARRAY, _INT)(_lower_step_where)

@@ -549,6 +549,25 @@ def _use_tile(array: np.ndarray, a: np.ndarray, stride: int, lanes: np.int32, x:
     attention_tile.store_tile(p, out, 1, 18)
 
 
+@numba.njit(error_model="numpy")
+def _use_max(m: np.ndarray, array: np.ndarray, stride: int) -> None:
+    attention_tile.raise_max(m, 3, attention_tile.load_tile(array, 2, stride))
+
+
+@pytest.mark.skipif(NOJIT, reason="compares with compiled code")
+@pytest.mark.parametrize("stride", [0, 16, 17])
+def test_maxima_of_a_tile_take_what_is_higher_and_keep_nan(stride: int) -> None:
+    rng = np.random.default_rng(26)
+    some = np.array([0.0, -0.0, np.nan, -np.nan, np.inf, -np.inf, 1.0, -1.0, 1e-45, 3e38], F)
+    for _ in range(40):
+        array, m = rng.choice(some, 200), rng.choice(some, 24)
+        compiled, interpreted = m.copy(), m.copy()
+        _use_max(compiled, array, stride)
+        _use_max.py_func(interpreted, array, stride)
+        assert np.array_equal(compiled.view(np.int32), interpreted.view(np.int32))
+        assert np.array_equal(compiled[[0, 1, 2, 19, 20]].view(np.int32), m[[0, 1, 2, 19, 20]].view(np.int32))
+
+
 @pytest.mark.skipif(NOJIT, reason="compares with compiled code")
 @pytest.mark.parametrize("stride", [0, 1, 5])
 @pytest.mark.parametrize("lanes", [0, 1, 0xFFFF, 0x8000, 0x0FF0, 0x5A5A, 0x7FFF])
