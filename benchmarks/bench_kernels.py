@@ -23,6 +23,7 @@ from wse_emu.layers.router import router_code
 from wse_emu.reference.formulas import clamped_glu
 from wse_kernels import (
     attention,
+    attention_rounded,
     elementwise,
     exp,
     ffn,
@@ -1414,6 +1415,21 @@ def _score_max(smoke: bool) -> Case:
 
 @CASES.add("softmax_accumulate")
 def _softmax_accumulate(smoke: bool) -> Case:
+    return _accumulated(smoke, attention.softmax_accumulate, 0.0)
+
+
+@CASES.add("softmax_accumulate_rounded")
+def _softmax_accumulate_rounded(smoke: bool) -> Case:
+    largest = np.zeros(1, np.int32)
+
+    def rounded(s_t: F32, q: int, keys: Any, admitted: Any, m: F32, v: F32, f0: int, denom: F32, o_t: F32) -> None:
+        attention_rounded.softmax_accumulate_rounded(s_t, q, keys, admitted, m, v, f0, storage.TO_F16, largest, denom, o_t)
+
+    return _accumulated(smoke, rounded, 2.0**-11)
+
+
+def _accumulated(smoke: bool, accumulate: Any, u_state: float) -> Case:
+    """Softmax of a block of keys by `accumulate`, whose state is rounded to `u_state` after every key."""
     s_t, scale, admitted, seen, m = _scored(smoke)
     _, v, _, _ = _visit(smoke)
     scaled, keys, q = s_t * scale, np.arange(len(s_t)), s_t.shape[1] // len(s_t)
@@ -1421,7 +1437,7 @@ def _softmax_accumulate(smoke: bool) -> Case:
 
     def ours() -> Any:
         weights[...], denom[...], o_t[...] = scaled, 0, 0
-        attention.softmax_accumulate(weights, q, keys, admitted, m, v, 0, denom, o_t)
+        accumulate(weights, q, keys, admitted, m, v, 0, denom, o_t)
         return denom, o_t
 
     def by_formula(s: Any, top: Any, values: Any) -> Any:
@@ -1442,7 +1458,8 @@ def _softmax_accumulate(smoke: bool) -> Case:
     of_exp = (4 + 2 * float(np.abs(s_t * scale).max())) * U
     n = 2 * np.sqrt(len(s_t)) * U
     size = by_formula(s_t.astype(np.float64), m.astype(np.float64), np.abs(v).astype(np.float64))
-    bounds = tuple((n + of_exp) * x for x in size)
+    # Every term is rounded, and every partial sum, which is at most the sum of its terms' sizes.
+    bounds = tuple((n + of_exp + (1 + len(s_t)) * u_state) * x for x in size)
     work = Work(macs=int(seen.sum()) * v.shape[1], bytes=s_t.nbytes + v.nbytes + o_t.nbytes)
     return Case(ours, {"numpy": lambda: by_formula(s_t, m, v), **torch_side(torch)}, right, bounds, work, parallel=False)
 

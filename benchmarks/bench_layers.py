@@ -48,9 +48,11 @@ from wse_emu.layers.tiles import move_tokens
 from wse_emu.wafer.placement import Split, TokenBands
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_kernels.attention_mesh import mesh_attention, mesh_store_kv
+from wse_kernels.attention_rounded import mesh_attention_rounded
 from wse_kernels.head_norm import mesh_head_norm
 from wse_kernels.index_keys import mesh_index_keys
 from wse_kernels.norm import mesh_rms_norm
+from wse_kernels.storage import TO_F16
 
 CASES = Cases()
 
@@ -862,15 +864,28 @@ def _mesh_index_keys(layer: Layer) -> Case:
 
 @both("mesh_attention")
 def _mesh_attention(layer: Layer) -> Case:
+    return _attention_driver(layer, mesh_attention)
+
+
+@both("mesh_attention_rounded")
+def _mesh_attention_rounded(layer: Layer) -> Case:
+    return _attention_driver(layer, lambda *args: mesh_attention_rounded(*args, TO_F16), rounded=True)
+
+
+def _attention_driver(layer: Layer, driver: Any, *, rounded: bool = False) -> Case:
     none, no_sink = np.zeros((0, 0), np.float32), np.zeros(0, np.float32)
 
     def attend(wafer: Any, cache: Any, placed: Any, context: Any, new: Any) -> None:
         admitted = FULL.ranges(new.positions)
         k, v, base, cap = cache.buffers(0, new)
         heads = layer.heads
-        mesh_attention(
+        driver(
             placed.flat, heads.units.offsets, heads.queries_per_kv, heads.head_dim, heads.scale, heads.cap, no_sink,
             admitted.first, admitted.ranges, new.first_token, new.n_new, base, cap, k, v, context.flat, none, none,
         )  # fmt: skip
 
-    return _attention_case(layer, attend)
+    case = _attention_case(layer, attend)
+    if rounded:  # half a step of float16, 2**-11, of each weight and of each partial sum; here of a value of at most 5
+        n_keys = layer.n_cached + layer.n_tokens
+        case = replace(case, bounds=(5 * 2.0**-11 * n_keys,))
+    return case

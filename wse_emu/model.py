@@ -103,9 +103,9 @@ def from_pretrained(
         there but for float32. Arithmetic is float32. A number beyond the format's largest raises `NumberOverflowError`.
     kv_dtype : the same, optional
         Format of keys and values; by default `dtype`.
-    precision_opt_level : {0, 1}
+    precision_opt_level : {0, 1, 2}
         Which sums a format of 16 bits reaches. 0: none. 1: what a row of cores hands on of a matrix product is rounded to `dtype`; inside
-        a core sums are float32. Not with float32.
+        a core sums are float32. 2: the state of softmax too, after every key. Not with float32.
     kv_growth : {"shift", "concat"}
         Where keys and values of new tokens go: all rows of cores stay balanced, older tokens shifting; or nothing moves, and all that is
         generated comes to lie on the last row. Never changes a value.

@@ -7,7 +7,7 @@ Buffers are flat and column-panel-major. ``unit_starts[c]`` is the first pair un
 ``g`` owns units ``g * d/2`` to ``(g + 1) * d/2``): a column holds several whole heads, or a slice of one, or nothing. The panel of column
 ``c`` in a tensor with ``x`` elements per unit and ``n`` rows starts at element ``n * x * unit_starts[c]``, C-contiguous.
 
-A task is up to `_LANES` queries of one sequence and one key/value head. They are *lanes*: lane ``i * q_slots + s`` is query slot ``s`` of
+A task is up to `LANES` queries of one sequence and one key/value head. They are *lanes*: lane ``i * q_slots + s`` is query slot ``s`` of
 token ``i`` of the sequence's new tokens. Scratch rows hold one float32 for each lane, rounded up to whole register tiles; lanes without a
 query compute with zeros and are never written out. Which lanes admit a key is a word of bits for each register tile, made from the ranges
 of keys that each token admits; keys that no lane of a tile admits cost nothing but a look at that word.
@@ -43,9 +43,9 @@ I32 = NDArray[np.int32]
 _ZERO = np.float32(0.0)
 _MINUS_INF = np.float32(-np.inf)
 _MINUS_ZERO = np.float32(-0.0)
-_LANES = 64
+LANES = 64
 """Queries of a task: those of a head of 64 are 16 KiB, half an L1 cache. A multiple of `WIDTH`."""
-_KEYS = 32
+KEYS = 32
 """Keys worked through at a time. A multiple of `ROWS`."""
 
 
@@ -91,7 +91,7 @@ def mesh_store_kv(
 
 
 @helper
-def _span(first_range: I64, ranges: I64, token: int, stop: int) -> tuple[int, int]:
+def key_span(first_range: I64, ranges: I64, token: int, stop: int) -> tuple[int, int]:
     """First key that some of the tokens `token` to `stop` admits, and the one after the last."""
     low, high = ranges[first_range[token], 0], 0
     for i in range(token, stop):
@@ -101,7 +101,7 @@ def _span(first_range: I64, ranges: I64, token: int, stop: int) -> tuple[int, in
 
 
 @helper
-def _admit(masks: I32, span: int, first_key: int, first_range: I64, ranges: I64, t0: int, lane0: int, n_lanes: int, q_slots: int) -> None:
+def admit(masks: I32, span: int, first_key: int, first_range: I64, ranges: I64, t0: int, lane0: int, n_lanes: int, q_slots: int) -> None:
     """Bits of the lanes that admit each of `span` keys: word ``tile * span + key - first_key`` for the lanes of a register tile.
 
     Lanes without a query go with the last token, so that its tile is whole where it can be.
@@ -142,7 +142,7 @@ def _all_admit(masks: I32, tile: int, tiles: int, span: int, j: int) -> bool:
 
 
 @helper
-def _any_admits(masks: I32, tile: int, tiles: int, span: int, begin: int, end: int) -> bool:
+def any_admits(masks: I32, tile: int, tiles: int, span: int, begin: int, end: int) -> bool:
     """Whether some lane of the tiles `tile` to `tiles` admits some of the keys begin to end."""
     bits = 0
     for t in range(tile, tiles):
@@ -152,7 +152,7 @@ def _any_admits(masks: I32, tile: int, tiles: int, span: int, begin: int, end: i
 
 
 @helper
-def _raise_max(m: F32, s_t: F32, masks: I32, lanes: int, lane: int, span: int, begin: int, end: int) -> None:
+def raise_admitted(m: F32, s_t: F32, masks: I32, lanes: int, lane: int, span: int, begin: int, end: int) -> None:
     """Raise the maxima of one register tile's lanes, those from `lane` on, by the keys begin to end that each admits."""
     for j in range(begin, end):
         row, bits = s_t[j * lanes :], masks[lane // WIDTH * span + j]
@@ -220,7 +220,7 @@ def _accumulate(
     """
     for lane in range(0, lanes, WIDTH):
         tile = lane // WIDTH
-        if not _any_admits(masks, tile, tile + 1, span, begin, end):
+        if not any_admits(masks, tile, tile + 1, span, begin, end):
             continue
         bits = masks[tile * span :]
         first, last = _run_of_all(masks, tile, tile + 1, span, begin, end)
@@ -240,7 +240,7 @@ def _accumulate(
 
 
 @helper
-def _cap(s_t: F32, at: int, rows: int, stride: int, cap: np.float32) -> None:
+def cap_tile(s_t: F32, at: int, rows: int, stride: int, cap: np.float32) -> None:
     """Hold the scores of a register tile, `rows` rows from element `at` on, softly within the cap."""
     for r in range(rows):
         row = s_t[at + r * stride :]
@@ -249,7 +249,7 @@ def _cap(s_t: F32, at: int, rows: int, stride: int, cap: np.float32) -> None:
 
 
 @helper
-def _find_pieces(unit_starts: I64, half: int, value_half: int, pieces: I64, first_piece: I64) -> None:
+def find_pieces(unit_starts: I64, half: int, value_half: int, pieces: I64, first_piece: I64) -> None:
     """Cut the units of every head into pieces, one for each column that holds any, west to east; head g's are first_piece[g] to [g + 1].
 
     A row of ``pieces``: first unit of the column, units of the column, first unit of the piece in the column and in the head, units of the
@@ -283,7 +283,7 @@ def _find_pieces(unit_starts: I64, half: int, value_half: int, pieces: I64, firs
 
 
 @helper
-def _queries_in(
+def queries_in(
     work: F32, to: int, lanes: int, n_lanes: int, qkv: F32, first: int, width: int, n_units: int, slot: int, q_slots: int, token: int
 ) -> None:  # fmt: skip
     """Copy the units of a piece, `width` elements apart from ``qkv[first]`` on, to rows of lanes from ``work[to]`` on.
@@ -301,10 +301,10 @@ def _queries_in(
 
 
 @helper
-def _context_out(
+def context_out(
     work: F32, of: int, lanes: int, n_lanes: int, context: F32, first: int, width: int, n_units: int, slot: int, q_slots: int, token: int
 ) -> None:  # fmt: skip
-    """Copy rows of lanes from ``work[of]`` on to the units of a piece of the context: `_queries_in` the other way."""
+    """Copy rows of lanes from ``work[of]`` on to the units of a piece of the context: `queries_in` the other way."""
     for u in range(n_units):
         at, s = first + u * width, slot
         for n in range(of + 2 * u * lanes, of + 2 * u * lanes + n_lanes):
@@ -323,14 +323,14 @@ def _attend(
 ) -> None:  # fmt: skip
     """One task: lanes lane0 to lane0 + n_lanes of one sequence and head."""
     lanes = (n_lanes + WIDTH - 1) // WIDTH * WIDTH
-    first_key, last_key = _span(first_range, ranges, t0 + lane0 // q_slots, t0 + (lane0 + n_lanes - 1) // q_slots + 1)
+    first_key, last_key = key_span(first_range, ranges, t0 + lane0 // q_slots, t0 + (lane0 + n_lanes - 1) // q_slots + 1)
     span = last_key - first_key
-    _admit(masks, span, first_key, first_range, ranges, t0, lane0, n_lanes, q_slots)
-    # Scratch: queries (height, lanes), outputs (value_height, lanes), values (_KEYS, value_height), denominators, maxima,
+    admit(masks, span, first_key, first_range, ranges, t0, lane0, n_lanes, q_slots)
+    # Scratch: queries (height, lanes), outputs (value_height, lanes), values (KEYS, value_height), denominators, maxima,
     # scores (keys, lanes).
     outputs = height * lanes
     values = outputs + value_height * lanes
-    denominators = values + _KEYS * value_height
+    denominators = values + KEYS * value_height
     scores = denominators + 2 * lanes
     denom = work[denominators:]
     m = denom[lanes:]
@@ -349,19 +349,19 @@ def _attend(
     slot = lane0 % q_slots
     for c in range(pieces.shape[0]):
         first = (n_tokens * pieces[c, 0] + (t0 + lane0 // q_slots) * pieces[c, 1] + pieces[c, 2]) * width + 2 * slot
-        _queries_in(
+        queries_in(
             work, 2 * pieces[c, 3] * lanes, lanes, n_lanes, qkv, first, width, pieces[c, 4], slot, q_slots, pieces[c, 1] * width
         )  # fmt: skip
 
-    for begin in range(0, span, _KEYS):
-        end = min(begin + _KEYS, span)
+    for begin in range(0, span, KEYS):
+        end = min(begin + KEYS, span)
         j = begin
         while j < end:
             # The last keys, fewer than a tile has rows, one at a time in all its rows.
             step = ROWS if j + ROWS <= end else 1
             apart = 1 if step > 1 else 0
             for lane in range(0, lanes, WIDTH):
-                if not _any_admits(masks, lane // WIDTH, lane // WIDTH + 1, span, j, j + step):
+                if not any_admits(masks, lane // WIDTH, lane // WIDTH + 1, span, j, j + step):
                     continue
                 # -0.0 + p is p, bit for bit: the chain's first partial needs no case of its own.
                 total = fill_tile(_MINUS_ZERO)
@@ -377,13 +377,13 @@ def _attend(
                 total = scale_tile(total, scale)
                 store_tile(total, s_t, j * lanes + lane, apart * lanes)
                 if cap_score > _ZERO:
-                    _cap(s_t, j * lanes + lane, step, lanes, cap_score)
+                    cap_tile(s_t, j * lanes + lane, step, lanes, cap_score)
                     total = load_tile(s_t, j * lanes + lane, apart * lanes)
                 first, last = _run_of_all(masks, lane // WIDTH, lane // WIDTH + 1, span, j, j + step)
                 if last - first == step:
                     raise_max(m, lane, total)
                 else:
-                    _raise_max(m, s_t, masks, lanes, lane, span, j, j + step)
+                    raise_admitted(m, s_t, masks, lanes, lane, span, j, j + step)
             j += step
     for n in range(lanes):
         m[n] = m[n] + _ZERO  # -0 would depend on which zero came first
@@ -391,9 +391,9 @@ def _attend(
         for n in range(n_lanes):
             denom[n] = exp32(sink[head * q_slots + (lane0 + n) % q_slots] - m[n])
 
-    for begin in range(0, span, _KEYS):
-        end = min(begin + _KEYS, span)
-        if not _any_admits(masks, 0, lanes // WIDTH, span, begin, end):
+    for begin in range(0, span, KEYS):
+        end = min(begin + KEYS, span)
+        if not any_admits(masks, 0, lanes // WIDTH, span, begin, end):
             continue
         _weigh(denom, s_t, m, masks, lanes, span, begin, end)
         for c in range(pieces.shape[0]):
@@ -412,7 +412,7 @@ def _attend(
             store_tile(divide_tile(load_tile(work, at, lanes), denom, lane), work, at, lanes)
     for c in range(pieces.shape[0]):
         first = ((n_tokens * pieces[c, 5] + (t0 + lane0 // q_slots) * pieces[c, 6] + pieces[c, 2]) * q_slots + slot) * 2
-        _context_out(
+        context_out(
             work, outputs + 2 * pieces[c, 3] * lanes, lanes, n_lanes, context, first, 2 * q_slots, pieces[c, 7], slot, q_slots,
             pieces[c, 6] * 2 * q_slots,
         )  # fmt: skip
@@ -437,23 +437,23 @@ def _mesh_attention(
     value_half = context.shape[0] // (n_tokens * n_heads * q_slots * 2)
     pieces = np.empty((unit_starts.shape[0] - 1 + n_heads, 8), np.int64)
     first_piece = np.empty(n_heads + 1, np.int64)
-    _find_pieces(unit_starts, half, value_half, pieces, first_piece)
+    find_pieces(unit_starts, half, value_half, pieces, first_piece)
     height = (head_dim + ROWS - 1) // ROWS * ROWS
     value_height = (2 * value_half + ROWS - 1) // ROWS * ROWS
     size = words = 0
     for s in range(nt.shape[0]):
-        for lane0 in range(0, nt[s] * q_slots, _LANES):
-            n_lanes = min(_LANES, nt[s] * q_slots - lane0)
+        for lane0 in range(0, nt[s] * q_slots, LANES):
+            n_lanes = min(LANES, nt[s] * q_slots - lane0)
             lanes = (n_lanes + WIDTH - 1) // WIDTH * WIDTH
-            low, high = _span(first_range, ranges, t0[s] + lane0 // q_slots, t0[s] + (lane0 + n_lanes - 1) // q_slots + 1)
-            size = max(size, (height + value_height + 2 + high - low) * lanes + _KEYS * value_height)
+            low, high = key_span(first_range, ranges, t0[s] + lane0 // q_slots, t0[s] + (lane0 + n_lanes - 1) // q_slots + 1)
+            size = max(size, (height + value_height + 2 + high - low) * lanes + KEYS * value_height)
             words = max(words, lanes // WIDTH * (high - low))
     work, masks = np.empty(size, np.float32), np.empty(words, np.int32)
     first_value = np.empty(pieces.shape[0], np.int64)
     task = 0
     for s in range(nt.shape[0]):
-        for lane0 in range(0, nt[s] * q_slots, _LANES):
-            n_lanes = min(_LANES, nt[s] * q_slots - lane0)
+        for lane0 in range(0, nt[s] * q_slots, LANES):
+            n_lanes = min(LANES, nt[s] * q_slots - lane0)
             for head in range(n_heads):
                 if task % n_parts == part:
                     _attend(

@@ -27,7 +27,7 @@ _NONE = np.int32(0)
 
 
 @helper
-def _finite_size(x: np.float32) -> np.int32:
+def finite_size(x: np.float32) -> np.int32:
     """Bits of ``|x|``, which order as the numbers do; 0 for an infinity and for NaN."""
     size = np.int32(bits_of_f32(x) & _MAGNITUDE)
     return size if size < _INFINITY else _NONE
@@ -38,7 +38,7 @@ def round_bf16(x: F32) -> np.int32:
     """Round `x`, (n,) float32, to bfloat16 as `wse_kernels.formats.encode` defines it; returns the bits of its largest finite magnitude."""
     largest = _NONE
     for i in range(x.shape[0]):
-        largest = max(largest, _finite_size(x[i]))
+        largest = max(largest, finite_size(x[i]))
         x[i] = f32_of_bf16(bf16_of_f32(x[i]))
     return largest
 
@@ -48,7 +48,7 @@ def round_f16(x: F32) -> np.int32:
     """Round `x`, (n,) float32, to float16; as `round_bf16`."""
     largest = _NONE
     for i in range(x.shape[0]):
-        largest = max(largest, _finite_size(x[i]))
+        largest = max(largest, finite_size(x[i]))
         x[i] = f32_of_f16(f16_of_f32(x[i]))
     return largest
 
@@ -58,9 +58,19 @@ def round_cb16(x: F32) -> np.int32:
     """Round `x`, (n,) float32, to cb16; as `round_bf16`."""
     largest = _NONE
     for i in range(x.shape[0]):
-        largest = max(largest, _finite_size(x[i]))
+        largest = max(largest, finite_size(x[i]))
         x[i] = f32_of_cb16(cb16_of_f32(x[i]))
     return largest
+
+
+@helper
+def nearest_to(x: np.float32, fmt: int) -> np.float32:
+    """Return the number nearest to `x` in one of `TO_BF16`, `TO_F16` and `TO_CB16`."""
+    if fmt == TO_BF16:
+        return f32_of_bf16(bf16_of_f32(x))
+    if fmt == TO_F16:
+        return f32_of_f16(f16_of_f32(x))
+    return f32_of_cb16(cb16_of_f32(x))
 
 
 @helper

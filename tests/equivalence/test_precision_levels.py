@@ -13,7 +13,9 @@ import wse_emu as wse
 from wse_emu.equivalence import verify_record
 from wse_emu.equivalence.products import chained
 from wse_emu.foundation.errors import InputError
+from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.precision import Precision
+from wse_emu.foundation.taps import TapRecord
 from wse_emu.layers import linear
 from wse_emu.reference.storage import rounded
 from wse_emu.wafer.storage import FORMATS, ROUNDINGS
@@ -97,11 +99,11 @@ def test_a_sum_that_is_handed_on_wrongly_is_found(step: Callable[[F32, F32], F32
         assert {"q", "k", "v", "attn_out", "expert_hidden"} <= wrong, "not what is stored after the sum is whole"
 
 
-@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize("level", [0, 1, 2])
 def test_a_level_that_is_not_the_named_one_is_found(level: int) -> None:
     model = model_of(level)
     record, read = model.record(IDS), model.checkpoint.tensors.read
-    for named in (0, 1):
+    for named in (0, 1, 2):
         precision = Precision(dtype=DTYPE, precision_opt_level=named)
         report = verify_record(record, model.spec, read, end_to_end=False, precision=precision)
         assert report.passed == (named == level), report
@@ -133,3 +135,65 @@ def test_bounds_of_a_chain_hold_and_are_narrow(dtype: str) -> None:
         assert inside.all() if holds else inside.mean() < 0.1
     step_at_one = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "cb16": 2.0**-9}[dtype]
     assert np.median(bound) < 1e-3 * step_at_one * np.median(np.abs(value)) * 3
+
+
+def softmax_of(record: TapRecord, spec: ModelSpec, wrong: str) -> dict[tuple[int, str], F32]:
+    """Attention of layer 0 from the run's queries, keys and values in NumPy's float32, its state rounded after every key; but one thing."""
+    q, k, v = (record.stages[0, name] for name in ("q_rope", "k_rope", "v"))
+    shape, group = q.shape[:2], spec.num_heads // spec.num_kv_heads
+    top, denominator, context = np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(q.shape, np.float32)
+
+    def kept(x: F32, what: str) -> F32:
+        if wrong == what:
+            return x
+        if wrong == what + " cut off":
+            keep = 23 - FORMATS[DTYPE].mantissa_bits
+            return (np.asarray(x, np.float32).view(np.int32) >> keep << keep).view(np.float32)
+        return nearest(np.asarray(x, np.float32))
+
+    for t, head in np.ndindex(shape):
+        seen = np.flatnonzero((record.seq == record.seq[t]) & (record.pos <= record.pos[t]))
+        scores = (k[seen, head // group].astype(np.float64) @ q[t, head] * spec.attention_scale).astype(np.float32)
+        m = kept(scores.max(), "maximum")
+        d, o = np.float32(0), np.zeros(q.shape[2], np.float32)
+        for j, key in enumerate(seen.tolist()):
+            p = kept(np.exp(scores[j] - m), "weight")
+            d = kept(d + p, "denominator")
+            o = kept(o + p * v[key, head // group], "output")
+        top[t, head], denominator[t, head], context[t, head] = m, d, nearest(o / d)
+    return {(0, "attn_max"): top, (0, "attn_denominator"): denominator, (0, "attn_context"): context.reshape(len(q), -1)}
+
+
+WRONG = {
+    "": None,
+    "maximum": "attn_max", "maximum cut off": "attn_max",
+    "weight": "attn_denominator", "weight cut off": "attn_denominator",
+    "denominator": "attn_denominator", "denominator cut off": "attn_denominator",
+    "output": "attn_context", "output cut off": "attn_context",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_softmax_that_is_rounded_wrongly_is_found(wrong: str) -> None:
+    model = model_of(2)
+    record = model.record(IDS)
+    changed = replace(record, stages=record.stages | softmax_of(record, model.spec, wrong))
+    report = verify_record(
+        changed, model.spec, model.checkpoint.tensors.read, end_to_end=False, precision=Precision(dtype=DTYPE, precision_opt_level=2)
+    )  # fmt: skip
+    failed = [check for check in report.stages if check.status == "failed" and check.layer == 0 and check.stage.startswith("attn_")]
+    failed = [check for check in failed if check.stage in ("attn_max", "attn_denominator", "attn_context")]
+    assert (failed[0].stage if failed else None) == WRONG[wrong]
+
+
+def test_a_state_that_holds_more_than_16_bits_is_named() -> None:
+    model = model_of(2)
+    record = model.record(IDS)
+    other = record.stages[1, "attn_denominator"] * np.float32(1 + 2.0**-20)
+    changed = replace(record, stages=record.stages | {(1, "attn_denominator"): other})
+    report = verify_record(
+        changed, model.spec, model.checkpoint.tensors.read, end_to_end=False, precision=Precision(dtype=DTYPE, precision_opt_level=2)
+    )  # fmt: skip
+    assert report.first_failure is not None
+    assert report.first_failure.check.stage == "attn_denominator"
+    assert "which is no number of cb16" in report.first_failure.check.message

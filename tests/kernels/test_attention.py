@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -27,8 +27,10 @@ from wse_kernels.attention import (
     store_kv,
 )
 from wse_kernels.attention_mesh import mesh_attention, mesh_store_kv
+from wse_kernels.attention_rounded import softmax_accumulate_rounded
 from wse_kernels.exp import exp32, tanh32
 from wse_kernels.fma import fma
+from wse_kernels.storage import round_to
 
 F = np.float32
 U = 2.0**-24
@@ -172,9 +174,13 @@ def cuts(rng: np.random.Generator, n: int) -> list[tuple[int, int]]:
     return list(pairwise(at))
 
 
-def cores(m: Mesh, seed: int, *, interpreted: bool = False) -> Result:
-    """What the cores do: every body on its own blocks, tokens and keys cut at random; blocks that a body writes start as NaN."""
+def cores(m: Mesh, seed: int, *, interpreted: bool = False, fmt: int | None = None) -> Result:
+    """What the cores do: every body on its own blocks, tokens and keys cut at random; blocks that a body writes start as NaN.
+
+    With `fmt` the state of softmax is of that format, and rounded where it is written.
+    """
     bodies = (pack_queries, partial_scores, start_max, cap_scores, score_max, start_denominator, softmax_accumulate, finish)
+    accumulate_rounded = plain(softmax_accumulate_rounded) if interpreted else softmax_accumulate_rounded
     pack, partial, begin_max, hold, raise_max, begin_denominator, accumulate, divide = (plain(f) if interpreted else f for f in bodies)
     rng = np.random.default_rng(seed)
     context, top, denominators = results(m)
@@ -206,20 +212,28 @@ def cores(m: Mesh, seed: int, *, interpreted: bool = False) -> Result:
                     if m.limit:
                         hold(scores[b], m.scale, m.limit)
                     raise_max(scores[b], F(1) if m.limit else m.scale, m.q, admitted[b], peak)
+                    if fmt is not None:
+                        round_to(peak, fmt)
                 for c, u0, n in m.pieces(g):
                     denom, o_t = np.full(m.q * t, np.nan, F), np.zeros((2 * n, m.q * t), F)
                     begin_denominator(sink, peak, denom)
+                    if fmt is not None:
+                        round_to(denom, fmt)
                     for b, (j0, j1) in enumerate(blocks):
                         v = m.cached(m.v, s, c)[j0:j1]
-                        accumulate(scores[b].copy(), m.q, keys[b], admitted[b], peak, v, 2 * u0, denom, o_t)
+                        if fmt is None:
+                            accumulate(scores[b].copy(), m.q, keys[b], admitted[b], peak, v, 2 * u0, denom, o_t)
+                        else:
+                            none = np.zeros(1, np.int32)
+                            accumulate_rounded(scores[b].copy(), m.q, keys[b], admitted[b], peak, v, 2 * u0, fmt, none, denom, o_t)
                     divide(o_t, denom, m.q, row0, u0, m.panel(context, c, m.q * 2))
                     top[row0 : row0 + t, g * m.q : (g + 1) * m.q] = peak.reshape(m.q, t).T
                     denominators[row0 : row0 + t, g * m.q : (g + 1) * m.q] = denom.reshape(m.q, t).T
     return context, top, denominators
 
 
-def definition(m: Mesh) -> Result:
-    """The law of the sums, one scalar at a time."""
+def definition(m: Mesh, stored: Callable[[np.float32], np.float32] = lambda x: x) -> Result:
+    """The law of the sums, one scalar at a time; `stored` is how the state of softmax is written."""
     context, top, denominators = results(m)
     for s in range(m.nt.size):
         for i in range(int(m.nt[s])):
@@ -237,17 +251,17 @@ def definition(m: Mesh) -> Result:
                         score = p if score is None else score + p
                     scaled.append(m.limit * plain(tanh32)(score * m.scale / m.limit) if m.limit else score * m.scale)
                 own = m.sink[g * m.q + slot : g * m.q + slot + 1]
-                peak = max(scaled + own.tolist())
-                weights = [plain(exp32)(x - peak) for x in scaled]
-                denom = plain(exp32)(own[0] - peak) if own.size else F(0)
+                peak = stored(max([*scaled, *own]))
+                weights = [stored(plain(exp32)(x - peak)) for x in scaled]
+                denom = stored(plain(exp32)(own[0] - peak)) if own.size else F(0)
                 for p in weights:
-                    denom = denom + p
+                    denom = stored(denom + p)
                 for c, u0, n in m.pieces(g):
                     for u in range(u0, u0 + n):
                         for e in range(2):
                             o = F(0)
                             for j, p in zip(keys, weights, strict=True):
-                                o = fma(p, m.cached(m.v, s, c)[j, 2 * u + e], o)
+                                o = stored(fma(p, m.cached(m.v, s, c)[j, 2 * u + e], o))
                             m.panel(context, c, m.q * 2)[row, (u * m.q + slot) * 2 + e] = o / denom
                 top[row, g * m.q + slot], denominators[row, g * m.q + slot] = peak, denom
     return context, top, denominators

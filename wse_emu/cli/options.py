@@ -110,8 +110,8 @@ KvDtype = Annotated[NumberFormat | None, typer.Option("--kv-dtype", help="Format
 OptLevel = Annotated[
     int,
     typer.Option(
-        "--precision-opt-level", min=0, max=1,
-        help="Sums in 16 bits, with a --dtype of 16 bits: 0 none, 1 what rows of cores hand on of matrix products.",
+        "--precision-opt-level", min=0, max=2,
+        help="Sums in 16 bits, with a --dtype of 16 bits: 0 none, 1 what rows of cores hand on of matrix products, 2 softmax too.",
     ),
 ]  # fmt: skip
 KvGrowth = Annotated[

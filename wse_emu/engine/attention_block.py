@@ -102,7 +102,7 @@ def _attention_block(run: ForwardPass, x: PlacedTensor) -> None:
             sink = StreamedVector(prefix + "sinks", weights.vector(prefix + "sinks")) if spec.attn_sinks else None
             statistics = attention(
                 wafer, qkv, context, run.cache, layer, run.sequences, bands, pattern=spec.pattern(layer), chosen=run.chosen,
-                kept=run.kept_keys, sink=sink, probe=record is not None,
+                kept=run.kept_keys, sink=sink, probe=record is not None, softmax=run.options.precision.softmax,
             )  # fmt: skip
             if record is not None and statistics is not None:
                 record.stages[layer, "attn_max"], record.stages[layer, "attn_denominator"] = statistics

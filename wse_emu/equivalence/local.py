@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from wse_emu.equivalence import local_latent, tolerance
+from wse_emu.equivalence import local_latent, rounded_softmax, tolerance
 from wse_emu.equivalence.local_index import index_stage
 from wse_emu.equivalence.local_latent import latent_stage
 from wse_emu.equivalence.products import Products
@@ -243,7 +243,7 @@ class StageLocal:
         k = rounded(k, self._precision.kv).astype(np.float64)
         v = v if v is None else rounded(v, self._precision.kv).astype(np.float64)
         group, scale = spec.num_heads // spec.cached_heads, spec.attention_scale
-        sinks = self._vector(layer, "sinks") if spec.attn_sinks else None
+        sinks, softmax = self._vector(layer, "sinks") if spec.attn_sinks else None, self._precision.softmax
         shapes = {"attn_max": q.shape[:2], "attn_denominator": q.shape[:2], "attn_context": (*q.shape[:2], 0 if v is None else v.shape[2])}
         out: dict[str, Bounded] = {name: (np.full(shape, np.nan), np.full(shape, np.nan)) for name, shape in shapes.items()}
         for s in np.unique(seq):
@@ -262,11 +262,21 @@ class StageLocal:
                 if sinks is not None:  # one more score, exactly known
                     scores = np.concatenate([np.full((len(t), 1), sinks[head]), scores], axis=1)
                     e_scores = np.concatenate([np.zeros((len(t), 1)), e_scores], axis=1)
-                out["attn_max"][0][t, head] = scores.max(axis=1)
-                out["attn_max"][1][t, head] = tolerance.maximum_bound(scores, e_scores)
+                if softmax is None:
+                    out["attn_max"][0][t, head] = scores.max(axis=1)
+                    out["attn_max"][1][t, head] = tolerance.maximum_bound(scores, e_scores)
+                else:
+                    out["attn_max"][0][t, head], out["attn_max"][1][t, head] = rounded_softmax.maximum(scores, e_scores, softmax)
                 if own_max is None:
                     continue
                 m = own_max[t, head]
+                if softmax is not None:
+                    vh = np.zeros((len(t), 0)) if v is None else v[t, head // group]
+                    state = rounded_softmax.follow(scores, e_scores, m, vh, softmax, has_sink=sinks is not None)
+                    out["attn_denominator"][0][t, head], out["attn_denominator"][1][t, head] = state.denominator
+                    if own_den is not None and v is not None:
+                        out["attn_context"][0][t, head], out["attn_context"][1][t, head] = state.context(own_den[t, head])
+                    continue
                 p = np.exp(scores - m[:, None])
                 e_p = tolerance.softmax_term_error(scores, m, e_scores)
                 out["attn_denominator"][0][t, head] = p.sum(axis=1)

@@ -85,6 +85,10 @@ FLOAT32_STAGES = frozenset(
 """Stages whose values are float32 whatever activations are stored in: sums that are not whole yet, and what leaves the wafer."""
 
 
+SOFTMAX_STAGES = ("attn_max", "attn_denominator")
+"""Of those, the ones that have 16 bits where the state of softmax has."""
+
+
 def is_stored(name: str) -> bool:
     """Whether a stage's values are stored in the format of activations."""
     return name not in FLOAT32_STAGES and name not in ("topk_ids", "index_keys")

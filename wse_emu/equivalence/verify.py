@@ -12,7 +12,7 @@ from wse_emu.equivalence import tolerance
 from wse_emu.equivalence.local import StageLocal
 from wse_emu.equivalence.report import Failure, RoutingSummary, StageCheck, VerifyReport
 from wse_emu.equivalence.routing import LayerRouting, judge_assigned, judge_routing, judge_together
-from wse_emu.equivalence.stages import core_of, expected_stages, expert_of, inputs_of, is_stored, stage_dtype, stage_shape
+from wse_emu.equivalence.stages import SOFTMAX_STAGES, core_of, expected_stages, expert_of, inputs_of, is_stored, stage_dtype, stage_shape
 from wse_emu.foundation.errors import InputError
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.precision import FLOAT32, Precision
@@ -209,7 +209,7 @@ class _Verification:
                 ids = self._usable.get((layer, "topk_ids"))
                 expert, n_failed = expert_of(name, element, ids, token), int((~np.isfinite(value)).sum())
                 out[layer, name] = self._fail(layer, name, f"holds {value[at]}", token, element, expert, n_failed)
-            if is_stored(name):
+            if is_stored(name) or (name in SOFTMAX_STAGES and self._precision.softmax is not None):
                 other = np.argwhere(~np.isnan(value) & (rounded(value, self._precision.dtype) != value))
                 if len(other):
                     token, element = int(other[0][0]), tuple(int(i) for i in other[0][1:])

@@ -12,7 +12,7 @@ HalfType = Literal["bfloat16", "float16", "cb16"]
 """Formats of 16 bits."""
 DType = Literal["float32", "bfloat16", "float16", "cb16"]
 DTYPES: Final[tuple[str, ...]] = get_args(DType)
-PrecisionOptLevel = Literal[0, 1]
+PrecisionOptLevel = Literal[0, 1, 2]
 OPT_LEVELS: Final[tuple[int, ...]] = get_args(PrecisionOptLevel)
 
 
@@ -33,7 +33,8 @@ class Precision:
     """Of keys and values; None is `dtype`."""
     precision_opt_level: PrecisionOptLevel = 0
     """0: sums are float32. 1: inside a core they are, and what a row of cores hands on of a matrix product is rounded to `dtype`; scores
-    that decide (of routers, of shared experts' gates, logits), attention and norms are summed in float32 all the same."""
+    that decide (of routers, of shared experts' gates, logits), attention and norms are summed in float32 all the same. 2: of softmax, too,
+    maximum, exponentials, denominator and output are rounded to `dtype`, after every key."""
 
     def __post_init__(self) -> None:
         for name, value in (("dtype", self.dtype), ("kv_dtype", self.kv_dtype)):
@@ -57,6 +58,11 @@ class Precision:
     def sums(self) -> HalfType | None:
         """Format in which partial sums of matrix products are handed along a row of cores; None is float32."""
         return self.stored if self.precision_opt_level >= 1 else None
+
+    @property
+    def softmax(self) -> HalfType | None:
+        """Format of the state of softmax; None is float32."""
+        return self.stored if self.precision_opt_level >= 2 else None
 
     @property
     def kv(self) -> DType:

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wse_emu.foundation.attention_pattern import FULL, AttentionPattern, KeyRanges
+from wse_emu.foundation.precision import HalfType
 from wse_emu.layers.attention_cores import attend_on_cores
-from wse_emu.layers.attention_kernels import CAP_SCORES, CODE_BYTES, NO_SINK
+from wse_emu.layers.attention_kernels import ACCUMULATE, ACCUMULATE_ROUNDED, CAP_SCORES, CODE_BYTES, NO_SINK
 from wse_emu.layers.attention_plan import plan_attention
 from wse_emu.layers.heads import HeadLayout
 from wse_emu.layers.kept_keys import KeptKeys
@@ -24,10 +25,13 @@ from wse_emu.layers.kv_cache import KVCache, Sequences
 from wse_emu.layers.norm import stream_vector
 from wse_emu.layers.stream import StreamedVector
 from wse_emu.wafer import costs
+from wse_emu.wafer.ledger import Event
 from wse_emu.wafer.placement import TokenBands
+from wse_emu.wafer.storage import ROUNDINGS, beyond_largest, overflow
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.wafer import Wafer
 from wse_kernels.attention_mesh import mesh_attention
+from wse_kernels.attention_rounded import mesh_attention_rounded
 
 _MAX_TILE_TOKENS = 16
 _WORK_BYTES = 4096
@@ -39,7 +43,7 @@ _WORDS_PER_KEY = 4
 def attention(
     wafer: Wafer, qkv: PlacedTensor, context: PlacedTensor, cache: KVCache, layer: int, sequences: Sequences, bands: TokenBands,
     *, pattern: AttentionPattern = FULL, chosen: KeyRanges | None = None, kept: KeptKeys | None = None,
-    sink: StreamedVector | None = None, probe: bool = False,
+    sink: StreamedVector | None = None, probe: bool = False, softmax: HalfType | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:  # fmt: skip
     """Context of every new token: softmax of its scaled scores over the keys that the pattern admits, times the values.
 
@@ -67,6 +71,9 @@ def attention(
         A score of every query head that no key has; it is streamed to all rows, for any may hold a token's first key.
     probe : bool
         Also return the maximum and the denominator of every token and query head, (T, num_heads), through the probe channel.
+    softmax : {"bfloat16", "float16", "cb16"}, optional
+        Format of maximum, exponentials, denominator and output, which are rounded to it after every key (`wse_kernels.attention_rounded`)
+        and handed on in two bytes; float32 by default.
     """
     heads = cache.heads
     rows_per_core = cache.keys_per_core(layer)
@@ -75,23 +82,30 @@ def attention(
     m, denominator = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     with (
         _streamed(wafer, sink, heads, bands) as sinks,
-        wafer.working((attention, heads, rows_per_core), lambda: _work(wafer, heads, rows_per_core)),
+        wafer.working((attention, heads, rows_per_core, softmax), lambda: _work(wafer, heads, rows_per_core, softmax)),
     ):
-        tile_tokens = _tile_size(heads, rows_per_core)[0]
+        tile_tokens = _tile_size(heads, rows_per_core, softmax)[0]
         if chosen is None:
             plan = cache.attention_plan(sequences, pattern, lambda: plan_attention(cache, layer, sequences, bands, pattern, tile_tokens))
         else:
             plan = plan_attention(cache, layer, sequences, bands, pattern, tile_tokens, chosen)
-        events = plan.events
+        events = plan.events if softmax is None else tuple(map(_rounding, plan.events))
         if wafer.cores is not None:
-            events = attend_on_cores(wafer, qkv, context, cache, layer, sequences, bands, plan, m, denominator, sinks, kept)
+            events = attend_on_cores(wafer, qkv, context, cache, layer, sequences, bands, plan, m, denominator, sinks, kept, softmax)
         elif not wafer.is_dry:
             k, v, base, capacity = cache.buffers(layer, sequences)
-            mesh_attention(
+            args = (
                 qkv.unsettled, heads.units.offsets, heads.queries_per_kv, heads.head_dim, heads.scale, heads.cap, _values(sink),
                 plan.admitted.first, plan.admitted.ranges, sequences.first_token, sequences.n_new, base, capacity, k, v,
-                context.unsettled, m, denominator, run=wafer.pending.run,
+                context.unsettled, m, denominator,
             )  # fmt: skip
+            if softmax is None:
+                mesh_attention(*args, run=wafer.pending.run)
+            else:
+                wafer.pending.finish()
+                beyond = beyond_largest(mesh_attention_rounded(*args, ROUNDINGS[softmax]), softmax)
+                if beyond is not None:
+                    raise overflow(wafer.ledger.where("softmax"), beyond, softmax)
             context.settle()
     wafer.record(*events)
     if not probe:
@@ -101,13 +115,19 @@ def attention(
     return m, denominator
 
 
+def _rounding(event: Event) -> Event:
+    """An entry of the ledger where the state of softmax has 16 bits."""
+    return event._replace(name=ACCUMULATE_ROUNDED.name) if event.name == ACCUMULATE.name else event
+
+
 @contextmanager
-def _work(wafer: Wafer, heads: HeadLayout, rows_per_core: int) -> Iterator[None]:
+def _work(wafer: Wafer, heads: HeadLayout, rows_per_core: int, softmax: HalfType | None) -> Iterator[None]:
     """Hold the code and the work blocks of attention."""
-    words = np.where(heads.units.sizes > 0, _tile_size(heads, rows_per_core)[1], 0)
+    words = np.where(heads.units.sizes > 0, _tile_size(heads, rows_per_core, softmax)[1], 0)
+    code_bytes = CODE_BYTES + (0 if softmax is None else ACCUMULATE_ROUNDED.code_bytes - ACCUMULATE.code_bytes)
     with (
         wafer.sram.reserved("attention work", np.ones(wafer.rows, np.int64), words, 4),
-        wafer.sram.code("attention", CODE_BYTES + (0 if heads.score_cap is None else CAP_SCORES.code_bytes)),
+        wafer.sram.code("attention", code_bytes + (0 if heads.score_cap is None else CAP_SCORES.code_bytes)),
     ):
         yield
 
@@ -132,10 +152,11 @@ def _streamed(wafer: Wafer, sink: StreamedVector | None, heads: HeadLayout, band
         yield placed
 
 
-def _tile_size(heads: HeadLayout, rows_per_core: int) -> tuple[int, int]:
+def _tile_size(heads: HeadLayout, rows_per_core: int, softmax: HalfType | None) -> tuple[int, int]:
     """Tokens of a query tile, and the words of a core's room for its work blocks: whole, so that fewer keys never need more of it."""
     features, values = 2 * heads.max_part_units, 2 * heads.value_units.max_size if heads.values_in_keys else 2 * heads.max_part_units
     # Packed queries, own and incoming scores, maximum, denominator and output (own and incoming), context.
-    per_token = heads.queries_per_kv * (features + 2 * rows_per_core + 2 + 2 * (1 + values) + values)
+    state = 2 + 2 * (1 + values)
+    per_token = heads.queries_per_kv * (features + 2 * rows_per_core + (state if softmax is None else state // 2) + values)
     n = min(_MAX_TILE_TOKENS, max(1, _WORK_BYTES // 4 // per_token))
-    return n, min(_MAX_TILE_TOKENS * per_token, max(_WORK_BYTES // 4, per_token)) + _WORDS_PER_KEY * rows_per_core
+    return n, min(_MAX_TILE_TOKENS * per_token, max(_WORK_BYTES // 4, per_token)) + _WORDS_PER_KEY * rows_per_core + (softmax is not None)

@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from wse_emu.foundation.attention_pattern import keys_below
+from wse_emu.foundation.precision import HalfType
 from wse_emu.layers.attention_kernels import (
     ACCUMULATE,
+    ACCUMULATE_ROUNDED,
     CAP_SCORES,
     FINISH,
     NO_SINK,
@@ -32,8 +34,11 @@ from wse_emu.wafer.kernel import Kernel
 from wse_emu.wafer.ledger import Event
 from wse_emu.wafer.moves import CHAIN_ADD
 from wse_emu.wafer.placement import Ints, Split, TokenBands
+from wse_emu.wafer.storage import ROUNDINGS, beyond_largest, overflow
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.wafer import Wafer
+
+_NOTHING = np.zeros(1, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +70,7 @@ class _TileRun:
 
     def __init__(
         self, wafer: Wafer, cache: KVCache, layer: int, slot: int, parts: tuple[Part, ...], n_tokens: int, visits: list[Visit],
-        tally: dict[str, _Counts], traffic: dict[str, Any],
+        tally: dict[str, _Counts], traffic: dict[str, Any], softmax: HalfType | None = None,
     ) -> None:  # fmt: skip
         assert wafer.cores is not None
         self.cores, self.cache, self.layer, self.slot, self.parts = wafer.cores, cache, layer, slot, parts
@@ -74,6 +79,8 @@ class _TileRun:
         """Tokens that each row of cores holds."""
         self.sinks: PlacedTensor | None = None
         self.head = 0
+        self.softmax = softmax
+        """Format of 16 bits of maxima, weights, denominators and outputs; None is float32."""
         self.n_tokens, self.visits, self.tally, self.traffic = n_tokens, visits, tally, traffic
         self.q_slots = cache.heads.queries_per_kv
         self.n_columns = n_tokens * self.q_slots
@@ -82,9 +89,11 @@ class _TileRun:
         self.scores: dict[tuple[int, int], Block] = {}
         self.lists: dict[tuple[int, int], tuple[Block, Block]] = {}
 
-    def borrow(self, core: tuple[int, int], name: str, *shape: int, dtype: DTypeLike = np.float32) -> Block:
+    def borrow(
+        self, core: tuple[int, int], name: str, *shape: int, dtype: DTypeLike = np.float32, stored: HalfType | None = None
+    ) -> Block:
         """A work block that lives as long as this run."""
-        block = self.cores.arena(*core).allocate(name, shape, dtype)
+        block = self.cores.arena(*core).allocate(name, shape, dtype, stored)
         self.borrowed.append(block)
         return block
 
@@ -180,7 +189,7 @@ class _TileRun:
             before: Block | None = None
             for visit in self.visits:
                 core = (visit.row, part.col)
-                m = maxima[core] = self.borrow(core, "maxima", self.n_columns)
+                m = maxima[core] = self.borrow(core, "maxima", self.n_columns, stored=self.softmax)
                 if before is None:
                     self.run(START_MAX, core, {"sink": self.sink(core), "m": m})
                 else:
@@ -206,27 +215,37 @@ class _TileRun:
             state: tuple[Block, Block] | None = None
             for visit in self.visits:
                 core = (visit.row, part.col)
-                denominator = self.borrow(core, "denominators", self.n_columns)
-                output = self.borrow(core, "outputs", 2 * part.n_values, self.n_columns)
+                denominator = self.borrow(core, "denominators", self.n_columns, stored=self.softmax)
+                output = self.borrow(core, "outputs", 2 * part.n_values, self.n_columns, stored=self.softmax)
                 if state is None:
                     self.run(START_DENOMINATOR, core, {"sink": self.sink(core), "m": maxima[core], "denom": denominator})
-                    output.write(0.0)
+                    output.write(_NOTHING)
                 else:
                     for before, block in zip(state, (denominator, output), strict=True):
                         self.cores.send(self.traffic["accumulators"], before, [block])
                 keys, admitted = self.lists[core]
-                self.run(
-                    ACCUMULATE, core,
-                    {
-                        "s_t": self.scores[core], "q_slots": self.q_slots, "keys": keys, "admitted": admitted, "m": maxima[core],
-                        "v": self.kept(1, core), "f0": 2 * part.first_unit, "denom": denominator, "o_t": output,
-                    },
-                    macs=visit.n_pairs * self.q_slots * 2 * part.n_values,
-                )  # fmt: skip
+                args: dict[str, Any] = {
+                    "s_t": self.scores[core], "q_slots": self.q_slots, "keys": keys, "admitted": admitted, "m": maxima[core],
+                    "v": self.kept(1, core), "f0": 2 * part.first_unit, "denom": denominator, "o_t": output,
+                }  # fmt: skip
+                macs = visit.n_pairs * self.q_slots * 2 * part.n_values
+                if self.softmax is None:
+                    self.run(ACCUMULATE, core, args, macs=macs)
+                else:
+                    self.accumulate_rounded(core, args, macs, self.softmax)
                 state = (denominator, output)
             assert state is not None
             ends[part.col] = state
         return ends
+
+    def accumulate_rounded(self, core: tuple[int, int], args: dict[str, Any], macs: int, softmax: HalfType) -> None:
+        """The same in 16 bits on one core, which notes its largest number."""
+        largest = self.borrow(core, "largest number", 1, dtype=np.int32)
+        largest.write(np.int32(0))
+        self.run(ACCUMULATE_ROUNDED, core, {**args, "fmt": ROUNDINGS[softmax], "largest": largest}, macs=macs)
+        beyond = beyond_largest(int(largest.read()[0]), softmax)
+        if beyond is not None:
+            raise overflow(f"core {core}: `softmax`", beyond, softmax)
 
     def send_context(self, ends: dict[int, tuple[Block, Block]], context: PlacedTensor, row: int, row0: int, n_replicas: int) -> None:
         """Divide, and send the tile's context to all rows that hold its tokens."""
@@ -256,7 +275,7 @@ _MOVES = (
 def attend_on_cores(
     wafer: Wafer, qkv: PlacedTensor, context: PlacedTensor, cache: KVCache, layer: int, sequences: Sequences, bands: TokenBands,
     plan: AttentionPlan, m_out: NDArray[np.float32], denom_out: NDArray[np.float32], sinks: PlacedTensor | None = None,
-    kept: KeptKeys | None = None,
+    kept: KeptKeys | None = None, softmax: HalfType | None = None,
 ) -> tuple[Event, ...]:  # fmt: skip
     """`wse_emu.layers.attention.attention`, tile by tile and head by head, every core on its own; returns what was done and moved."""
     assert wafer.cores is not None
@@ -269,7 +288,7 @@ def attend_on_cores(
         here = visits_of(plan, s, held, i)
         row0, token = first - int(bands.split.starts[row]), first - int(sequences.first_token[s])
         for head, parts in enumerate(heads.heads):
-            run = _TileRun(wafer, cache, layer, int(sequences.slot[s]), parts, n, here, tally, traffic)
+            run = _TileRun(wafer, cache, layer, int(sequences.slot[s]), parts, n, here, tally, traffic, softmax)
             try:
                 run.rows_held = held.sizes.tolist()
                 run.sinks, run.head = sinks, head
@@ -295,7 +314,7 @@ def attend_on_cores(
     return (
         launch(PACK_QUERIES), moves["queries"], launch(PARTIAL_SCORES), moves["score chain"], launch(CHAIN_ADD), moves["score return"],
         launch(START_MAX), *([] if heads.score_cap is None else [launch(CAP_SCORES)]), launch(SCORE_MAX),
-        moves["maxima"], moves["maxima return"], launch(START_DENOMINATOR), launch(ACCUMULATE),
+        moves["maxima"], moves["maxima return"], launch(START_DENOMINATOR), launch(ACCUMULATE if softmax is None else ACCUMULATE_ROUNDED),
         moves["accumulators"], launch(FINISH), moves["context"],
     )  # fmt: skip
 

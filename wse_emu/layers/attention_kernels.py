@@ -16,6 +16,7 @@ from wse_kernels.attention import (
     start_denominator,
     start_max,
 )
+from wse_kernels.attention_rounded import softmax_accumulate_rounded
 
 PACK_QUERIES = Kernel(body=pack_queries, params=("qkv", "q_slots", "kv_slots", "row0", "u0", "q_t"), out=("q_t",), code_bytes=224)
 PARTIAL_SCORES = Kernel(
@@ -35,6 +36,13 @@ ACCUMULATE = Kernel(
     inout=("s_t", "denom", "o_t"),
     code_bytes=704,
 )
+ACCUMULATE_ROUNDED = Kernel(
+    body=softmax_accumulate_rounded,
+    params=("s_t", "q_slots", "keys", "admitted", "m", "v", "f0", "fmt", "largest", "denom", "o_t"),
+    inout=("s_t", "largest", "denom", "o_t"),
+    code_bytes=928,
+)
+"""In the place of `ACCUMULATE` where the state of softmax has 16 bits."""
 FINISH = Kernel(body=finish, params=("o_t", "denom", "q_slots", "row0", "u0", "context"), out=("context",), code_bytes=224)
 
 CODE_BYTES = sum(

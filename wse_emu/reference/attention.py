@@ -56,7 +56,9 @@ def _attend(weights: PublishedWeights, layer: int, norm: Floats, seq: Ints, pos:
     for s in np.unique(seq):  # tokens of different sequences never meet, so each has a matrix of its own
         t = np.flatnonzero(seq == s)
         mask = formulas.visible(seq[t], pos[t], spec.pattern(layer))
-        maximum[t], denominator[t], context[t] = formulas.attention(q[t], k[t], v[t], mask, spec.attention_scale, cap, sinks)
+        maximum[t], denominator[t], context[t] = formulas.attention(
+            q[t], k[t], v[t], mask, spec.attention_scale, cap, sinks, weights.in_softmax
+        )  # fmt: skip
     yield "attn_max", maximum
     yield "attn_denominator", denominator
     yield "attn_context", weights.stored(context.reshape(len(norm), -1))

@@ -5,6 +5,7 @@ Weights are in published order, ``[out, in]``. ``T`` is the number of tokens, fl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,8 @@ def visible(seq: Ints, pos: Ints, pattern: AttentionPattern = FULL) -> NDArray[n
 
 
 def attention(
-    q: Floats, k: Floats, v: Floats, mask: NDArray[np.bool_], scale: float, cap: float | None = None, sinks: Floats | None = None
+    q: Floats, k: Floats, v: Floats, mask: NDArray[np.bool_], scale: float, cap: float | None = None, sinks: Floats | None = None,
+    nearest: Callable[[Floats], Floats] | None = None,
 ) -> tuple[Floats, Floats, Floats]:
     """Softmax attention of every query over every key, with a full matrix of scores.
 
@@ -117,6 +119,8 @@ def attention(
         Scaled scores ``x`` become ``cap * tanh(x / cap)``.
     sinks : ndarray, (heads,), optional
         A score of each head that no key has and every query sees.
+    nearest : callable, optional
+        Rounds maximum and exponentials, and denominator and output after every key.
 
     Returns
     -------
@@ -133,11 +137,29 @@ def attention(
         scores = capped(q[:, head] @ k[:, head // group].T * q.dtype.type(scale), cap)
         scores = np.where(mask, scores, q.dtype.type(-np.inf))
         maximum[:, head] = scores.max(axis=1, initial=-np.inf if sinks is None else sinks[head])
+        if nearest is not None:
+            sink = None if sinks is None else sinks[head]
+            of_head = _key_by_key(scores, v[:, head // group], nearest(maximum[:, head]), sink, nearest)
+            maximum[:, head], denominator[:, head], context[:, head] = of_head
+            continue
         p = np.exp(scores - maximum[:, head, None])
         terms = p if sinks is None else np.concatenate([np.exp(sinks[head] - maximum[:, head, None]), p], axis=1)
         denominator[:, head] = np.add.accumulate(terms, axis=1)[:, -1]  # key by key: `sum` would go by pairs, with an error of another law
         context[:, head] = p @ v[:, head // group] / denominator[:, head, None]
     return maximum, denominator, context
+
+
+def _key_by_key(
+    scores: Floats, v: Floats, m: Floats, sink: Floats | None, nearest: Callable[[Floats], Floats]
+) -> tuple[Floats, Floats, Floats]:
+    """`attention` of one head whose state is rounded after every key; scores (T, S), -inf where none is seen, v (S, dv), m (T,)."""
+    p = nearest(np.exp(scores - m[:, None]))
+    denominator = np.zeros_like(m) if sink is None else nearest(np.exp(sink - m))
+    total = np.zeros((len(m), v.shape[1]), m.dtype)
+    for key in range(scores.shape[1]):
+        denominator = nearest(denominator + p[:, key])
+        total = nearest(total + p[:, key, None] * v[key])
+    return m, denominator, total / denominator[:, None]
 
 
 def activate(x: Floats, kind: str) -> Floats:

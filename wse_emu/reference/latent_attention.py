@@ -70,9 +70,10 @@ def latent_attention(
         if spec.indexer is not None:
             mask &= chosen[max(i for i in spec.indexer_layers if i <= layer)][at][:, pos[at]]
         of_all = np.broadcast_to(kept[at, None], (len(at), heads, rank))
-        *_, mixed[at] = formulas.attention(q[at], k[at], of_all, mask, spec.attention_scale, spec.scales.scores_cap)
+        cap, nearest = spec.scales.scores_cap, weights.in_softmax
+        *_, mixed[at] = formulas.attention(q[at], k[at], of_all, mask, spec.attention_scale, cap, nearest=nearest)
         maximum[at], denominator[at], context[at] = formulas.attention(
-            q[at], k[at], v[at], mask, spec.attention_scale, spec.scales.scores_cap
+            q[at], k[at], v[at], mask, spec.attention_scale, cap, nearest=nearest
         )  # fmt: skip
     yield "attn_max", maximum
     yield "attn_denominator", denominator

@@ -49,6 +49,12 @@ class PublishedWeights:
         """Keys or values as the cache keeps them."""
         return rounded(x, self.precision.kv)
 
+    @property
+    def in_softmax(self) -> Callable[[Floats], Floats] | None:
+        """How the state of softmax is rounded, if it is."""
+        dtype = self.precision.softmax
+        return None if dtype is None else lambda x: rounded(x, dtype)
+
     def product(self, x: Floats, weight: Floats) -> Floats:
         """``x @ weight.T``: x (T, in), weight (out, in) -> (T, out); in parts where these are handed on in 16 bits."""
         if self.precision.sums is None:
