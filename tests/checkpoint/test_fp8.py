@@ -12,7 +12,7 @@ import pytest
 
 import wse_emu as wse
 from wse_emu.checkpoint import open_checkpoint, parse_config, random_checkpoint
-from wse_emu.checkpoint.fp8 import NUMBERS, fp8_block
+from wse_emu.checkpoint.fp8 import NUMBERS, POWERS, fp8_block
 from wse_emu.foundation.errors import CheckpointError, ConfigError
 
 CONFIG: dict[str, Any] = {
@@ -24,7 +24,10 @@ CONFIG: dict[str, Any] = {
     "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [8, 6], "activation_scheme": "dynamic"},
 }  # fmt: skip
 NAME = "model.layers.1.self_attn.kv_a_proj_with_mqa.weight"
-TYPES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3", np.dtype(np.float64): "F64"}
+TYPES = {
+    np.dtype(np.float32): "F32", np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3", np.dtype(ml_dtypes.float8_e8m0fnu): "F8_E8M0",
+    np.dtype(np.float64): "F64",
+}  # fmt: skip
 
 
 def coded(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -80,6 +83,24 @@ def test_scales_that_are_powers_of_two_are_read_as_the_numbers_they_are(tmp_path
     with open_checkpoint(write(tmp_path / "wrong", stored, config)) as opened:
         with pytest.raises(CheckpointError, match=r"proj_with_mqa\.weight_scale_inv: with `scale_fmt` 'ue8m0' scales are powers of two"):
             opened.tensors.read(NAME)
+
+
+@pytest.mark.parametrize("says", [{}, {"scale_fmt": "ue8m0"}])
+def test_scales_stored_as_exponents_are_powers_of_two(says: dict[str, str], tmp_path: Path) -> None:
+    stored, plain = tensors()
+    for name in [name for name in plain if is_coded(name)]:
+        exponents = stored[name + "_scale_inv"] = np.exp2(np.ceil(np.log2(stored[name + "_scale_inv"]))).astype(ml_dtypes.float8_e8m0fnu)
+        spread = np.repeat(np.repeat(exponents.astype(np.float32), 8, axis=0), 6, axis=1)[tuple(map(slice, plain[name].shape))]
+        plain[name] = stored[name].astype(np.float32) * spread
+    config = CONFIG | {"quantization_config": CONFIG["quantization_config"] | says}
+    with open_checkpoint(write(tmp_path / "m", stored, config)) as opened:
+        assert sorted(plain) == list(opened.tensors.names())
+        for name, values in plain.items():
+            np.testing.assert_array_equal(opened.tensors.read(name), values, err_msg=name)
+        np.testing.assert_array_equal(opened.tensors.read_part(NAME, (slice(1, 10, 3), slice(5, 19))), plain[NAME][1:10:3, 5:19])
+        assert opened.tensors.stored_bytes(NAME) == 10 * 20 + 2 * 4
+    all_codes = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    np.testing.assert_array_equal(POWERS, all_codes)
 
 
 def test_codes_are_those_of_the_format() -> None:

@@ -61,6 +61,27 @@ def test_tensors_that_are_left_out_are_named_once(checkpoint: Path, tmp_path: Pa
     assert (code, err) == (0, "")
 
 
+def test_zero_weights_stay_behind_when_asked_to_and_change_nothing(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(checkpoint / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("o_proj.weight"))
+    tensors[name][::2] = 0
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "ids.txt").write_text("1 2 3 4 5")
+    words = [str(tmp_path), "--ids", str(tmp_path / "ids.txt"), "--rows", "3", "--cols", "3"]
+    plain, skipping = (run(capsys, "run", *words, "--max-new-tokens", "2", *more)[1] for more in ((), ("--skip-zero-weights",)))
+    assert skipping["generated"] == plain["generated"]
+    assert skipping["verification"]["passed"]
+    streamed = [sum(row["bytes"] for row in of["ledger"]["totals"] if row["kind"] == "stream") for of in (plain, skipping)]
+    passes = len(plain["generated"]["ids"])
+    assert streamed[0] - streamed[1] == passes * tensors[name].size // 2 * 4
+    assert invoke(["verify", *words, "--skip-zero-weights"]) == 0
+
+
 @pytest.fixture(autouse=True)
 def _own_weights(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what the commands store out of the user's cache, without compiling the kernels again."""

@@ -1,8 +1,9 @@
 """FP8: matrices of numbers of eight bits (e4m3), a scale for every block of rows and columns; read as the numbers that they stand for.
 
 A matrix ``X.weight`` (out, in) of type F8_E4M3 comes with ``X.weight_scale_inv`` (out / 128, in / 128), rounded up where blocks at the
-edges are partial. An element is its code's number times the scale of its block, the product rounded to float32: what transformers makes of
-it where blocks divide the matrix. At partial edges blocks keep their size here; transformers takes those of another size, or none.
+edges are partial; scales are floating-point numbers, or exponents of type F8_E8M0. An element is its code's number times the scale of its
+block, the product rounded to float32: what transformers makes of it where blocks divide the matrix. At partial edges blocks keep their size
+here; transformers takes those of another size, or none.
 
 References
 ----------
@@ -24,6 +25,8 @@ from wse_emu.foundation.errors import CheckpointError, ConfigError
 
 _SCALES = "_scale_inv"
 _STORED = "F8_E4M3"
+_POWERS = "F8_E8M0"
+"""Type of scales that are stored as exponents."""
 
 
 def _numbers() -> NDArray[np.float32]:
@@ -37,6 +40,9 @@ def _numbers() -> NDArray[np.float32]:
 
 NUMBERS = _numbers()
 """Code to number; 127 and 255 stand for none."""
+
+POWERS = np.append(np.ldexp(1.0, np.arange(-127, 128)), np.nan).astype(np.float32)
+"""Code of a scale of type F8_E8M0 to the power of two that it stands for; 255 stands for none."""
 
 
 def fp8_block(config: Mapping[str, Any], where: str) -> tuple[int, int] | None:
@@ -138,7 +144,7 @@ class Fp8Tensors:
         if name not in self._coded:
             return self._source.read_part(name, key)
         outs, ins = (np.arange(n)[k] for n, k in zip(self.shape(name), key, strict=True))
-        scales = self._source.read(name + _SCALES)[np.ix_(outs // self._block[0], ins // self._block[1])]
+        scales = self._scales(name + _SCALES)[np.ix_(outs // self._block[0], ins // self._block[1])]
         if self._powers and (np.frexp(scales)[0] != 0.5).any():
             other = scales[np.frexp(scales)[0] != 0.5][0]
             raise CheckpointError(f"{self._where}: {name + _SCALES}: with `scale_fmt` 'ue8m0' scales are powers of two, got {other}")
@@ -146,6 +152,13 @@ class Fp8Tensors:
             values: NDArray[np.float32] = NUMBERS[self._source.read_codes(name, key)] * scales
         values.flags.writeable = False
         return values
+
+    def _scales(self, name: str) -> NDArray[np.float32]:
+        """All scales of a matrix."""
+        if self._source.dtype(name) != _POWERS:
+            return self._source.read(name)
+        scales: NDArray[np.float32] = POWERS[self._source.read_codes(name, (slice(None), slice(None)))]
+        return scales
 
     def close(self) -> None:
         """Let go of the source."""

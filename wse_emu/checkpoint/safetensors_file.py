@@ -30,7 +30,7 @@ _ITEM_BITS = {
 }  # fmt: skip
 READABLE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Type names of the format that are read, and what we call them."""
-_STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1", "F8_E4M3": "u1"}
+_STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1", "F8_E4M3": "u1", "F8_E8M0": "u1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ class SafetensorsFile:
 
     def read_codes(self, name: str, key: tuple[int | slice, ...]) -> NDArray[np.uint8]:
         """The same of a tensor of bytes, or of numbers of eight bits, as they are."""
-        codes: NDArray[np.uint8] = self._part(name, key, ("U8", "F8_E4M3"))
+        codes: NDArray[np.uint8] = self._part(name, key, ("U8", "F8_E4M3", "F8_E8M0"))
         return codes
 
     def _part(self, name: str, key: tuple[int | slice, ...], dtypes: tuple[str, ...]) -> NDArray[Any]:

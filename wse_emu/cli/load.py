@@ -121,6 +121,7 @@ def load(request: Request, placing: Placing, *, new_tokens: int, verify: bool, q
             precision_opt_level=placing.precision.precision_opt_level,
             kv_growth=placing.kv_growth.value,
             kv=placing.kv.value,
+            skip_zero_weights=placing.skip_zero_weights,
             progress=progress,
         )
     if model.checkpoint.ignored and not quiet:

@@ -81,6 +81,7 @@ class Placing(NamedTuple):
     precision: Precision = FLOAT32
     kv_growth: Growth = Growth.SHIFT
     kv: Keeping = Keeping.STORE
+    skip_zero_weights: bool = False
 
 
 _SHIPPED = "without it, the small model that ships with the package"
@@ -120,6 +121,9 @@ KvGrowth = Annotated[
 ]
 Kv = Annotated[
     Keeping, typer.Option("--kv", help="Keep keys and values, or the inputs that they are made of, and make them again in every pass.")
+]
+SkipZeros = Annotated[
+    bool, typer.Option("--skip-zero-weights", help="Leave weights that are zero behind when matrices stream; the result has the same bits.")
 ]
 Temperature = Annotated[
     float | None,

@@ -97,6 +97,7 @@ def run(
     precision_opt_level: options.OptLevel = 0,
     kv_growth: options.KvGrowth = Growth.SHIFT,
     kv: options.Kv = Keeping.STORE,
+    skip_zero_weights: options.SkipZeros = False,
     verify: options.Verify = True,
     as_json: options.Json = False,
     ledger: options.LedgerFile = None,
@@ -113,7 +114,7 @@ def run(
             check_output_file(option, file)
     request = read_request(model, prompt, ids)
     precision = options.precision(dtype, kv_dtype, precision_opt_level)
-    placing = Placing(rows, cols, wafer, executor, stream_experts, prefill_chunk, precision, kv_growth, kv)
+    placing = Placing(rows, cols, wafer, executor, stream_experts, prefill_chunk, precision, kv_growth, kv, skip_zero_weights)
     started = time.perf_counter()
     loaded = load(request, placing, new_tokens=max_new_tokens, verify=verify, quiet=as_json)
     outcome = Outcome(request, loaded, sampler, placing.precision, host_seconds={"load": time.perf_counter() - started})

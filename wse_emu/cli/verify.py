@@ -23,6 +23,7 @@ def verify(
     dtype: options.Dtype = NumberFormat.FLOAT32,
     kv_dtype: options.KvDtype = None,
     precision_opt_level: options.OptLevel = 0,
+    skip_zero_weights: options.SkipZeros = False,
     as_json: options.Json = False,
 ) -> int:
     """Compare every stage with the dense reference.
@@ -31,7 +32,9 @@ def verify(
     """
     request = read_request(model, prompt, ids)
     precision = options.precision(dtype, kv_dtype, precision_opt_level)
-    placing = Placing(rows, cols, wafer, executor, prefill_chunk=prefill_chunk, precision=precision)
+    placing = Placing(
+        rows, cols, wafer, executor, prefill_chunk=prefill_chunk, precision=precision, skip_zero_weights=skip_zero_weights
+    )  # fmt: skip
     loaded = load(request, placing, new_tokens=0, verify=True, quiet=as_json)
     if not as_json:
         print(header(request, loaded.wafer, placing.precision), flush=True)
