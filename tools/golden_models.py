@@ -237,6 +237,10 @@ CHECKPOINTS: dict[str, Config] = {
     ),
     "deepseek_v3-float32": _in("float32", DEEPSEEK_V3, LATENT_STRETCHED, {"rope_interleave": True}),
     "deepseek_v3-halves-float32": _in("float32", DEEPSEEK_V3, {"q_lora_rank": None, "rope_interleave": False}),
+    "deepseek_v3-fp8": _in("bfloat16", DEEPSEEK_V3, LATENT_STRETCHED, {
+        "rope_interleave": True, "kv_lora_rank": 16, "intermediate_size": 24, "moe_intermediate_size": 8,
+        "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [4, 4]},
+    }),
     "dbrx-float32": _in("float32", DBRX),
     "llama4_text-float32": _in("float32", LLAMA4),
     "deepseek_v32-float32": _in("float32", DEEPSEEK_V32),
@@ -317,6 +321,11 @@ def is_biased(config: Config) -> bool:
 def is_latent(config: Config) -> bool:
     """Whether keys and values are made of a latent."""
     return "kv_lora_rank" in config
+
+
+def is_fp8(config: Config) -> bool:
+    """Whether matrices are stored in eight bits."""
+    return config.get("quantization_config", {}).get("quant_method") == "fp8"
 
 
 def chooses_keys(config: Config) -> bool:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 ROUTER_MARGIN = 5e-4
@@ -69,7 +70,7 @@ class Oracle:
 def load(directory: Path, changes: Mapping[str, Any] | None = None) -> Any:
     """Load a checkpoint in float32 with plain attention and experts; refuse one that transformers would complete with random weights.
 
-    `changes` are made to config.json first. MXFP4 is made plain first, by transformers' own conversion.
+    `changes` are made to config.json first. MXFP4 and FP8 are made plain first, by transformers' own conversion.
     """
     written = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" in written:
@@ -138,8 +139,10 @@ def _llama4_mixture(mixture: Any) -> None:
 
 
 def _made_plain(directory: Path, plain: Path, written: dict[str, Any]) -> None:
-    """Write the same checkpoint without MXFP4."""
+    """Write the same checkpoint without MXFP4 or FP8."""
     tensors = load_file(directory / "model.safetensors")
+    for name in [n.removesuffix("_scale_inv") for n in tensors if n.endswith("_scale_inv")]:
+        tensors[name] = Fp8Dequantize(None)._dequantize_one(tensors.pop(name), tensors.pop(name + "_scale_inv"), torch.float32)
     for name in [n.removesuffix("_blocks") for n in tensors if n.endswith("_blocks")]:
         tensors[name] = convert_moe_packed_tensors(tensors.pop(name + "_blocks"), tensors.pop(name + "_scales"))
     save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})

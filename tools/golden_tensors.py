@@ -14,6 +14,7 @@ from golden_models import (
     has_normed_heads,
     has_output_bias,
     is_biased,
+    is_fp8,
     is_latent,
     is_llama4,
     is_sparse,
@@ -26,6 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 NEW_TOKENS = 12
+FP8_TOP = 320.0
+"""A number of eight bits (e4m3), below the largest of them."""
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROJECTIONS, W123 = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
 HEAD_NORMS = {"hunyuan_v1_moe": ("query_layernorm", "key_layernorm")}
@@ -81,7 +84,23 @@ def random_tensors(config: Config, seed: int) -> dict[str, Tensor]:
         draw.bias("lm_head.bias", config["vocab_size"], 0.5)
     dtype = STORED[config["torch_dtype"]]
     plain = {name: torch.from_numpy(a).to(torch.float32).to(dtype).contiguous() for name, a in draw.tensors.items()}
-    return plain | {name: torch.from_numpy(a) for name, a in draw.packed.items()}
+    packed = {name: torch.from_numpy(a) for name, a in draw.packed.items()}
+    return (_in_fp8(plain, config["quantization_config"]["weight_block_size"]) if is_fp8(config) else plain) | packed
+
+
+def _in_fp8(plain: dict[str, Tensor], block: list[int]) -> dict[str, Tensor]:
+    """Projections as codes of eight bits, the largest number of every block `FP8_TOP`, and their scales."""
+    tensors = {}
+    for name, weight in plain.items():
+        if "_proj" not in name:
+            tensors[name] = weight
+            continue
+        rows, cols = (n // b for n, b in zip(weight.shape, block, strict=True))
+        blocks = weight.to(torch.float32).reshape(rows, block[0], cols, block[1])
+        scales = blocks.abs().amax((1, 3)) / FP8_TOP
+        codes = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+        tensors |= {name: codes.reshape(weight.shape), name + "_scale_inv": scales}
+    return tensors
 
 
 class _Drawing:
