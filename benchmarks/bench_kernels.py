@@ -1335,7 +1335,7 @@ def _pack_queries(smoke: bool) -> Case:
     q_t = np.empty((2 * units, q * t), np.float32)
 
     def ours() -> Any:
-        attention.pack_queries(qkv, q, 2, 0, 0, q_t)
+        attention.pack_queries(qkv, 0, q, 2, 0, 0, q_t)
         return q_t
 
     right = np.array([[qkv[i, (f // 2 * (q + 2) + s) * 2 + f % 2] for s in range(q) for i in range(t)] for f in range(2 * units)])

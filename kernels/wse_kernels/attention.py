@@ -61,17 +61,19 @@ def store_kv(qkv: NDArray[np.float32], q_slots: int, row0: int, k: NDArray[np.fl
 
 
 @kernel()
-def pack_queries(qkv: NDArray[np.float32], q_slots: int, kv_slots: int, row0: int, u0: int, q_t: NDArray[np.float32]) -> None:
-    """Transpose the queries of one key/value head into scratch.
+def pack_queries(
+    qkv: NDArray[np.float32], first_slot: int, q_slots: int, other_slots: int, row0: int, u0: int, q_t: NDArray[np.float32]
+) -> None:  # fmt: skip
+    """Transpose queries of one key/value head into scratch.
 
     Parameters
     ----------
-    qkv : ndarray, (>= row0 + t, n_units * (q_slots + kv_slots) * 2), float32
+    qkv : ndarray, (>= row0 + t, n_units * (first_slot + q_slots + other_slots) * 2), float32
         This core's block, queries already rotated.
-    q_slots : int
-        Query heads for each key/value head.
-    kv_slots : int
-        2, the key and the value of a unit; 1 where values are part of the keys.
+    first_slot, q_slots : int
+        Slots of a unit before those that are packed, and how many are: all query heads of the key/value head, or a group of them.
+    other_slots : int
+        Slots of a unit behind: other queries, its key and, where that is no part of the key, its value.
     row0 : int
         First token (row of the block) to pack.
     u0 : int
@@ -80,10 +82,10 @@ def pack_queries(qkv: NDArray[np.float32], q_slots: int, kv_slots: int, row0: in
         Written: element ``f = 2 u + e`` of the head's units on this core, column ``s * t + i``.
     """
     t = q_t.shape[1] // q_slots
-    width = (q_slots + kv_slots) * 2
+    width = (first_slot + q_slots + other_slots) * 2
     for f in range(q_t.shape[0]):
         for s in range(q_slots):
-            j = (u0 + f // 2) * width + s * 2 + f % 2
+            j = (u0 + f // 2) * width + (first_slot + s) * 2 + f % 2
             for i in range(t):
                 q_t[f, s * t + i] = qkv[row0 + i, j]
 

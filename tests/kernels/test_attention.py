@@ -202,7 +202,7 @@ def cores(m: Mesh, seed: int, *, interpreted: bool = False, fmt: int | None = No
                     chain = None
                     for c, u0, n in m.pieces(g):
                         q_t = np.full((2 * n, m.q * t), np.nan, F)
-                        pack(m.panel(m.qkv, c, (m.q + 2) * 2), m.q, 2, row0, u0, q_t)
+                        pack(m.panel(m.qkv, c, (m.q + 2) * 2), 0, m.q, 2, row0, u0, q_t)
                         p = np.full((of_block.size, m.q * t), np.nan, F)
                         partial(m.cached(m.k, s, c)[j0:j1], 2 * u0, of_block, q_t, p)
                         chain = p if chain is None else chain + p
@@ -517,7 +517,7 @@ def test_rows_of_no_sequence_stay_as_they_are_and_statistics_may_be_left_out() -
 def test_a_core_without_tokens_or_keys_has_nothing_to_do() -> None:
     qkv, none = np.ones((3, 8), F), np.empty(0, np.int64)
     q_t, m, denom, o_t = np.empty((4, 0), F), np.empty(0, F), np.empty(0, F), np.empty((4, 0), F)
-    pack_queries(qkv, 2, 2, 0, 0, q_t)
+    pack_queries(qkv, 0, 2, 2, 0, 0, q_t)
     s_t, keys, admitted = np.empty((3, 0), F), np.arange(3), np.zeros(3, np.int64)
     partial_scores(np.ones((3, 4), F), 0, keys, q_t, s_t)
     start_max(NO_SINK, m)

@@ -147,8 +147,8 @@ def test_the_state_of_softmax_is_of_the_format_and_takes_two_bytes() -> None:
     heads = HeadLayout(3, 1, 6, 3)
     # Of a query, words: 6 of it, 2 x 2 scores, maximum, denominator and 6 of output twice (two bytes each at level 2), 6 of context;
     # for 16 tokens; two keys' lists; at level 2 the largest number.
-    assert _tile_size(heads, 2, None) == (16, 16 * (6 + 4 + 16 + 6) + 8)
-    assert _tile_size(heads, 2, "cb16") == (16, 16 * (6 + 4 + 8 + 6) + 8 + 1)
+    assert _tile_size(heads, 2, None) == (16, 1, 16 * (6 + 4 + 16 + 6) + 8)
+    assert _tile_size(heads, 2, "cb16") == (16, 1, 16 * (6 + 4 + 8 + 6) + 8 + 1)
 
 
 @pytest.mark.parametrize(("executor", "where"), [("batched", "layer 0, attention"), ("isolated", r"core \(\d, \d\)")])

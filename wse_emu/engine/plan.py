@@ -337,7 +337,7 @@ def _max_context(
     chunk = min(prefill_chunk or prompt_tokens, prompt_tokens)
 
     def fits(length: int, options: EngineOptions) -> bool:
-        passes = tuple(tuple((i, n) for i in range(batch)) for n in (min(chunk, length), 1))
+        passes = tuple(tuple((i, n) for i in range(batch)) for n in (1, min(chunk, length)))  # the quicker one to refuse first
         work = Workload(capacity=(length,) * batch, passes=passes, prompts=(min(prompt_tokens, length),) * batch)
         try:
             settle(spec, wafer_spec, rows, cols, work, options)

@@ -35,7 +35,7 @@ from wse_kernels.attention_rounded import mesh_attention_rounded
 
 _MAX_TILE_TOKENS = 16
 _WORK_BYTES = 4096
-"""SRAM that the work blocks of one query tile may take, lists of keys apart; the tile holds at least one token."""
+"""SRAM that the work blocks of one query tile may take, lists of keys apart; the tile holds at least one query head of one token."""
 _WORDS_PER_KEY = 4
 """Of the lists of keys: its row and the tokens that admit it, a 64-bit word each."""
 
@@ -84,11 +84,13 @@ def attention(
         _streamed(wafer, sink, heads, bands) as sinks,
         wafer.working((attention, heads, rows_per_core, softmax), lambda: _work(wafer, heads, rows_per_core, softmax)),
     ):
-        tile_tokens = _tile_size(heads, rows_per_core, softmax)[0]
+        tile_tokens, n_groups, _ = _tile_size(heads, rows_per_core, softmax)
         if chosen is None:
-            plan = cache.attention_plan(sequences, pattern, lambda: plan_attention(cache, layer, sequences, bands, pattern, tile_tokens))
+            plan = cache.attention_plan(
+                sequences, pattern, lambda: plan_attention(cache, layer, sequences, bands, pattern, tile_tokens, n_groups=n_groups)
+            )
         else:
-            plan = plan_attention(cache, layer, sequences, bands, pattern, tile_tokens, chosen)
+            plan = plan_attention(cache, layer, sequences, bands, pattern, tile_tokens, chosen, n_groups)
         events = plan.events if softmax is None else tuple(map(_rounding, plan.events))
         if wafer.cores is not None:
             events = attend_on_cores(wafer, qkv, context, cache, layer, sequences, bands, plan, m, denominator, sinks, kept, softmax)
@@ -123,7 +125,7 @@ def _rounding(event: Event) -> Event:
 @contextmanager
 def _work(wafer: Wafer, heads: HeadLayout, rows_per_core: int, softmax: HalfType | None) -> Iterator[None]:
     """Hold the code and the work blocks of attention."""
-    words = np.where(heads.units.sizes > 0, _tile_size(heads, rows_per_core, softmax)[1], 0)
+    words = np.where(heads.units.sizes > 0, _tile_size(heads, rows_per_core, softmax)[2], 0)
     code_bytes = CODE_BYTES + (0 if softmax is None else ACCUMULATE_ROUNDED.code_bytes - ACCUMULATE.code_bytes)
     with (
         wafer.sram.reserved("attention work", np.ones(wafer.rows, np.int64), words, 4),
@@ -152,11 +154,17 @@ def _streamed(wafer: Wafer, sink: StreamedVector | None, heads: HeadLayout, band
         yield placed
 
 
-def _tile_size(heads: HeadLayout, rows_per_core: int, softmax: HalfType | None) -> tuple[int, int]:
-    """Tokens of a query tile, and the words of a core's room for its work blocks: whole, so that fewer keys never need more of it."""
+def _tile_size(heads: HeadLayout, rows_per_core: int, softmax: HalfType | None) -> tuple[int, int, int]:
+    """Tokens of a query tile, groups that its query heads are cut into, and the words of a core's room for its work blocks.
+
+    The room is whole, so that fewer keys never need more of it. Heads are cut where one token's would not fit it.
+    """
     features, values = 2 * heads.max_part_units, 2 * heads.value_units.max_size if heads.values_in_keys else 2 * heads.max_part_units
-    # Packed queries, own and incoming scores, maximum, denominator and output (own and incoming), context.
+    # Of a query head: packed queries, own and incoming scores, maximum, denominator and output (own and incoming), context.
     state = 2 + 2 * (1 + values)
-    per_token = heads.queries_per_kv * (features + 2 * rows_per_core + (state if softmax is None else state // 2) + values)
-    n = min(_MAX_TILE_TOKENS, max(1, _WORK_BYTES // 4 // per_token))
-    return n, min(_MAX_TILE_TOKENS * per_token, max(_WORK_BYTES // 4, per_token)) + _WORDS_PER_KEY * rows_per_core + (softmax is not None)
+    per_head = features + 2 * rows_per_core + (state if softmax is None else state // 2) + values
+    most, q = _WORK_BYTES // 4, heads.queries_per_kv
+    n = min(_MAX_TILE_TOKENS, max(1, most // (q * per_head)))
+    n_groups = -(-q // min(q, max(1, most // per_head)))
+    words = min(_MAX_TILE_TOKENS * q * per_head, max(most, per_head)) + _WORDS_PER_KEY * rows_per_core
+    return n, n_groups, words + (softmax is not None)

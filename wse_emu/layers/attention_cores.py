@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -66,11 +67,11 @@ class _Counts:
 
 
 class _TileRun:
-    """One query tile and one head on its way over the rows of keys."""
+    """One query tile and one head, or a group of its query heads, on its way over the rows of keys."""
 
     def __init__(
         self, wafer: Wafer, cache: KVCache, layer: int, slot: int, parts: tuple[Part, ...], n_tokens: int, visits: list[Visit],
-        tally: dict[str, _Counts], traffic: dict[str, Any], softmax: HalfType | None = None,
+        slots: tuple[int, int], tally: dict[str, _Counts], traffic: dict[str, Any], softmax: HalfType | None = None,
     ) -> None:  # fmt: skip
         assert wafer.cores is not None
         self.cores, self.cache, self.layer, self.slot, self.parts = wafer.cores, cache, layer, slot, parts
@@ -82,7 +83,8 @@ class _TileRun:
         self.softmax = softmax
         """Format of 16 bits of maxima, weights, denominators and outputs; None is float32."""
         self.n_tokens, self.visits, self.tally, self.traffic = n_tokens, visits, tally, traffic
-        self.q_slots = cache.heads.queries_per_kv
+        self.first_slot, self.q_slots = slots
+        """First of the head's query heads that go together, and how many."""
         self.n_columns = n_tokens * self.q_slots
         self.borrowed: list[Block] = []
         self.queries: dict[tuple[int, int], Block] = {}
@@ -119,9 +121,10 @@ class _TileRun:
         if self.sinks is None:
             return NO_SINK
         block, parts = self.sinks.held[core], self.cache.heads.parts
-        col, q = core[1], self.q_slots
+        col = core[1]
         at = self.cache.heads.part_heads[parts.starts[col] : parts.stops[col]].tolist().index(self.head)
-        return block.shaped(block.array.size).view(slice(at * q, (at + 1) * q))
+        first = at * self.cache.heads.queries_per_kv + self.first_slot
+        return block.shaped(block.array.size).view(slice(first, first + self.q_slots))
 
     def list_keys(self, told: Callable[[tuple[int, int]], tuple[Ints, Ints]] | None) -> None:
         """Every core lists the keys of its row that are admitted, and the tokens that admit them.
@@ -140,13 +143,14 @@ class _TileRun:
 
     def send_queries(self, qkv: PlacedTensor, row: int, row0: int) -> None:
         """Pack the tile's queries on their row and send them to every row of keys."""
+        others = self.cache.heads.queries_per_kv + self.cache.heads.kv_slots - self.first_slot - self.q_slots
         for part in self.parts:
             home = self.borrow((row, part.col), "packed queries", 2 * part.n_units, self.n_columns)
             self.run(
                 PACK_QUERIES, (row, part.col),
                 {
-                    "qkv": qkv.held[row, part.col], "q_slots": self.q_slots, "kv_slots": self.cache.heads.kv_slots, "row0": row0,
-                    "u0": part.first_unit, "q_t": home,
+                    "qkv": qkv.held[row, part.col], "first_slot": self.first_slot, "q_slots": self.q_slots, "other_slots": others,
+                    "row0": row0, "u0": part.first_unit, "q_t": home,
                 },
             )  # fmt: skip
             self.queries[row, part.col] = home
@@ -256,13 +260,20 @@ class _TileRun:
             denominator, output = ends[part.col]
             done = self.borrow(core, "finished context", t, 2 * part.n_values * q_slots)
             self.run(FINISH, core, {"o_t": output, "denom": denominator, "q_slots": self.q_slots, "row0": 0, "u0": 0, "context": done})
-            first = 2 * part.first_unit * q_slots
-            where = (slice(row0, row0 + t), slice(first, first + 2 * part.n_values * q_slots))
+            where = (slice(row0, row0 + t), self.columns_of(part))
             targets = [context.held[row + i, part.col] for i in range(n_replicas)]
             for target in targets:
                 if target.core == core:
                     target.write(done.read(), where)
             self.cores.send(self.traffic["context"], done, [target for target in targets if target.core != core], to=where)
+
+    def columns_of(self, part: Part) -> Any:
+        """Columns of the context that the part's values of these query heads make: one range where they are all of the head's."""
+        q = self.cache.heads.queries_per_kv
+        if self.q_slots == q:
+            return slice(2 * part.first_unit * q, 2 * (part.first_unit + part.n_values) * q)
+        unit, slot = np.arange(part.first_unit, part.first_unit + part.n_values), np.arange(self.first_slot, self.first_slot + self.q_slots)
+        return (2 * (unit[:, None, None] * q + slot[:, None]) + np.arange(2)).reshape(-1)
 
 
 _MOVES = (
@@ -282,13 +293,15 @@ def attend_on_cores(
     heads, visits = cache.heads, plan.visits
     traffic = {key: wafer.cores.traffic() for _, _, key in _MOVES}
     tally: dict[str, _Counts] = {}
+    slots = list(pairwise(Split.balanced(heads.queries_per_kv, plan.n_groups).offsets.tolist()))
     for i in range(visits.n.size):
         s, first, n, row = (int(a[i]) for a in (visits.sequence, visits.first, visits.n, visits.row))
         held = cache.split(int(sequences.slot[s]), plan.held[s])
         here = visits_of(plan, s, held, i)
         row0, token = first - int(bands.split.starts[row]), first - int(sequences.first_token[s])
-        for head, parts in enumerate(heads.heads):
-            run = _TileRun(wafer, cache, layer, int(sequences.slot[s]), parts, n, here, tally, traffic, softmax)
+        for (head, parts), (begin, end) in product(enumerate(heads.heads), slots):
+            group = begin, end - begin
+            run = _TileRun(wafer, cache, layer, int(sequences.slot[s]), parts, n, here, group, tally, traffic, softmax)
             try:
                 run.rows_held = held.sizes.tolist()
                 run.sinks, run.head = sinks, head
@@ -300,7 +313,7 @@ def attend_on_cores(
                 run.send_context(ends, context, row, row0, bands.n_feature_bands)
                 if m_out.size:
                     last = (here[-1].row, parts[0].col)
-                    where = (slice(first, first + n), slice(head * heads.queries_per_kv, (head + 1) * heads.queries_per_kv))
+                    where = (slice(first, first + n), slice(head * heads.queries_per_kv + begin, head * heads.queries_per_kv + end))
                     m_out[where] = maxima[last].read().reshape(-1, n).T
                     denom_out[where] = ends[parts[0].col][0].read().reshape(-1, n).T
             finally:

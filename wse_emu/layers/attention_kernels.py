@@ -18,7 +18,9 @@ from wse_kernels.attention import (
 )
 from wse_kernels.attention_rounded import softmax_accumulate_rounded
 
-PACK_QUERIES = Kernel(body=pack_queries, params=("qkv", "q_slots", "kv_slots", "row0", "u0", "q_t"), out=("q_t",), code_bytes=224)
+PACK_QUERIES = Kernel(
+    body=pack_queries, params=("qkv", "first_slot", "q_slots", "other_slots", "row0", "u0", "q_t"), out=("q_t",), code_bytes=224
+)  # fmt: skip
 PARTIAL_SCORES = Kernel(
     body=partial_scores,
     params=("k", "f0", "keys", "q_t", "s_t"),

@@ -78,11 +78,13 @@ class AttentionPlan:
     """Per sequence, the keys that lie on the wafer, as (m, 2) ranges."""
     visits: Visits
     events: tuple[Event, ...]
+    n_groups: int
+    """Groups of a key/value head's query heads, one after the other: a tile of queries goes its way once for each."""
 
 
 def plan_attention(
     cache: KVCache, layer: int, sequences: Sequences, bands: TokenBands, pattern: AttentionPattern, tile_tokens: int,
-    chosen: KeyRanges | None = None,
+    chosen: KeyRanges | None = None, n_groups: int = 1,
 ) -> AttentionPlan:  # fmt: skip
     """Tiles, visits and costs of a pattern over the newest tokens, or of keys that were chosen for each.
 
@@ -98,11 +100,16 @@ def plan_attention(
         Most tokens of a tile.
     chosen : KeyRanges, optional
         Of every new token, in place of what the pattern admits.
+    n_groups : int
+        Groups of query heads that a tile is cut into: as many launches and messages for each, of the same work and words in all.
     """
     admitted = pattern.ranges(sequences.positions) if chosen is None else chosen
     held = cache.keys_in_pass(layer, sequences)
     visits = _visits(cache, sequences, bands, admitted, held, tile_tokens)
-    return AttentionPlan(admitted, held, visits, tuple(_events(cache.heads, cache.wafer.rows, bands, admitted, visits)))
+    events = _events(cache.heads, cache.wafer.rows, bands, admitted, visits)
+    if n_groups > 1:
+        events = [event._replace(count=event.count * n_groups) for event in events]
+    return AttentionPlan(admitted, held, visits, tuple(events), n_groups)
 
 
 def _visits(
@@ -118,7 +125,7 @@ def _visits(
         while at < first + n:
             row = int(split.owner[at])
             stop = min(int(split.stops[row]), first + n, at + tile_tokens)
-            counts = np.diff(keys_below(keys_below(held[s], admitted.union(at, stop)), starts))
+            counts = _counts(keys_below(held[s], admitted.union(at, stop)), starts)
             visited = np.flatnonzero(counts)
             tiles.append((s, at, stop - at, row))
             first_visit.append(first_visit[-1] + visited.size)
@@ -129,6 +136,14 @@ def _visits(
     return Visits(
         sequence, token, n_tokens, row_of_tile, np.array(first_visit, np.int64), np.concatenate(key_rows), np.concatenate(n_keys)
     )
+
+
+def _counts(wanted: Ints, edges: Ints) -> Ints:
+    """How many of some keys, (m, 2) ranges of indices, lie between each edge and the next."""
+    if len(wanted) == 1:  # as everywhere without sinks and columns, and far cheaper
+        clipped: Ints = np.diff(edges.clip(*wanted[0].tolist()))
+        return clipped
+    return np.diff(keys_below(wanted, edges))
 
 
 def _events(heads: HeadLayout, n_rows: int, bands: TokenBands, admitted: KeyRanges, visits: Visits) -> list[Event]:

@@ -116,7 +116,8 @@ class _Tile:
         for part in self.parts:
             core, shape = (row, part.col), (2 * part.n_units, n_heads * self.n)
             home = self.queries[core] = self.borrow(core, "packed index queries", shape, np.float32)
-            args = {"qkv": qk.held[core], "q_slots": n_heads, "kv_slots": 1, "row0": row0, "u0": part.first_unit, "q_t": home}
+            slots = {"first_slot": 0, "q_slots": n_heads, "other_slots": 1}
+            args = {"qkv": qk.held[core], **slots, "row0": row0, "u0": part.first_unit, "q_t": home}
             self.tally.run(PACK_QUERIES, core, args)
             away = [(visit.row, part.col) for visit in self.visits if visit.row != row]
             for there in away:

@@ -1,0 +1,86 @@
+"""Query heads in groups: where work blocks of one token's heads would not fit, a tile goes its way once for each group; the same bits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import wse_emu as wse
+from wse_emu.engine.inference import _heads
+from wse_emu.foundation.attention_pattern import keys_below
+from wse_emu.layers import attention as attention_module
+from wse_emu.layers.attention import _tile_size
+from wse_emu.layers.attention_plan import _counts
+from wse_emu.layers.heads import HeadLayout
+
+BASE = {
+    "vocab_size": 71, "hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 5, "max_position_embeddings": 64,
+    "eos_token_id": None, "initializer_range": 0.3, "intermediate_size": 14,
+}  # fmt: skip
+MLA = {
+    **BASE, "model_type": "deepseek_v3", "num_key_value_heads": 5, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 8,
+    "kv_lora_rank": 10, "q_lora_rank": 7, "moe_intermediate_size": 9, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2,
+    "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
+SINKS = {
+    **BASE, "model_type": "gpt_oss", "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 6, "intermediate_size": 9,
+    "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 3,
+}  # fmt: skip
+IDS = np.random.default_rng(2).integers(0, 71, (2, 7))
+
+
+def run(config: dict, executor: str, work_bytes: int, monkeypatch, **options) -> tuple[list[np.ndarray], wse.Wafer]:
+    monkeypatch.setattr(attention_module, "_WORK_BYTES", work_bytes)
+    model = wse.from_config(config, seed=3, wafer=wse.Wafer(rows=3, cols=4, executor=executor), **options)
+    heads = _heads(model.spec, 4)
+    assert (_tile_size(heads, 3, None)[1] > 1) == (work_bytes < 4096)
+    record = model.record(IDS)
+    return [record.stages[0, "attn_max"], record.stages[0, "attn_denominator"], record.stages[None, "logits"]], model.wafer
+
+
+@pytest.mark.parametrize(
+    ("config", "work_bytes", "level"),
+    [
+        (MLA, 160, 0),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((MLA, 4, 2), (MLA, 160, 2), (SINKS, 160, 0), (SINKS, 4, 2))),
+    ],
+)
+def test_groups_of_heads_give_the_same_bits(config, work_bytes, level, monkeypatch) -> None:
+    options = {"dtype": "bfloat16", "precision_opt_level": level} if level else {}
+    whole, _ = run(config, "batched", 4096, monkeypatch, **options)
+    (few, batched), (each, isolated) = (run(config, executor, work_bytes, monkeypatch, **options) for executor in ("batched", "isolated"))
+    for ours, theirs, expected in zip(few, each, whole, strict=True):
+        np.testing.assert_array_equal(ours, expected)
+        np.testing.assert_array_equal(theirs, expected)
+    assert isolated.ledger.events() == batched.ledger.events()
+    assert isolated.sram.high_water_bytes == batched.sram.high_water_bytes
+
+
+@given(st.integers(1, 3), st.integers(1, 128), st.sampled_from([2, 64, 576]), st.integers(1, 40), st.integers(1, 300))
+def test_work_blocks_of_a_group_fit_the_room(n_kv: int, q: int, head_dim: int, n_cols: int, keys: int) -> None:
+    heads = HeadLayout(n_kv, q, head_dim, n_cols)
+    n, n_groups, words = _tile_size(heads, keys, None)
+    features, of_lists = 2 * heads.max_part_units, 4 * keys
+    most = -(-q // n_groups)  # heads of the largest group
+    # Packed queries, two times scores, maximum and denominator and output, two times, and the context.
+    needs = n * most * (features + 2 * keys + 2 * (1 + 1 + features) + features)
+    assert needs <= words - of_lists
+    assert n_groups == 1 or n == 1
+    assert 1 <= n_groups <= q
+    assert _tile_size(heads, max(1, keys - 1), None)[2] <= words
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.lists(st.integers(0, 30), min_size=1, max_size=8))
+def test_keys_between_edges(sizes: list[int], edges: list[int]) -> None:
+    ends = np.cumsum(np.array(sizes) + 1)
+    wanted = np.array([[end - size, end] for end, size in zip(ends.tolist(), sizes, strict=True) if size]).reshape(-1, 2)
+    if not len(wanted):
+        return
+    at = np.sort(np.array(edges))
+    keys = np.concatenate([np.arange(*each) for each in wanted])
+    expected = [int(((keys >= a) & (keys < b)).sum()) for a, b in zip(at[:-1].tolist(), at[1:].tolist(), strict=True)]
+    assert _counts(wanted, at).tolist() == expected
+    assert np.diff(keys_below(wanted, at)).tolist() == expected
