@@ -9,12 +9,15 @@ import pytest
 
 import wse_emu as wse
 from wse_emu.checkpoint import random_checkpoint
+from wse_emu.engine import attention_block
 from wse_emu.engine.inference import Engine, shape_engine
 from wse_emu.engine.options import CHUNKS, EngineOptions
 from wse_emu.engine.plan import sequences_of
 from wse_emu.engine.routing_trace import RoutingTrace
+from wse_emu.foundation.errors import StoreError
 from wse_emu.layers.linear import DEFAULT_CHUNK
 from wse_emu.memoryx import ArrayStore
+from wse_kernels.threads import SharedDriver, Unfinished
 
 SPEC = wse.ModelSpec(
     family="mixtral", vocab_size=40, hidden_size=12, intermediate_size=10, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=6,
@@ -139,3 +142,23 @@ def test_a_stream_for_several_passes_prepares_what_each_layer_needs_and_drops_it
             engine.forward(TOKENS[:1], sequences_of([0], [1], [at]), cache, np.arange(1))
     assert resident == []
     assert 1 <= most <= (1 if depth == 0 else 2), "a layer, and the next one only if it is prefetched"
+
+
+def test_a_pass_that_fails_leaves_nobody_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nobody takes what it placed off the wafer: the caller may go on with the cache."""
+    engine = engine_on()
+    cache = engine.new_cache([4, 3])
+    monkeypatch.setattr(
+        SharedDriver, "begin", lambda self, units, *args: Unfinished(self.function, 1, np.zeros(2, np.int64), args)
+    )  # nothing is computed before somebody looks
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        assert not engine.wafer.pending.is_empty
+        raise StoreError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention_block, "attention", fail)
+        with pytest.raises(StoreError, match="gone"):
+            engine.forward(TOKENS, TWO, cache, np.arange(7))
+    assert engine.wafer.pending.is_empty
+    assert engine.wafer.pending.check is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -20,11 +21,14 @@ def in_turns(monkeypatch: pytest.MonkeyPatch, module: ModuleType, function: Call
     lock, body = threading.Lock(), plain(function)
 
     def one_at_a_time(tickets: Any) -> int:
+        if threading.current_thread() in helpers:
+            time.sleep(0.002)  # whoever does not wait for a helper is gone by then
         with lock:
             return take_ticket(tickets)
 
     monkeypatch.setattr(module, "take_ticket", one_at_a_time)
     errors: list[BaseException] = []
+    helpers: list[threading.Thread] = []
 
     def take_part(role: int, *args: Any) -> None:
         try:
@@ -36,7 +40,7 @@ def in_turns(monkeypatch: pytest.MonkeyPatch, module: ModuleType, function: Call
 
     def driver(units: int, *args: Any) -> None:
         progress = np.zeros(2, np.int64)
-        helpers = [threading.Thread(target=take_part, args=(HELP, progress, *args)) for _ in range(n_threads - 1)]
+        helpers[:] = [threading.Thread(target=take_part, args=(HELP, progress, *args)) for _ in range(n_threads - 1)]
         for helper in helpers:
             helper.start()
         take_part(LEAVE, progress, *args)

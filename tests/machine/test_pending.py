@@ -135,6 +135,25 @@ def test_a_model_verifies_when_everything_is_put_off(lazy: list[int]) -> None:
     assert lazy
 
 
+def test_statistics_of_attention_are_there_when_it_returns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = block.attention
+    seen: list[Any] = []
+
+    def attention(*args: Any, **kwargs: Any) -> Any:
+        found = inner(*args, **kwargs)
+        if found is not None and not args[0].is_dry:
+            seen.append(tuple(part.copy().tobytes() for part in found))
+        return found
+
+    monkeypatch.setattr(block, "attention", attention)
+    make_model("mixtral", 3, 2).verify(np.arange(5))
+    eager, seen[:] = seen.copy(), []
+    request.getfixturevalue("lazy")
+    make_model("mixtral", 3, 2).verify(np.arange(5))
+    assert len(eager) == 2
+    assert seen == eager
+
+
 # ---- the line
 
 
