@@ -16,6 +16,7 @@ from wse_emu.checkpoint.fields import ABSENT, Fields
 from wse_emu.checkpoint.files import read_bytes
 from wse_emu.checkpoint.jsonfile import parse_object
 from wse_emu.checkpoint.rope import read_rope, rope_config
+from wse_emu.checkpoint.wrapped import language_config
 from wse_emu.foundation.activations import Activation
 from wse_emu.foundation.arguments import show
 from wse_emu.foundation.errors import ConfigError, SpecError
@@ -132,7 +133,7 @@ def parse_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | N
     ----------
     config : mapping
         config.json as parsed: a released checkpoint's (``rope_theta``, ``rope_scaling``, ``torch_dtype``) or transformers 5's
-        (``rope_parameters``, ``dtype``).
+        (``rope_parameters``, ``dtype``). Of a model that also sees, the language model in ``text_config``.
     generation : mapping, optional
         generation_config.json as parsed; its ``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` take the place of config.json's.
     where : str
@@ -150,6 +151,7 @@ def parse_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | N
     """
     if not isinstance(config, Mapping):
         raise ConfigError(f"{where}: must be an object, got {type(config).__name__}")
+    config = language_config(config, where)
     fields = Fields(config, where)
     family = family_of(fields)
     if family.flatten is not None:
@@ -244,6 +246,8 @@ def _generation_ids(generation: Mapping[str, Any]) -> dict[str, Any]:
 def read_config(path: Path) -> tuple[dict[str, Any], ModelSpec]:
     """Configuration and spec of a checkpoint directory, or of a config.json by itself; reads no weights.
 
+    Of a model that also sees, those of the language model (`read_published` gives the whole of it).
+
     Parameters
     ----------
     path : Path
@@ -254,6 +258,12 @@ def read_config(path: Path) -> tuple[dict[str, Any], ModelSpec]:
     ConfigError
         If there is no config.json, it cannot be read, or `parse_config` refuses it.
     """
+    config, spec = read_published(path)
+    return dict(language_config(config, str(path))), spec
+
+
+def read_published(path: Path) -> tuple[dict[str, Any], ModelSpec]:
+    """Configuration as it is published, and the spec that it comes to; `path` and errors as for `read_config`."""
     if os.path.isfile(path) and path.suffix != ".json":
         raise ConfigError(f"{path}: a file; a checkpoint is a directory with config.json and *.safetensors files")
     file = path if path.suffix == ".json" and not os.path.isdir(path) else path / "config.json"

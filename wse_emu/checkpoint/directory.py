@@ -11,15 +11,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from wse_emu.checkpoint.config import read_config
+from wse_emu.checkpoint.config import read_published
 from wse_emu.checkpoint.families import FAMILIES
 from wse_emu.checkpoint.files import read_bytes
 from wse_emu.checkpoint.fp8 import Fp8Tensors, fp8_block, fp8_powers
 from wse_emu.checkpoint.jsonfile import parse_object
-from wse_emu.checkpoint.mxfp4 import Mxfp4Tensors, is_mxfp4
+from wse_emu.checkpoint.mxfp4 import Codes, Mxfp4Tensors, is_mxfp4
 from wse_emu.checkpoint.names import own_head, stored_shapes
 from wse_emu.checkpoint.safetensors_file import READABLE, SafetensorsFile, TensorEntry
 from wse_emu.checkpoint.source import Checkpoint, TensorSource
+from wse_emu.checkpoint.wrapped import LanguageTensors, is_wrapped, language_config
 from wse_emu.foundation.arguments import check_path
 from wse_emu.foundation.errors import CheckpointError, ConfigError
 from wse_emu.foundation.model_spec import ModelSpec
@@ -244,17 +245,21 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise ConfigError(f"{path}: not a directory; a checkpoint is a directory with config.json and *.safetensors files")
     if not os.path.isdir(directory):
         raise ConfigError(f"{path}: there is no such directory; checkpoints are opened from local directories and never downloaded")
-    config, spec = read_config(directory)
-    tensors: TensorSource = _open_tensors(directory)
+    published, spec = read_published(directory)
+    config = dict(language_config(published, str(directory)))
+    stored: Codes = _open_tensors(directory)
+    tensors: TensorSource = stored
     try:
+        ignored: tuple[str, ...] = ()
+        if is_wrapped(published):
+            stored = tensors = language = LanguageTensors(stored, str(directory))
+            ignored = language.left_out
         if is_mxfp4(config):
-            assert isinstance(tensors, DirectoryTensors)
-            tensors = Mxfp4Tensors(tensors, str(directory))
+            tensors = Mxfp4Tensors(stored, str(directory))
         block = fp8_block(config, str(directory / "config.json"))
         if block is not None:
-            assert isinstance(tensors, DirectoryTensors)
-            tensors = Fp8Tensors(tensors, block, str(directory), powers=fp8_powers(config))
-        ignored = _check_against_spec(directory, spec, tensors)
+            tensors = Fp8Tensors(stored, block, str(directory), powers=fp8_powers(config))
+        ignored = tuple(sorted((*ignored, *_check_against_spec(directory, spec, tensors))))
         digest = hashlib.sha256(tensors.fingerprint.encode())
         for name in _IDENTITY_FILES:
             content = read_bytes(directory / name, limit=MAX_INDEX_BYTES, error=CheckpointError)
