@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import wse_emu as wse
 from wse_emu.checkpoint import parse_config
 from wse_emu.engine.options import CHUNKS, EngineOptions
-from wse_emu.engine.plan import Plan, Workload, peak_sram, plan_model, prompt_chunks, sequences_of, settle, smallest_square
+from wse_emu.engine.plan import Plan, Workload, _last, peak_sram, plan_model, prompt_chunks, sequences_of, settle, smallest_square
 
 MOE = wse.ModelSpec(
     family="mixtral", vocab_size=150, hidden_size=24, intermediate_size=20, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -363,3 +363,29 @@ def test_mixtral_8x7b_is_planned_on_the_full_wafer_in_seconds() -> None:
     # Two of eight experts for one token; all but the embedding table for a prompt.
     assert plan.stream_bytes_prefill == 4 * (MIXTRAL_8X7B.n_params - 32000 * 4096)
     assert plan.stream_bytes_token == plan.stream_bytes_prefill - 4 * 32 * 6 * 3 * 4096 * 14336
+
+
+@pytest.mark.parametrize("step", [1, 3, 10, 64, 1000])
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 100), (7, 300), (64, 128)])
+def test_the_last_that_fits_is_found_whatever_the_step(step: int, low: int, high: int) -> None:
+    for limit in {low, low + 1, (low + high) // 2, (low + high) // 2 // step * step, high - 1, high}:
+        if low <= limit <= high:
+            asked: list[int] = []
+
+            def fits(n: int, limit: int = limit, asked: list[int] = asked) -> bool:
+                asked.append(n)
+                return n <= limit
+
+            assert _last(low, high, fits, step=step) == limit
+            assert all(low < n <= high for n in asked)
+
+
+def test_a_context_that_ends_with_a_row_of_keys_is_found_soon() -> None:
+    asked: list[int] = []
+
+    def fits(n: int) -> bool:
+        asked.append(n)
+        return n <= 69 * 1170
+
+    assert _last(0, 163_840, fits, step=1170) == 69 * 1170
+    assert len(asked) <= 10

@@ -347,17 +347,25 @@ def _max_context(
 
     longest = spec.context_length
     finest = options if options.chunk is not None else replace(options, chunk=CHUNKS[-1])
-    length = _last(0, longest, lambda n: fits(n, finest))
+    length = _last(0, longest, lambda n: fits(n, finest), step=rows)
     if finest is options or length == longest or not fits(length + 1, options):
         return length
-    return _last(length + 1, longest, lambda n: fits(n, options))  # coarser pieces need less here: rare, and nowhere ruled out
+    return _last(length + 1, longest, lambda n: fits(n, options), step=rows)  # coarser pieces need less here: rare, and nowhere ruled out
 
 
-def _last(low: int, high: int, fits: Callable[[int], bool]) -> int:
-    """Largest number from `low`, which fits, to `high` that fits, if all up to one do."""
+def _last(low: int, high: int, fits: Callable[[int], bool], *, step: int) -> int:
+    """Largest number from `low`, which fits, to `high` that fits, if all up to one do.
+
+    It is found soonest where it is a multiple of `step`: a row of cores that holds one key more.
+    """
     if fits(high):
         return high
+    next_is_tried = False
     while high - low > 1:
         middle = (low + high) // 2
+        if high - low > step:
+            middle = max(middle - middle % step, low + step - low % step)
+        elif not next_is_tried:
+            middle, next_is_tried = low + 1, True
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
