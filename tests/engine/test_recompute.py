@@ -268,3 +268,11 @@ def test_the_figures_of_the_page() -> None:
             for kv in ("store", "recompute")
         ]  # fmt: skip
         assert " | ".join(f"{plan.kv_bytes:,} bytes, {plan.max_context:,}" for plan in plans) in page
+
+
+def test_columns_of_a_matrix_are_read_only_as_all_weights_are() -> None:
+    """Kernels would be compiled a second time for others."""
+    tiles = np.arange(12, dtype=np.float32)
+    some = StreamedMatrix("w", 3, 4, tiles).some("part", np.array([3, 1]))
+    assert not some.values.flags.writeable
+    np.testing.assert_array_equal(some.columns(0, 2), tiles.reshape(3, 4)[:, [3, 1]])

@@ -43,9 +43,9 @@ def test_a_cache_that_is_not_written_in_decode_is_found(monkeypatch: pytest.Monk
     sound = model.generate(IDS, 9, attention_mask=MASK)
     real = KVCache.append
 
-    def lazy(cache: KVCache, layer: int, qkv: object, sequences: object, bands: object) -> None:
+    def lazy(cache: KVCache, layer: int, qkv: object, sequences: object, bands: object, **more: object) -> None:
         if sequences.n_tokens > 2:  # type: ignore[attr-defined]
-            real(cache, layer, qkv, sequences, bands)  # type: ignore[arg-type]
+            real(cache, layer, qkv, sequences, bands, **more)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
         patch.setattr(KVCache, "append", lazy)

@@ -82,6 +82,7 @@ class StreamedMatrix:
         if self.tiles is not None:
             chosen = self.columns(0, self.n_out)[:, columns]
             tiles = np.concatenate([chosen[:, at : at + TILE_COLS].reshape(-1) for at in range(0, n, TILE_COLS)])
+            tiles.flags.writeable = False  # as all weights: one compiled specialisation of what multiplies them
         share = None if self.disk_bytes is None else -(-self.disk_bytes * n // self.n_out)
         return StreamedMatrix(name, self.n_in, n, tiles, share, self.skip_zeros, self.sums)
 
