@@ -157,7 +157,9 @@ class Unfinished:
     __slots__ = ("_args", "_function", "_n_threads", "_progress", "ns")
 
     def __init__(self, function: Callable[..., None], n_threads: int, progress: NDArray[np.int64], args: tuple[Any, ...]) -> None:
-        self._function, self._n_threads, self._progress, self._args = function, n_threads, progress, args
+        self._function, self._n_threads, self._progress = function, n_threads, progress
+        self._args: tuple[Any, ...] | None = args
+        """None once all is done: nothing is held on to."""
         self.ns: list[int] = []
         """Nanoseconds that each thread was at it, each time."""
 
@@ -168,9 +170,12 @@ class Unfinished:
         return bool(0 < of <= done)
 
     def work(self, role: int) -> None:
-        """Take part."""
+        """Take part, unless all is done."""
+        args = self._args
+        if args is None:
+            return
         start = time.perf_counter_ns()
-        self._function(role, self._n_threads, self._progress, *self._args)
+        self._function(role, self._n_threads, self._progress, *args)
         self.ns.append(time.perf_counter_ns() - start)
 
     def help(self) -> None:
@@ -181,14 +186,18 @@ class Unfinished:
     def finish(self) -> None:
         """Do what is left, and wait until all is done."""
         self.work(STAY)
+        self._args = None
 
     def finish_or_stop(self, role: int = STAY) -> None:
         """Take part; when interrupted (Ctrl-C), go on only once nobody writes to the caller's arrays any more."""
         try:
-            self.work(role)
-        except BaseException:
+            if role == STAY:
+                self.finish()
+            else:
+                self.work(role)
+        except KeyboardInterrupt:
             while not self.is_done:
-                with suppress(BaseException):
+                with suppress(KeyboardInterrupt):
                     self.finish()
             raise
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -353,6 +354,14 @@ def test_an_interrupt_of_shared_work_waits_for_the_helpers(helpers: threads._Hel
     assert sorted(piece for piece, _ in pieces.done) == [0, 1, 2]
 
 
+def test_an_error_of_the_caller_is_raised(helpers: threads._Helpers, shared: None) -> None:
+    def function(role: int, n: int, progress: Any) -> None:
+        raise MemoryError("no room for scratch")
+
+    with pytest.raises(MemoryError, match="no room for scratch"):
+        begun_driver(function)(1)
+
+
 def test_time_is_learned_from_the_call_before(helpers: threads._Helpers, shared: None) -> None:
     driver = begun_driver(Pieces(0))
     driver.begin(10)
@@ -360,3 +369,22 @@ def test_time_is_learned_from_the_call_before(helpers: threads._Helpers, shared:
     driver._last[0].ns[:] = [300, 700]
     driver.begin(10)
     assert driver._ns_per_unit == 100.0
+
+
+def test_what_is_done_is_not_held_on_to(helpers: threads._Helpers, shared: None) -> None:
+    class Argument:
+        pass
+
+    def function(role: int, n: int, progress: Any, argument: Argument) -> None:
+        progress[:] = 1
+
+    driver = begun_driver(function)
+    argument = Argument()
+    gone = weakref.ref(argument)
+    driver(1, argument)
+    del argument
+    for _ in range(1000):  # a helper may be about to find that it is late
+        if gone() is None:
+            break
+        time.sleep(0.01)
+    assert gone() is None

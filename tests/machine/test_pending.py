@@ -236,6 +236,22 @@ def test_what_nobody_wants_any_more_ends_too() -> None:
     assert log == ["begun", "finished", "behind"]
 
 
+def test_a_call_that_cannot_be_finished_is_given_up() -> None:
+    class Broken(Call):
+        def finish(self) -> None:
+            raise MemoryError("no room for scratch")
+
+    log: list[str] = []
+    line = pending.Pending()
+    line.run(Broken(log), 1)  # type: ignore[arg-type]
+    line.behind(log.append, "behind")
+    with pytest.raises(MemoryError, match="no room"):
+        line.finish()
+    line.abandon()
+    assert line.is_empty
+    assert log == ["begun", "behind"]
+
+
 def test_what_the_line_reads_is_looked_at_before_it_goes_on() -> None:
     log: list[str] = []
     line = pending.Pending()

@@ -104,7 +104,8 @@ class Pending:
         """Nobody wants the numbers any more: wait for the helpers, compute nothing, and do what else is in line, whatever comes of it."""
         if self._call is None or self._lost:
             return
-        self._call.finish()
+        with suppress(Exception):  # of memory, say: whatever comes of it
+            self._call.finish()
         while self._line:
             call, is_driver = self._line.popleft()
             if not is_driver:

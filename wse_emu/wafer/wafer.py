@@ -284,9 +284,9 @@ class Wafer:
         try:
             yield
         except BaseException:
-            self.pending.abandon()
             while True:  # a second Ctrl-C changes nothing: the run fails already
                 try:
+                    self.pending.abandon()
                     self.sram.back_to(sram)
                     if self.cores is not None and blocks is not None:
                         self.cores.back_to(blocks)
