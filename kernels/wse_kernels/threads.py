@@ -108,7 +108,7 @@ class SharedDriver(Driver):
     function : callable
         ``function(role, n_threads, progress, *args)`` with `role` one of `LEAVE`, `STAY` and `HELP`. Every thread writes the number of
         pieces to ``progress[1]`` before it takes one, and takes a ticket of ``progress[:1]`` for each that it has finished. The result does
-        not depend on who does what. It raises nothing once it has taken a piece.
+        not depend on who does what. What it raises, it raises before it takes a piece.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
@@ -180,7 +180,7 @@ class Unfinished:
 
     def help(self) -> None:
         """What a helper does, which may come too late."""
-        with suppress(MemoryError):  # before it took a piece: the others do them all
+        with suppress(Exception):  # of memory, say, before it took a piece: the others do them all, and meet it if it is one of all
             self.work(HELP)
 
     def finish(self) -> None:

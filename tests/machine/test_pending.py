@@ -5,6 +5,7 @@ Here a shared driver does nothing at all until it must, so that whatever forgot 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from wse_emu.layers.stream import StreamedMatrix
 from wse_emu.wafer import pending
 from wse_emu.wafer.kernel import kernel
 from wse_emu.wafer.placement import TokenBands
+from wse_emu.wafer.turn import Turn
 from wse_kernels import threads
 from wse_kernels.threads import Driver, SharedDriver, Unfinished
 
@@ -174,7 +176,7 @@ class Call:
 
 def test_what_is_asked_for_meanwhile_comes_after_in_order() -> None:
     log: list[str] = []
-    line, call = pending.Pending(), Call(log)
+    line, call = pending.Pending(Turn()), Call(log)
     line.behind(log.append, "at once")
     line.run(call, 1)  # type: ignore[arg-type]
     line.behind(log.append, "first")
@@ -188,7 +190,7 @@ def test_what_is_asked_for_meanwhile_comes_after_in_order() -> None:
 
 def test_when_the_helpers_are_done_the_line_goes_on() -> None:
     log: list[str] = []
-    line, call = pending.Pending(), Call(log)
+    line, call = pending.Pending(Turn()), Call(log)
     line.run(call, 1)  # type: ignore[arg-type]
     line.behind(log.append, "first")
     call.is_done = True
@@ -199,7 +201,7 @@ def test_when_the_helpers_are_done_the_line_goes_on() -> None:
 
 def test_the_line_is_bounded() -> None:
     log: list[str] = []
-    line = pending.Pending()
+    line = pending.Pending(Turn())
     line.run(Call(log), 1)  # type: ignore[arg-type]
     for _ in range(pending.MOST + 1):
         line.run(Driver(lambda part, n: log.append("done")), 1)
@@ -208,7 +210,7 @@ def test_the_line_is_bounded() -> None:
 
 def test_an_error_in_the_line_is_raised_and_what_is_behind_it_stays() -> None:
     log: list[str] = []
-    line = pending.Pending()
+    line = pending.Pending(Turn())
 
     def fail() -> None:
         raise StoreError("was written to")
@@ -225,7 +227,7 @@ def test_an_error_in_the_line_is_raised_and_what_is_behind_it_stays() -> None:
 
 def test_what_nobody_wants_any_more_ends_too() -> None:
     log: list[str] = []
-    line = pending.Pending()
+    line = pending.Pending(Turn())
     line.run(Call(log), 1)  # type: ignore[arg-type]
     line.behind(lambda: 1 // 0)
     line.run(Driver(lambda part, n: log.append("computed")), 1)
@@ -236,13 +238,39 @@ def test_what_nobody_wants_any_more_ends_too() -> None:
     assert log == ["begun", "finished", "behind"]
 
 
+def test_another_thread_that_looks_waits_for_its_turn() -> None:
+    log: list[str] = []
+    turn = Turn()
+    line = pending.Pending(turn)
+    line.run(Call(log), 1)  # type: ignore[arg-type]
+    line.behind(log.append, "behind")
+    other = threading.Thread(target=line.finish)
+    with turn.lock:
+        other.start()
+        other.join(0.1)
+        assert log == ["begun"]
+        line.finish()
+    other.join(60)
+    assert log == ["begun", "finished", "behind"]
+
+
+def test_what_comes_now_comes_even_if_the_line_fails() -> None:
+    log: list[str] = []
+    line = pending.Pending(Turn())
+    line.run(Call(log), 1)  # type: ignore[arg-type]
+    line.behind(lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        line.now(log.append, "now")
+    assert log == ["begun", "finished", "now"]
+
+
 def test_a_call_that_cannot_be_finished_is_given_up() -> None:
     class Broken(Call):
         def finish(self) -> None:
             raise MemoryError("no room for scratch")
 
     log: list[str] = []
-    line = pending.Pending()
+    line = pending.Pending(Turn())
     line.run(Broken(log), 1)  # type: ignore[arg-type]
     line.behind(log.append, "behind")
     with pytest.raises(MemoryError, match="no room"):
@@ -254,7 +282,7 @@ def test_a_call_that_cannot_be_finished_is_given_up() -> None:
 
 def test_what_the_line_reads_is_looked_at_before_it_goes_on() -> None:
     log: list[str] = []
-    line = pending.Pending()
+    line = pending.Pending(Turn())
 
     def gone() -> None:
         raise StoreError("was cut")
@@ -291,7 +319,7 @@ def test_a_pass_that_fails_leaves_nothing_unfinished(lazy: list[int], monkeypatc
 
 def test_a_child_that_was_forked_in_the_middle_of_it_is_told_so() -> None:
     log: list[str] = []
-    line, call = pending.Pending(), Call(log)
+    line, call = pending.Pending(Turn()), Call(log)
     line.run(call, 1)  # type: ignore[arg-type]
     line.after_fork()
     with pytest.raises(ForkError, match=r"in the middle of a computation.*make the model anew in the child"):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing
 
 import numpy as np
 
@@ -75,9 +75,9 @@ def _experts(run: ForwardPass, normal: PlacedTensor, y: PlacedTensor, stream: La
         if spec.shared_experts is not None:
             _shared(run, normal, y)
         taps = _expert_taps(run)
-        with run.scope("experts"):
+        with run.scope("experts"), closing(_stream_experts(run, chosen, stream)) as experts:
             experts_ffn(
-                wafer, normal, routing, _stream_experts(run, chosen, stream), spec.moe_intermediate_size, y, run.bands,
+                wafer, normal, routing, experts, spec.moe_intermediate_size, y, run.bands,
                 n_experts=spec.num_experts, chunk=run.options.piece, taps=taps, implementation=run.options.moe_implementation,
                 before=spec.routing.probability_before_ffn, begun=spec.shared_experts is not None,
             )  # fmt: skip
@@ -108,7 +108,7 @@ def _expert_taps(run: ForwardPass) -> ExpertTaps | None:
     return ExpertTaps(*(np.zeros((*shape, n), np.float32) for n in sizes))
 
 
-def _stream_experts(run: ForwardPass, chosen: Sequence[int], stream: LayerStream) -> Iterator[Experts]:
+def _stream_experts(run: ForwardPass, chosen: Sequence[int], stream: LayerStream) -> Generator[Experts, None, None]:
     """Experts in ascending order; those that are not resident yet are made so one at a time, or those together that few tokens chose."""
     layer, size = run.current_layer, experts_together(run.bands.n_tokens)
     resident = run.options.stream_experts == "all"

@@ -161,11 +161,12 @@ class Engine:
     def _no_more(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """A pass ends with all of it computed; one that failed, with nobody at it."""
         pending = self.wafer.pending
-        if kind is None:
-            pending.finish()
-        else:
-            pending.abandon()
-        pending.check = None
+        try:
+            if kind is None:
+                pending.finish()
+        finally:
+            pending.abandon()  # nothing, where all went well
+            pending.check = None
 
     def _new_record(self, run: ForwardPass) -> TapRecord:
         widths = {

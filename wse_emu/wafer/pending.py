@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from wse_emu.foundation.errors import ForkError
 from wse_emu.foundation.forks import note_forks
+from wse_emu.wafer.turn import Turn
 from wse_kernels.threads import Driver, Unfinished
 
 MOST = 64
@@ -33,12 +34,18 @@ class Pending:
     """What a wafer was asked to compute and has not computed yet.
 
     `PlacedTensor.data` and all that reads or writes by it wait for that; only who hands `PlacedTensor.unsettled` to `run` or `behind` does
-    not.
+    not. A thread that looks at a tensor while another one runs waits for its turn.
+
+    Parameters
+    ----------
+    turn : Turn
+        The wafer's.
     """
 
-    __slots__ = ("__weakref__", "_call", "_line", "_lost", "check")
+    __slots__ = ("__weakref__", "_call", "_line", "_lost", "_turn", "check")
 
-    def __init__(self) -> None:
+    def __init__(self, turn: Turn) -> None:
+        self._turn = turn
         self.check: Callable[[], None] | None = None
         """Called before drivers in line go on, and again when something else came between: raises if what they read is gone."""
         self._call: Unfinished | None = None
@@ -70,9 +77,11 @@ class Pending:
             self._line.append(_Next(partial(function, *args), False))
 
     def now(self, function: Callable[..., None], *args: Any) -> None:
-        """Have everything computed, then call a function."""
-        self.finish()
-        function(*args)
+        """Have everything computed, then call a function, whatever comes of the first."""
+        try:
+            self.finish()
+        finally:
+            function(*args)
 
     def finish(self) -> None:
         """Have everything computed.
@@ -82,7 +91,12 @@ class Pending:
         ForkError
             In a child that was forked while helpers, which do not exist there, were at work.
         """
-        if self._call is None:
+        if self._call is not None:
+            with self._turn.lock:
+                self._finish()
+
+    def _finish(self) -> None:
+        if self._call is None:  # another thread was at it
             return
         if self._lost:
             raise ForkError(

@@ -93,7 +93,7 @@ class Wafer:
         """One thread at a time runs here; the others wait."""
         self.sram = SramTracker(spec, self.rows, self.cols, self.turn)
         """What lies on every core."""
-        self.pending = Pending()
+        self.pending = Pending(self.turn)
         """What is not computed yet."""
         self.cores: Cores | None = None
         """The arenas of the isolated and interpreted executors."""
