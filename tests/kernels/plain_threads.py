@@ -21,10 +21,11 @@ def in_turns(monkeypatch: pytest.MonkeyPatch, module: ModuleType, function: Call
     lock, body = threading.Lock(), plain(function)
 
     def one_at_a_time(tickets: Any) -> int:
-        if threading.current_thread() in helpers:
-            time.sleep(0.002)  # whoever does not wait for a helper is gone by then
         with lock:
-            return take_ticket(tickets)
+            number = take_ticket(tickets)
+        if threading.current_thread() in helpers:
+            time.sleep(0.002)  # with a piece in hand: whoever does not wait for it is gone by then
+        return number
 
     monkeypatch.setattr(module, "take_ticket", one_at_a_time)
     errors: list[BaseException] = []
