@@ -17,16 +17,21 @@ import pytest
 
 from benchmarks.cases import F32, Cases, composed, normal, relative, torch_call, torch_side
 from benchmarks.racing import Call, Case, Race, Work
+from wse_emu.equivalence.gradient_bounds import glu_gradient_bound, logits_gradient_bound
 from wse_emu.equivalence.tolerance import U, capped_bound, clamped_glu_bound, linear_bound, sum_bound
+from wse_emu.foundation.clamped_experts import ClampedExperts
 from wse_emu.foundation.routing_rule import ROUTING_PRESETS, RoutingRule
 from wse_emu.layers.router import router_code
+from wse_emu.reference.ffn_gradients import glu_slopes
 from wse_emu.reference.formulas import clamped_glu
+from wse_emu.reference.routing_gradients import logits_gradient
 from wse_kernels import (
     attention,
     attention_rounded,
     elementwise,
     exp,
     ffn,
+    ffn_backward,
     formats,
     head_norm,
     head_slots,
@@ -39,6 +44,7 @@ from wse_kernels import (
     query_temperature,
     rope,
     routing,
+    routing_backward,
     storage,
 )
 from wse_kernels import routing_together as together
@@ -1301,6 +1307,210 @@ def _merge_bits(smoke: bool) -> Case:
     peers = {"numpy": lambda: a | b, **torch_call(lambda t, x, y: x | y, a, b)}
     right = np.array([x | y for x, y in zip(a.tolist(), b.tolist(), strict=True)])
     return Case(ours, peers, (right,), (0,), Work(bytes=3 * a.nbytes), parallel=False)
+
+
+# ---- backward: (tokens, features), experts' weights
+
+
+def _gate_backward(name: str, call: Any, torch: Any, kind: str, clamped: ClampedExperts | None = None) -> None:
+    """Gradients of gate and up, in alternate columns, from that of the gated activation; NumPy by the formula."""
+
+    def make(smoke: bool) -> Case:
+        t, n = _block(smoke)
+        y, dh = normal(t, n), normal(t, n // 2, seed=1)
+        dy = np.empty_like(y)
+        gate, up, d, none = y[:, ::2].astype(np.float64), y[:, 1::2].astype(np.float64), dh.astype(np.float64), np.zeros(dh.shape)
+        slopes = glu_slopes(gate, up, kind, clamped)
+        bounds = glu_gradient_bound(gate, up, d, none, none, none, kind, clamped)
+
+        def ours() -> Any:
+            call(y, dh, dy)
+            return dy[:, ::2], dy[:, 1::2]
+
+        def numpy() -> Any:
+            return tuple(dh * slope for slope in glu_slopes(y[:, ::2], y[:, 1::2], kind, clamped))
+
+        def by_torch(t: Any, of: Any) -> Call:
+            v, w = of(y).clone().requires_grad_(True), of(dh)
+
+            def run() -> Any:
+                v.grad = None
+                torch(t, v[:, ::2], v[:, 1::2]).backward(w)
+                return v.grad[:, ::2], v.grad[:, 1::2]
+
+            return run
+
+        peers = {"numpy": numpy, **torch_side(by_torch)}
+        right = tuple(d * slope for slope in slopes)
+        return Case(ours, peers, right, tuple(4 * b for b in bounds), Work(bytes=2 * y.nbytes + dh.nbytes), parallel=False)
+
+    CASES.add(name)(make)
+
+
+_CLAMP = ClampedExperts(alpha=float(np.float32(1.702)), limit=1.5)
+_gate_backward("swiglu_backward", ffn_backward.swiglu_backward, lambda t, g, u: t.nn.functional.silu(g) * u, "silu")
+_gate_backward(
+    "geglu_backward", ffn_backward.geglu_backward, lambda t, g, u: t.nn.functional.gelu(g, approximate="tanh") * u, "gelu_tanh"
+)
+_gate_backward(
+    "clamped_glu_backward",
+    lambda y, dh, dy: ffn_backward.clamped_glu_backward(y, np.float32(_CLAMP.alpha), np.float32(_CLAMP.limit), dh, dy),
+    lambda t, g, u: (
+        (u.clamp(-_CLAMP.limit, _CLAMP.limit) + 1) * g.clamp(max=_CLAMP.limit) * t.sigmoid(_CLAMP.alpha * g.clamp(max=_CLAMP.limit))
+    ),
+    "clamped", _CLAMP,
+)  # fmt: skip
+
+
+@CASES.add("add_weight_gradient")
+def _add_weight_gradient(smoke: bool) -> Case:
+    t, n = _block(smoke)
+    x, dy, rows, dw = normal(t, n), normal(t, n, seed=1), np.arange(t), np.empty((n, n), np.float32)
+    right = x.astype(np.float64).T @ dy
+    bound = 2 * (2 * t**0.5 + 2) * U * (np.abs(x.T.astype(np.float64)) @ np.abs(dy))
+
+    def ours() -> F32:
+        dw.fill(0)
+        ffn_backward.add_weight_gradient(x, rows, dy, dw)
+        return dw
+
+    peers = {"numpy": lambda: x.T @ dy, **torch_call(lambda t, a, b: a.T @ b, x, dy)}
+    return Case(ours, peers, (right,), (bound,), Work(macs=t * n * n, bytes=3 * x.nbytes), parallel=False)
+
+
+_in_place(
+    "add_column_sums", lambda x, sums: ffn_backward.add_column_sums(sums, x[:1]),
+    lambda x, y: np.concatenate([x[:1] + y.sum(axis=0), x[1:]]), lambda t, x, y: t.cat([x[:1] + y.sum(0), x[1:]]), 130,
+    lambda t, n: (t, n),
+)  # fmt: skip
+
+
+@CASES.add("row_products, add_bias_products")
+def _row_products(smoke: bool) -> Case:
+    t, n = _block(smoke)
+    a, b, bias = normal(t, n), normal(t, n, seed=1), normal(1, n, seed=2)
+    out = np.empty(t, np.float32)
+
+    def ours() -> F32:
+        ffn_backward.row_products(a, b, out)
+        ffn_backward.add_bias_products(a, bias, out)
+        return out
+
+    right = (a.astype(np.float64) * (b + bias.astype(np.float64))).sum(axis=1)
+    bound = 4 * (2 * n) ** 0.5 * U * (np.abs(a.astype(np.float64)) * (np.abs(b) + np.abs(bias))).sum(axis=1)
+    peers = {
+        "numpy": lambda: (a * b).sum(axis=1) + a @ bias[0],
+        **torch_call(lambda t, x, y, z: (x * y).sum(1) + x @ z[0], a, b, bias),
+    }
+    return Case(ours, peers, (right,), (bound,), Work(macs=2 * t * n, bytes=2 * a.nbytes), parallel=False)
+
+
+@CASES.add("keep_rows")
+def _keep_rows(smoke: bool) -> Case:
+    x = normal(*_block(smoke))
+    rows, out = np.arange(0, len(x), 2), x.copy()
+    right = x.copy()
+    right[1::2] = 0
+
+    def ours() -> F32:
+        ffn_backward.keep_rows(rows, out)
+        return out
+
+    def numpy() -> F32:
+        mask = np.zeros((len(x), 1), np.bool_)
+        mask[rows] = True
+        return np.where(mask, x, 0)
+
+    return Case(ours, {"numpy": numpy}, (right,), (0,), Work(bytes=x.nbytes), parallel=False)
+
+
+@CASES.add("put_in_slots")
+def _put_in_slots(smoke: bool) -> Case:
+    ids, weights = _decision(smoke)
+    expert = int(ids[0, 0])
+    rows = np.flatnonzero((ids == expert).any(axis=1))
+    values, out = normal(len(rows)), np.zeros(weights.shape, np.float32)
+
+    def ours() -> F32:
+        ffn_backward.put_in_slots(values, rows, expert, ids, out)
+        return out
+
+    def numpy() -> F32:
+        result = np.zeros(weights.shape, np.float32)
+        result[rows, (ids[rows] == expert).argmax(axis=1)] = values
+        return result
+
+    return Case(ours, {"numpy": numpy}, (numpy(),), (0,), Work(bytes=values.nbytes), parallel=False)
+
+
+@CASES.add("route_tokens_backward")
+def _route_tokens_backward(smoke: bool) -> Case:
+    """Softmax over all experts, weights divided by their sum."""
+    logits, k = _scores(smoke)
+    ids, _ = _decision(smoke)
+    d = normal(len(logits), k, seed=3)
+    rule = RoutingRule(null_expert_bias=1.1)
+    code, work, out = router_code(rule), np.empty((routing_backward.BACKWARD_ROWS, logits.shape[1]), np.float32), np.empty_like(logits)
+
+    def ours() -> F32:
+        routing_backward.route_tokens_backward(logits, ids, d, code, work, out)
+        return out
+
+    def numpy() -> F32:
+        p = np.exp(logits - logits.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        chosen = np.take_along_axis(p, ids, axis=1)
+        total = chosen.sum(axis=1, keepdims=True) + np.float32(1.1)
+        d_chosen = (d - (chosen / total * d).sum(axis=1, keepdims=True)) / total
+        wide = np.zeros_like(p)
+        np.put_along_axis(wide, ids, d_chosen, axis=1)
+        return p * (wide - (p * wide).sum(axis=1, keepdims=True))
+
+    def torch(t: Any, of: Any) -> Call:
+        v, i, w = of(logits).clone().requires_grad_(True), of(ids), of(d)
+
+        def call() -> Any:
+            v.grad = None
+            chosen = t.softmax(v, 1).gather(1, i)
+            (chosen / (chosen.sum(1, keepdim=True) + 1.1)).backward(w)
+            return v.grad
+
+        return call
+
+    wide, wide_d = logits.astype(np.float64), d.astype(np.float64)
+    right = logits_gradient(wide, ids, rule, wide_d)
+    bound = 2 * logits_gradient_bound(wide, ids, rule, wide_d, np.zeros(d.shape))
+    return Case(ours, {"numpy": numpy, **torch_side(torch)}, (right,), (bound,), Work(bytes=2 * logits.nbytes), parallel=False)
+
+
+@CASES.add("count_visits, add_balance_backward")
+def _balance(smoke: bool) -> Case:
+    """Visits of every expert by one sequence, and the gradient of the loss that they are part of."""
+    logits, _ = _scores(smoke)
+    ids, _ = _decision(smoke)
+    t, n = logits.shape
+    sequence, counts, out = np.zeros(t, np.int64), np.empty((1, n), np.int64), np.empty_like(logits)
+    code, work = router_code(RoutingRule()), np.empty((routing_backward.BACKWARD_ROWS, n), np.float32)
+
+    def ours() -> F32:
+        counts.fill(0)
+        routing_backward.count_visits(ids, sequence, counts)
+        out.fill(0)
+        d_scores = (counts * (n / t**2)).astype(np.float32)
+        routing_backward.add_balance_backward(logits, sequence, d_scores, routing.SOFTMAX, code, work, out)
+        return out
+
+    def by_formula(x: Any) -> Any:
+        p = np.exp(x - x.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        d = (np.bincount(ids.ravel(), minlength=n) * (n / t**2)).astype(x.dtype)
+        return p * (d - p @ d[:, None])
+
+    right = by_formula(logits.astype(np.float64))
+    p = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    bound = (4 * n**0.5 + 64) * U * p * (np.bincount(ids.ravel(), minlength=n) * (n / t**2)).max() * 2
+    return Case(ours, {"numpy": lambda: by_formula(logits)}, (right,), (bound,), Work(bytes=2 * logits.nbytes), parallel=False)
 
 
 # ---- attention: queries (elements, slots * tokens), keys (keys, elements)

@@ -42,8 +42,8 @@ _T1 = np.float32(2.06390887954e-2)
 _T2 = np.float32(-5.37397155531e-2)
 _T3 = np.float32(1.33314422036e-1)
 _T4 = np.float32(-3.33332819422e-1)
-_GELU_CUBE = np.float32(0.044715)
-_GELU_SCALE = np.float32(1.5957691216057308)
+GELU_CUBE = np.float32(0.044715)
+GELU_SCALE = np.float32(1.5957691216057308)
 """``2 sqrt(2 / pi)``."""
 
 
@@ -129,7 +129,7 @@ def gelu_tanh32(x: np.float32) -> np.float32:
     ``z = 2 sqrt(2/pi) (x + 0.044715 x**3)`` has a relative error of five roundings, which the exponential magnifies where the value is
     small: within ``6 + 5 abs(z) (1 - sigmoid(z))`` roundings of 2**-24. NaN for NaN and for -inf.
     """
-    z = x * fma(x * x, _GELU_CUBE, _ONE) * _GELU_SCALE
+    z = x * fma(x * x, GELU_CUBE, _ONE) * GELU_SCALE
     return x * sigmoid32(z)
 
 

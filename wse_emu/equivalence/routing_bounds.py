@@ -174,7 +174,7 @@ def expert_weights_bound(logits: Floats, ids: NDArray[np.int64], rule: RoutingRu
             each[mine, :n] = expert_weights_bound(logits[mine], ids[mine, :n], rule)
         return each
     raw = routing.raw_weights(logits, ids, rule)
-    error = _raw_error(logits, ids, raw, rule)
+    error = chosen_score_error(logits, ids, raw, rule)
     bound = error
     if rule.expert_weighting_normalization:
         total = routing.divisor(raw, rule)
@@ -188,7 +188,7 @@ def expert_weights_bound(logits: Floats, ids: NDArray[np.int64], rule: RoutingRu
     return out
 
 
-def _raw_error(logits: Floats, ids: NDArray[np.int64], raw: Floats, rule: RoutingRule) -> Floats:
+def chosen_score_error(logits: Floats, ids: NDArray[np.int64], raw: Floats, rule: RoutingRule) -> Floats:
     """Error of the chosen scores before they are divided, (T, k)."""
     used = logits if rule.router_fp32 else rounded(logits, rule.selection_dtype)
     kind = rule.expert_weighting_nonlinearity

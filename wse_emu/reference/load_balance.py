@@ -63,6 +63,53 @@ def batch_load_balancing_loss(probabilities: Floats, topk_ids: Ints, attention_m
     return float(f.shape[1] * (f * p).sum())
 
 
+def load_balancing_gradient(topk_ids: Ints, num_experts: int, attention_mask: NDArray[np.bool_] | None = None) -> Floats:
+    """Gradient of `load_balancing_loss` by the probabilities: how often experts were visited is no function of them.
+
+    Parameters
+    ----------
+    topk_ids, attention_mask
+        As for `load_balancing_loss`.
+    num_experts : int
+
+    Returns
+    -------
+    ndarray, (layers, batch, tokens, num_experts), float64
+        0 for tokens that do not count; otherwise the same for all tokens of a sequence in all layers.
+    """
+    used, weight = _visits(topk_ids, num_experts, attention_mask)
+    n_layers, n_batch = topk_ids.shape[:2]
+    f = used.mean(axis=0)
+    each = num_experts / (n_batch * n_layers) * f[None, :, None, :] * weight[None, :, :, None]
+    out: Floats = np.broadcast_to(each, (n_layers, *each.shape[1:])).copy()
+    return out
+
+
+def batch_load_balancing_gradient(topk_ids: Ints, num_experts: int, attention_mask: NDArray[np.bool_] | None = None) -> Floats:
+    """Gradient of `batch_load_balancing_loss` by the probabilities; parameters and result as for `load_balancing_gradient`.
+
+    It is another one in every layer, and needs the counts of the whole batch.
+    """
+    used, weight = _visits(topk_ids, num_experts, attention_mask)
+    f = used.mean(axis=1)
+    f = f / f.sum(axis=1, keepdims=True)
+    out: Floats = num_experts / topk_ids.shape[1] * f[:, None, None, :] * weight[None, :, :, None]
+    return out
+
+
+def _visits(topk_ids: Ints, num_experts: int, mask: NDArray[np.bool_] | None) -> tuple[Floats, Floats]:
+    """(layers, batch, experts) fraction of tokens that visit, and (batch, tokens) each token's share of its sequence."""
+    if topk_ids.ndim != 4:
+        raise InputError(f"`topk_ids` must be (layers, batch, tokens, top_k), got {topk_ids.shape}")
+    counts = np.ones(topk_ids.shape[1:3], np.bool_) if mask is None else np.asarray(mask, np.bool_)
+    if counts.shape != topk_ids.shape[1:3] or not counts.any(axis=1).all():
+        raise InputError(f"`attention_mask` must be {topk_ids.shape[1:3]} with a token in every sequence, got {counts.shape}")
+    weight: Floats = counts / counts.sum(axis=1, keepdims=True)
+    visits = (topk_ids[..., None] == np.arange(num_experts)).any(axis=3)
+    used: Floats = np.einsum("lbse,bs->lbe", visits, weight)
+    return used, weight
+
+
 def _by_sequence(probabilities: Floats, topk_ids: Ints, mask: NDArray[np.bool_] | None) -> tuple[Floats, Floats]:
     """(layers, batch, experts) fraction of tokens that visit, and mean probability."""
     if probabilities.ndim != 4 or topk_ids.ndim != 4 or probabilities.shape[:3] != topk_ids.shape[:3]:
@@ -70,11 +117,6 @@ def _by_sequence(probabilities: Floats, topk_ids: Ints, mask: NDArray[np.bool_] 
             "`probabilities` and `topk_ids` must be (layers, batch, tokens, experts) and (layers, batch, tokens, top_k), got "
             f"{probabilities.shape} and {topk_ids.shape}"
         )
-    counts = np.ones(probabilities.shape[1:3], np.bool_) if mask is None else np.asarray(mask, np.bool_)
-    if counts.shape != probabilities.shape[1:3] or not counts.any(axis=1).all():
-        raise InputError(f"`attention_mask` must be {probabilities.shape[1:3]} with a token in every sequence, got {counts.shape}")
-    weight = counts / counts.sum(axis=1, keepdims=True)
-    visits = (topk_ids[..., None] == np.arange(probabilities.shape[3])).any(axis=3)
-    used: Floats = np.einsum("lbse,bs->lbe", visits, weight)
+    used, weight = _visits(topk_ids, probabilities.shape[3], mask)
     share: Floats = np.einsum("lbse,bs->lbe", probabilities.astype(np.float64), weight)
     return used, share
