@@ -720,12 +720,12 @@ def _order(smoke: bool) -> tuple[Any, Any, Any]:
 def _index_scores(smoke: bool) -> Case:
     n, t, heads = _index_sizes(smoke)
     s_t, weights = normal(n, heads * t), np.abs(normal(t, heads, seed=1))
-    order, admitted = np.empty((n, t), np.int32), np.full(n, (1 << t) - 1)
-    scale = np.float32(0.1)
+    scores, scale = np.empty((n, t), np.float32), np.float32(0.1)
 
     def ours() -> F32:
-        index_keys.index_scores(s_t, weights, scale, scale, admitted, order)
-        return index_keys.scores_of(order)
+        scores[:] = 0
+        index_keys.index_scores(s_t, weights, 0, scale, scale, scores)
+        return scores
 
     def by_formula(s: Any, w: Any) -> Any:
         return np.einsum("jhi,ih->ji", np.maximum(s.reshape(n, heads, t) * scale, 0), w * scale)
@@ -737,6 +737,24 @@ def _index_scores(smoke: bool) -> Case:
     right = by_formula(s_t.astype(np.float64), weights.astype(np.float64))
     peers = {"numpy": lambda: by_formula(s_t, weights), **torch_side(torch)}
     return Case(ours, peers, (right,), (relative(right, 2 * heads),), Work(macs=s_t.size, bytes=s_t.nbytes), parallel=False)
+
+
+@CASES.add("order_scores")
+def _order_scores(smoke: bool) -> Case:
+    n, t, _ = _index_sizes(smoke)
+    scores, order = normal(n, t), np.empty((n, t), np.int32)
+    admitted = np.full(n, (1 << t) - 1)
+
+    def ours() -> Any:
+        index_keys.order_scores(scores, admitted, order)
+        return order
+
+    def by_formula(x: Any) -> Any:
+        bits = x.view(np.int32)
+        return np.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+    peers = {"numpy": lambda: by_formula(scores)}
+    return Case(ours, peers, (by_formula(scores),), (0.0,), Work(bytes=2 * scores.nbytes), parallel=False)
 
 
 @CASES.add("count_reaching")

@@ -32,6 +32,7 @@ from wse_emu.layers.attention import attention
 from wse_emu.layers.edges import logits
 from wse_emu.layers.elementwise import bias, cap, clip, gate_rows
 from wse_emu.layers.ffn import FfnWeights, dense_ffn, experts_ffn
+from wse_emu.layers.head_groups import query_groups
 from wse_emu.layers.head_norm import head_norm
 from wse_emu.layers.head_products import head_products
 from wse_emu.layers.index_keys import choose_keys, index_heads, weights_column
@@ -879,8 +880,9 @@ def _attention_driver(layer: Layer, driver: Any, *, rounded: bool = False) -> Ca
         admitted = FULL.ranges(new.positions)
         k, v, base, cap = cache.buffers(0, new)
         heads = layer.heads
+        (groups,) = query_groups(heads, FULL, heads.queries_per_kv)
         driver(
-            placed.flat, heads.units.offsets, heads.queries_per_kv, heads.head_dim, heads.scale, heads.cap, no_sink,
+            placed.flat, heads.units.offsets, heads.queries_per_kv, groups.array, heads.head_dim, heads.scale, heads.cap, no_sink,
             admitted.first, admitted.ranges, new.first_token, new.n_new, base, cap, k, v, context.flat, none, none,
         )  # fmt: skip
 

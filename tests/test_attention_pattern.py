@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import wse_emu as wse
-from wse_emu.foundation.attention_pattern import FULL, AttentionPattern, merged
+from wse_emu.foundation.attention_pattern import FULL, AttentionPattern
+from wse_emu.foundation.key_ranges import merged
 from wse_emu.reference.formulas import visible
 
 
@@ -110,13 +111,74 @@ def test_merged_ranges_hold_the_same_keys(spans) -> None:
         ({"block_size": 4, "blocks": ((0,),), "window": 3}, "`block_size` stands alone, got `window` too"),
         ({"block_size": 4, "blocks": ((0,), (0,))}, "`blocks[1]` must name blocks 0..1 in ascending order, its own among them, got (0,)"),
         ({"block_size": 4, "blocks": ((0,), (0, 1, 2))}, "`blocks[1]` must name blocks 0..1"),
-        ({"mask": 3}, "`mask` must be a function of query and key positions, got 3"),
+        ({"mask": 3}, "`mask` must be a function of query and key positions, or an array of booleans, got 3"),
+        ({"mask": np.ones((2, 3), bool)}, "as many keys as queries, got bool of shape (2, 3); give one pattern for each head as `heads`"),
+        ({"mask": np.ones((2, 2))}, "must hold booleans (queries, keys), as many keys as queries, got float64 of shape (2, 2)"),
+        ({"heads": (FULL, 4)}, "`heads[1]` must be an AttentionPattern without `heads`, got 4"),
+        ({"heads": (AttentionPattern(heads=(FULL,)),)}, "`heads[0]` must be an AttentionPattern without `heads`"),
+        ({"heads": (FULL,), "window": 2}, "`heads` stands alone, got `window` too"),
         ({"mask": max, "sinks": 1, "window": 2}, "`mask` stands alone, got `window`, `sinks` too"),
     ],
 )
 def test_contradictions_are_refused_at_construction(numbers, rule) -> None:
     with pytest.raises(wse.SpecError, match=re.escape(rule)):
         AttentionPattern(**numbers)
+
+
+def test_a_mask_given_as_an_array_is_that_of_its_entries() -> None:
+    values = np.random.default_rng(0).random((9, 9)) < 0.5
+    values[np.arange(9), np.arange(9)] = True
+    pattern, again = AttentionPattern(mask=values), AttentionPattern(mask=values.copy())
+    expected = [np.flatnonzero(values[q, : q + 1]).tolist() for q in range(9)]
+    assert keys_of(pattern, np.arange(9)) == expected
+    assert pattern == again
+    assert hash(pattern) == hash(again)
+    values[8, 0] ^= True
+    assert keys_of(pattern, np.arange(9)) == expected, "the array was copied"
+    assert pattern != AttentionPattern(mask=values)
+    with pytest.raises(wse.SpecError, match="`mask` describes 9 positions, there is a query at position 9"):
+        pattern.ranges(np.array([3, 9]))
+
+
+@given(st.lists(numbers(), min_size=1, max_size=4), st.integers(0, 50), st.integers(1, 20))
+def test_heads_with_patterns_of_their_own_need_the_keys_of_all(of_heads, start, n) -> None:
+    """Ranges, masks, and what a cache must hold: each against every head's words, key by key."""
+    pattern = AttentionPattern(heads=tuple(pattern_of(numbers) for numbers in of_heads))
+    end = start + n
+
+    def seen(q: int) -> set[int]:
+        return {k for k in range(q + 1) for numbers in of_heads if admits(q, k, **numbers)}
+
+    assert [set(keys) for keys in keys_of(pattern, np.arange(start, end))] == [seen(q) for q in range(start, end)]
+    t = np.arange(end)
+    for mask, numbers in zip(visible(np.zeros_like(t), t, pattern), of_heads, strict=True):
+        assert np.flatnonzero(mask[end - 1]).tolist() == [k for k in range(end) if admits(end - 1, k, **numbers)]
+    if pattern.forgets:  # no later query needs a key that is not held
+        held = {k for a, b in pattern.held_after(start).tolist() for k in range(a, b)}
+        during = {k for a, b in pattern.held_during(start, n).tolist() for k in range(a, b)}
+        for q in range(start, end):
+            assert {k for k in seen(q) if k < start} <= held
+            assert seen(q) <= during
+    assert pattern.most_held(end) == (max(len(seen(q)) for q in range(end)) if pattern.forgets else end)
+    assert pattern.is_full == all(not numbers for numbers in of_heads)
+
+
+def test_a_fixed_pattern_has_another_subset_of_columns_for_each_head() -> None:
+    pattern = AttentionPattern.fixed_per_head(num_heads=8, num_verts=4, local_attn_ctx=16, vert_size=4)
+    assert len(pattern.layouts) == 4
+    q = 35
+    for head, of_head in enumerate(pattern.heads):
+        first = 16 - (head % 4 + 1) * 4
+        columns = {k for k in range(32) if first <= k % 16 < first + 4}
+        assert set(keys_of(of_head, np.array([q]))[0]) == columns | {32, 33, 34, 35}
+    for changes, rule in (
+        ({"num_verts": 3}, "`num_verts` must divide the number of heads (8), got 3"),
+        ({"num_verts": 8}, "`subset` must be below 4 (blocks of 4), got 4"),
+        ({"num_verts": 0}, "`num_verts` must be an integer >= 1, got 0"),
+        ({"num_heads": 2.0}, "`num_heads` must be an integer >= 1, got 2.0"),
+    ):
+        with pytest.raises(wse.SpecError, match=re.escape(rule)):
+            AttentionPattern.fixed_per_head(**{"num_heads": 8, "num_verts": 4, "local_attn_ctx": 16, "vert_size": 4} | changes)
 
 
 def test_masks_that_are_none_are_refused() -> None:
@@ -139,6 +201,8 @@ def test_layers_of_a_model_take_patterns_and_some_stay_dense() -> None:
     sparse = AttentionPattern(window=2, sinks=1)
     assert [spec.with_attention(sparse, dense_layers=(1,)).pattern(i) for i in range(3)] == [sparse, FULL, sparse]
     assert [spec.with_attention([FULL, sparse, window]).pattern(i) for i in range(3)] == [FULL, sparse, window]
+    with pytest.raises(wse.SpecError, match="layer 0: `heads` of its attention pattern must have one entry for each of 2 query heads"):
+        spec.with_attention(AttentionPattern(heads=(FULL, sparse, FULL)))
     with pytest.raises(wse.SpecError, match="`attention` must be one pattern or one for each of 3 layers, got 2"):
         spec.with_attention([FULL, sparse])
     with pytest.raises(wse.SpecError, match=r"`attention\[1\]` must be an AttentionPattern, got 4"):

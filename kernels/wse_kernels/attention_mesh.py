@@ -7,10 +7,10 @@ Buffers are flat and column-panel-major. ``unit_starts[c]`` is the first pair un
 ``g`` owns units ``g * d/2`` to ``(g + 1) * d/2``): a column holds several whole heads, or a slice of one, or nothing. The panel of column
 ``c`` in a tensor with ``x`` elements per unit and ``n`` rows starts at element ``n * x * unit_starts[c]``, C-contiguous.
 
-A task is up to `LANES` queries of one sequence and one key/value head. They are *lanes*: lane ``i * q_slots + s`` is query slot ``s`` of
-token ``i`` of the sequence's new tokens. Scratch rows hold one float32 for each lane, rounded up to whole register tiles; lanes without a
-query compute with zeros and are never written out. Which lanes admit a key is a word of bits for each register tile, made from the ranges
-of keys that each token admits; keys that no lane of a tile admits cost nothing but a look at that word.
+A task is up to `LANES` queries of one sequence and of one group of a key/value head's query heads. They are *lanes*: lane ``i * n + s`` is
+the group's query head ``s`` of ``n``, of token ``i`` of the sequence's new tokens. Scratch rows hold one float32 for each lane, rounded up
+to whole register tiles; lanes without a query compute with zeros and are never written out. Which lanes admit a key is a word of bits for
+each register tile, made from the ranges of keys that each token admits; keys that no lane of a tile admits cost nothing but a look at it.
 """
 
 from __future__ import annotations
@@ -283,6 +283,25 @@ def find_pieces(unit_starts: I64, half: int, value_half: int, pieces: I64, first
 
 
 @helper
+def scratch_size(groups: I64, height: int, value_height: int, first_range: I64, ranges: I64, t0: I64, nt: I64) -> tuple[int, int, int]:
+    """Elements of scratch and words of bits that the largest task takes, and query heads of the largest group."""
+    size = words = most = 0
+    for g in range(groups.shape[0]):
+        of_token = groups[g, 2]
+        most = max(most, of_token)
+        if g > 0 and of_token == groups[g - 1, 2]:
+            continue
+        for s in range(nt.shape[0]):
+            for lane0 in range(0, nt[s] * of_token, LANES):
+                n_lanes = min(LANES, nt[s] * of_token - lane0)
+                lanes = (n_lanes + WIDTH - 1) // WIDTH * WIDTH
+                low, high = key_span(first_range, ranges, t0[s] + lane0 // of_token, t0[s] + (lane0 + n_lanes - 1) // of_token + 1)
+                size = max(size, (height + value_height + 2 + high - low) * lanes + KEYS * value_height)
+                words = max(words, lanes // WIDTH * (high - low))
+    return size, words, most
+
+
+@helper
 def queries_in(
     work: F32, to: int, lanes: int, n_lanes: int, qkv: F32, first: int, width: int, n_units: int, slot: int, q_slots: int, token: int
 ) -> None:  # fmt: skip
@@ -317,15 +336,17 @@ def context_out(
 
 @kernel()
 def _attend(
-    qkv: F32, width: int, n_tokens: int, pieces: I64, q_slots: int, height: int, value_height: int, head: int, scale: np.float32,
+    qkv: F32, width: int, n_tokens: int, pieces: I64, q_slots: int, height: int, value_height: int, group: I64, scale: np.float32,
     cap_score: np.float32, sink: F32, first_range: I64, ranges: I64, t0: int, kv_base: int, cap: int, k_cache: F32, v_cache: F32,
     lane0: int, n_lanes: int, work: F32, masks: I32, first_value: I64, context: F32, m_out: F32, denom_out: F32,
 ) -> None:  # fmt: skip
-    """One task: lanes lane0 to lane0 + n_lanes of one sequence and head."""
+    """One task: lanes lane0 to lane0 + n_lanes of one sequence and group of query heads."""
+    of_token, first_slot = group[2], group[1]
+    first_head = group[0] * q_slots + first_slot
     lanes = (n_lanes + WIDTH - 1) // WIDTH * WIDTH
-    first_key, last_key = key_span(first_range, ranges, t0 + lane0 // q_slots, t0 + (lane0 + n_lanes - 1) // q_slots + 1)
+    first_key, last_key = key_span(first_range, ranges, t0 + lane0 // of_token, t0 + (lane0 + n_lanes - 1) // of_token + 1)
     span = last_key - first_key
-    admit(masks, span, first_key, first_range, ranges, t0, lane0, n_lanes, q_slots)
+    admit(masks, span, first_key, first_range, ranges, t0, lane0, n_lanes, of_token)
     # Scratch: queries (height, lanes), outputs (value_height, lanes), values (KEYS, value_height), denominators, maxima,
     # scores (keys, lanes).
     outputs = height * lanes
@@ -345,12 +366,12 @@ def _attend(
 
     if sink.shape[0] > 0:
         for n in range(n_lanes):
-            m[n] = sink[head * q_slots + (lane0 + n) % q_slots]
-    slot = lane0 % q_slots
+            m[n] = sink[first_head + (lane0 + n) % of_token]
+    slot, token = lane0 % of_token, t0 + lane0 // of_token
     for c in range(pieces.shape[0]):
-        first = (n_tokens * pieces[c, 0] + (t0 + lane0 // q_slots) * pieces[c, 1] + pieces[c, 2]) * width + 2 * slot
+        first = (n_tokens * pieces[c, 0] + token * pieces[c, 1] + pieces[c, 2]) * width + 2 * (first_slot + slot)
         queries_in(
-            work, 2 * pieces[c, 3] * lanes, lanes, n_lanes, qkv, first, width, pieces[c, 4], slot, q_slots, pieces[c, 1] * width
+            work, 2 * pieces[c, 3] * lanes, lanes, n_lanes, qkv, first, width, pieces[c, 4], slot, of_token, pieces[c, 1] * width
         )  # fmt: skip
 
     for begin in range(0, span, KEYS):
@@ -389,7 +410,7 @@ def _attend(
         m[n] = m[n] + _ZERO  # -0 would depend on which zero came first
     if sink.shape[0] > 0:
         for n in range(n_lanes):
-            denom[n] = exp32(sink[head * q_slots + (lane0 + n) % q_slots] - m[n])
+            denom[n] = exp32(sink[first_head + (lane0 + n) % of_token] - m[n])
 
     for begin in range(0, span, KEYS):
         end = min(begin + KEYS, span)
@@ -411,22 +432,22 @@ def _attend(
             at = outputs + f * lanes + lane
             store_tile(divide_tile(load_tile(work, at, lanes), denom, lane), work, at, lanes)
     for c in range(pieces.shape[0]):
-        first = ((n_tokens * pieces[c, 5] + (t0 + lane0 // q_slots) * pieces[c, 6] + pieces[c, 2]) * q_slots + slot) * 2
+        first = ((n_tokens * pieces[c, 5] + token * pieces[c, 6] + pieces[c, 2]) * q_slots + first_slot + slot) * 2
         context_out(
-            work, outputs + 2 * pieces[c, 3] * lanes, lanes, n_lanes, context, first, 2 * q_slots, pieces[c, 7], slot, q_slots,
+            work, outputs + 2 * pieces[c, 3] * lanes, lanes, n_lanes, context, first, 2 * q_slots, pieces[c, 7], slot, of_token,
             pieces[c, 6] * 2 * q_slots,
         )  # fmt: skip
     if m_out.shape[0] > 0:
         for n in range(n_lanes):
-            i, s = (lane0 + n) // q_slots, (lane0 + n) % q_slots
-            m_out[t0 + i, head * q_slots + s] = m[n]
-            denom_out[t0 + i, head * q_slots + s] = denom[n]
+            i, s = (lane0 + n) // of_token, (lane0 + n) % of_token
+            m_out[t0 + i, first_head + s] = m[n]
+            denom_out[t0 + i, first_head + s] = denom[n]
 
 
 @kernel(driver=True)
 def _mesh_attention(
-    part: int, n_parts: int, qkv: F32, unit_starts: I64, q_slots: int, head_dim: int, scale: np.float32, cap_score: np.float32, sink: F32,
-    first_range: I64, ranges: I64, t0: I64, nt: I64, kv_base: I64, cap: I64, k_cache: F32, v_cache: F32,
+    part: int, n_parts: int, qkv: F32, unit_starts: I64, q_slots: int, groups: I64, head_dim: int, scale: np.float32,
+    cap_score: np.float32, sink: F32, first_range: I64, ranges: I64, t0: I64, nt: I64, kv_base: I64, cap: I64, k_cache: F32, v_cache: F32,
     context: F32, m_out: F32, denom_out: F32,
 ) -> None:  # fmt: skip
     """One part of `mesh_attention`: every n-th task, for late queries see more keys."""
@@ -440,39 +461,32 @@ def _mesh_attention(
     find_pieces(unit_starts, half, value_half, pieces, first_piece)
     height = (head_dim + ROWS - 1) // ROWS * ROWS
     value_height = (2 * value_half + ROWS - 1) // ROWS * ROWS
-    size = words = 0
-    for s in range(nt.shape[0]):
-        for lane0 in range(0, nt[s] * q_slots, LANES):
-            n_lanes = min(LANES, nt[s] * q_slots - lane0)
-            lanes = (n_lanes + WIDTH - 1) // WIDTH * WIDTH
-            low, high = key_span(first_range, ranges, t0[s] + lane0 // q_slots, t0[s] + (lane0 + n_lanes - 1) // q_slots + 1)
-            size = max(size, (height + value_height + 2 + high - low) * lanes + KEYS * value_height)
-            words = max(words, lanes // WIDTH * (high - low))
+    size, words, most = scratch_size(groups, height, value_height, first_range, ranges, t0, nt)
     work, masks = np.empty(size, np.float32), np.empty(words, np.int32)
     first_value = np.empty(pieces.shape[0], np.int64)
     task = 0
     for s in range(nt.shape[0]):
-        for lane0 in range(0, nt[s] * q_slots, LANES):
-            n_lanes = min(LANES, nt[s] * q_slots - lane0)
-            for head in range(n_heads):
-                if task % n_parts == part:
+        for lane0 in range(0, nt[s] * most, LANES):
+            for g in range(groups.shape[0]):
+                n_lanes, head = min(LANES, nt[s] * groups[g, 2] - lane0), groups[g, 0]
+                if n_lanes > 0 and task % n_parts == part:
                     _attend(
-                        qkv, width, n_tokens, pieces[first_piece[head] : first_piece[head + 1]], q_slots, height, value_height, head, scale,
-                        cap_score, sink, first_range, ranges, t0[s], kv_base[s], cap[s],
+                        qkv, width, n_tokens, pieces[first_piece[head] : first_piece[head + 1]], q_slots, height, value_height, groups[g],
+                        scale, cap_score, sink, first_range, ranges, t0[s], kv_base[s], cap[s],
                         k_cache, v_cache, lane0, n_lanes, work, masks, first_value, context, m_out, denom_out,
                     )  # fmt: skip
-                task += 1
+                task += n_lanes > 0
 
 
 _driver = Driver(_mesh_attention)
 
 
 def mesh_attention(
-    qkv: F32, unit_starts: I64, q_slots: int, head_dim: int, scale: np.float32, cap_score: np.float32, sink: F32,
+    qkv: F32, unit_starts: I64, q_slots: int, groups: I64, head_dim: int, scale: np.float32, cap_score: np.float32, sink: F32,
     first_range: I64, ranges: I64, t0: I64, nt: I64, kv_base: I64, cap: I64, k_cache: F32, v_cache: F32,
     context: F32, m_out: F32, denom_out: F32, *, run: Runner = at_once,
 ) -> None:  # fmt: skip
-    """Attention of one layer over all cores and sequences, in parallel over sequences, key/value heads and tiles of queries.
+    """Attention of one layer over all cores and sequences, in parallel over sequences, groups of query heads and tiles of queries.
 
     Parameters
     ----------
@@ -483,6 +497,9 @@ def mesh_attention(
         First pair unit of each column; the last entry is the number of units, ``n_kv_heads * head_dim / 2``.
     q_slots : int
         Query heads for each key/value head.
+    groups : ndarray, (n_groups, 3), int64
+        Query heads to work on: key/value head, first of its query heads and how many, each at most once. Other columns of the context are
+        left as they are.
     head_dim : int
         Elements of a head, even.
     scale : float32
@@ -512,6 +529,6 @@ def mesh_attention(
     """
     admitted = int((ranges[:, 1] - ranges[:, 0]).sum())
     run(
-        _driver, admitted * int(unit_starts[-1]) * q_slots, qkv, unit_starts, q_slots, head_dim, scale, cap_score, sink,
+        _driver, admitted * head_dim // 2 * int(groups[:, 2].sum()), qkv, unit_starts, q_slots, groups, head_dim, scale, cap_score, sink,
         first_range, ranges, t0, nt, kv_base, cap, k_cache, v_cache, context, m_out, denom_out,
     )  # fmt: skip

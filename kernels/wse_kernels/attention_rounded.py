@@ -28,6 +28,7 @@ from wse_kernels.attention_mesh import (
     key_span,
     queries_in,
     raise_admitted,
+    scratch_size,
 )
 from wse_kernels.attention_tile import (
     ALL_LANES,
@@ -177,15 +178,17 @@ def _score(
 
 @kernel()
 def _attend(
-    qkv: F32, width: int, n_tokens: int, pieces: I64, q_slots: int, height: int, value_height: int, head: int, scale: np.float32,
+    qkv: F32, width: int, n_tokens: int, pieces: I64, q_slots: int, height: int, value_height: int, group: I64, scale: np.float32,
     cap_score: np.float32, sink: F32, first_range: I64, ranges: I64, t0: int, kv_base: int, cap: int, k_cache: F32, v_cache: F32,
     lane0: int, n_lanes: int, work: F32, masks: I32, sums: F32, context: F32, m_out: F32, denom_out: F32, fmt: int,
 ) -> np.int32:  # fmt: skip
-    """One task: lanes lane0 to lane0 + n_lanes of one sequence and head."""
+    """One task: lanes lane0 to lane0 + n_lanes of one sequence and group of query heads."""
+    of_token, first_slot = group[2], group[1]
+    first_head = group[0] * q_slots + first_slot
     lanes = (n_lanes + WIDTH - 1) // WIDTH * WIDTH
-    first_key, last_key = key_span(first_range, ranges, t0 + lane0 // q_slots, t0 + (lane0 + n_lanes - 1) // q_slots + 1)
+    first_key, last_key = key_span(first_range, ranges, t0 + lane0 // of_token, t0 + (lane0 + n_lanes - 1) // of_token + 1)
     span = last_key - first_key
-    admit(masks, span, first_key, first_range, ranges, t0, lane0, n_lanes, q_slots)
+    admit(masks, span, first_key, first_range, ranges, t0, lane0, n_lanes, of_token)
     # Scratch, as in `mesh_attention`: queries, outputs, values, denominators, maxima, scores.
     outputs = height * lanes
     values = outputs + value_height * lanes
@@ -199,12 +202,12 @@ def _attend(
         m[n] = _MINUS_INF
     if sink.shape[0] > 0:
         for n in range(n_lanes):
-            m[n] = sink[head * q_slots + (lane0 + n) % q_slots]
-    slot, token = lane0 % q_slots, t0 + lane0 // q_slots
+            m[n] = sink[first_head + (lane0 + n) % of_token]
+    slot, token = lane0 % of_token, t0 + lane0 // of_token
     for c in range(pieces.shape[0]):
-        first = (n_tokens * pieces[c, 0] + token * pieces[c, 1] + pieces[c, 2]) * width + 2 * slot
+        first = (n_tokens * pieces[c, 0] + token * pieces[c, 1] + pieces[c, 2]) * width + 2 * (first_slot + slot)
         queries_in(
-            work, 2 * pieces[c, 3] * lanes, lanes, n_lanes, qkv, first, width, pieces[c, 4], slot, q_slots, pieces[c, 1] * width
+            work, 2 * pieces[c, 3] * lanes, lanes, n_lanes, qkv, first, width, pieces[c, 4], slot, of_token, pieces[c, 1] * width
         )  # fmt: skip
     _score(pieces, scale, cap_score, first_key, span, kv_base, cap, k_cache, lanes, work, masks, m, s_t)
     for n in range(lanes):
@@ -212,7 +215,7 @@ def _attend(
     top = round_to(m[:n_lanes], fmt)
     if sink.shape[0] > 0:
         for n in range(n_lanes):
-            denom[n] = exp32(sink[head * q_slots + (lane0 + n) % q_slots] - m[n])
+            denom[n] = exp32(sink[first_head + (lane0 + n) % of_token] - m[n])
         top = max(top, round_to(denom[:n_lanes], fmt))
     for begin in range(0, span, KEYS):
         end = min(begin + KEYS, span)
@@ -231,22 +234,22 @@ def _attend(
             of = outputs + f * lanes + lane
             store_tile(divide_tile(load_tile(work, of, lanes), denom, lane), work, of, lanes)
     for c in range(pieces.shape[0]):
-        first = ((n_tokens * pieces[c, 5] + token * pieces[c, 6] + pieces[c, 2]) * q_slots + slot) * 2
+        first = ((n_tokens * pieces[c, 5] + token * pieces[c, 6] + pieces[c, 2]) * q_slots + first_slot + slot) * 2
         context_out(
-            work, outputs + 2 * pieces[c, 3] * lanes, lanes, n_lanes, context, first, 2 * q_slots, pieces[c, 7], slot, q_slots,
+            work, outputs + 2 * pieces[c, 3] * lanes, lanes, n_lanes, context, first, 2 * q_slots, pieces[c, 7], slot, of_token,
             pieces[c, 6] * 2 * q_slots,
         )  # fmt: skip
     if m_out.shape[0] > 0:
         for n in range(n_lanes):
-            i, s = (lane0 + n) // q_slots, (lane0 + n) % q_slots
-            m_out[t0 + i, head * q_slots + s] = m[n]
-            denom_out[t0 + i, head * q_slots + s] = denom[n]
+            i, s = (lane0 + n) // of_token, (lane0 + n) % of_token
+            m_out[t0 + i, first_head + s] = m[n]
+            denom_out[t0 + i, first_head + s] = denom[n]
     return top
 
 
 @kernel(driver=True)
 def _mesh_attention_rounded(
-    part: int, n_parts: int, largest: I32, qkv: F32, unit_starts: I64, q_slots: int, head_dim: int, scale: np.float32,
+    part: int, n_parts: int, largest: I32, qkv: F32, unit_starts: I64, q_slots: int, groups: I64, head_dim: int, scale: np.float32,
     cap_score: np.float32, sink: F32, first_range: I64, ranges: I64, t0: I64, nt: I64, kv_base: I64, cap: I64, k_cache: F32, v_cache: F32,
     context: F32, m_out: F32, denom_out: F32, fmt: int,
 ) -> None:  # fmt: skip
@@ -261,43 +264,36 @@ def _mesh_attention_rounded(
     find_pieces(unit_starts, half, value_half, pieces, first_piece)
     height = (head_dim + ROWS - 1) // ROWS * ROWS
     value_height = (2 * value_half + ROWS - 1) // ROWS * ROWS
-    size = words = 0
-    for s in range(nt.shape[0]):
-        for lane0 in range(0, nt[s] * q_slots, LANES):
-            n_lanes = min(LANES, nt[s] * q_slots - lane0)
-            lanes = (n_lanes + WIDTH - 1) // WIDTH * WIDTH
-            low, high = key_span(first_range, ranges, t0[s] + lane0 // q_slots, t0[s] + (lane0 + n_lanes - 1) // q_slots + 1)
-            size = max(size, (height + value_height + 2 + high - low) * lanes + KEYS * value_height)
-            words = max(words, lanes // WIDTH * (high - low))
+    size, words, most = scratch_size(groups, height, value_height, first_range, ranges, t0, nt)
     work, masks, sums = np.empty(size, np.float32), np.empty(words, np.int32), np.empty(ROWS * WIDTH, np.float32)
     task = 0
     for s in range(nt.shape[0]):
-        for lane0 in range(0, nt[s] * q_slots, LANES):
-            n_lanes = min(LANES, nt[s] * q_slots - lane0)
-            for head in range(n_heads):
-                if task % n_parts == part:
+        for lane0 in range(0, nt[s] * most, LANES):
+            for g in range(groups.shape[0]):
+                n_lanes, head = min(LANES, nt[s] * groups[g, 2] - lane0), groups[g, 0]
+                if n_lanes > 0 and task % n_parts == part:
                     top = _attend(
-                        qkv, width, n_tokens, pieces[first_piece[head] : first_piece[head + 1]], q_slots, height, value_height, head, scale,
-                        cap_score, sink, first_range, ranges, t0[s], kv_base[s], cap[s],
+                        qkv, width, n_tokens, pieces[first_piece[head] : first_piece[head + 1]], q_slots, height, value_height, groups[g],
+                        scale, cap_score, sink, first_range, ranges, t0[s], kv_base[s], cap[s],
                         k_cache, v_cache, lane0, n_lanes, work, masks, sums, context, m_out, denom_out, fmt,
                     )  # fmt: skip
                     largest[part] = max(largest[part], top)
-                task += 1
+                task += n_lanes > 0
 
 
 _driver = Driver(_mesh_attention_rounded)
 
 
 def mesh_attention_rounded(
-    qkv: F32, unit_starts: I64, q_slots: int, head_dim: int, scale: np.float32, cap_score: np.float32, sink: F32,
+    qkv: F32, unit_starts: I64, q_slots: int, groups: I64, head_dim: int, scale: np.float32, cap_score: np.float32, sink: F32,
     first_range: I64, ranges: I64, t0: I64, nt: I64, kv_base: I64, cap: I64, k_cache: F32, v_cache: F32,
     context: F32, m_out: F32, denom_out: F32, fmt: int,
 ) -> int:  # fmt: skip
-    """`mesh_attention` with a softmax of 16 bits, in parallel over sequences, key/value heads and tiles of queries.
+    """`mesh_attention` with a softmax of 16 bits, in parallel over sequences, groups of query heads and tiles of queries.
 
     Parameters
     ----------
-    qkv, unit_starts, q_slots, head_dim, scale, cap_score, sink, first_range, ranges, t0, nt, kv_base, cap
+    qkv, unit_starts, q_slots, groups, head_dim, scale, cap_score, sink, first_range, ranges, t0, nt, kv_base, cap
         As `wse_kernels.attention_mesh.mesh_attention` takes them.
     k_cache, v_cache, context, m_out, denom_out
         Likewise.
@@ -312,7 +308,7 @@ def mesh_attention_rounded(
     largest = np.zeros(n_threads(), np.int32)
     admitted = int((ranges[:, 1] - ranges[:, 0]).sum())
     _driver(
-        admitted * int(unit_starts[-1]) * q_slots, largest, qkv, unit_starts, q_slots, head_dim, scale, cap_score, sink, first_range,
-        ranges, t0, nt, kv_base, cap, k_cache, v_cache, context, m_out, denom_out, fmt,
+        admitted * head_dim // 2 * int(groups[:, 2].sum()), largest, qkv, unit_starts, q_slots, groups, head_dim, scale, cap_score, sink,
+        first_range, ranges, t0, nt, kv_base, cap, k_cache, v_cache, context, m_out, denom_out, fmt,
     )  # fmt: skip
     return int(largest.max())

@@ -2,8 +2,8 @@
 
 A key's score for a token is ``sum_h w[h] * relu(q[h] . k)``. The products are chains of partial sums over the cores of a row, as
 attention's (`wse_kernels.attention.partial_scores`); the last core of the row scales them, and adds the heads in ascending order with fma
-from +0 (`index_scores`). Scores are kept as *order numbers*: int32 that compare as the scores do, the least one for keys that a token does
-not admit.
+from +0 (`index_scores`). Scores are kept as *order numbers* (`order_scores`): int32 that compare as the scores do, the least one for keys
+that a token does not admit.
 
 The k-th highest score is found without moving scores. All rows of cores hold a threshold for each token. Bit by bit, from the highest, each
 counts its keys that reach the threshold with that bit (`count_reaching`), counts are added up, and the bit stays where at least k keys
@@ -49,32 +49,48 @@ def _order_of(score: np.float32) -> np.int32:
 
 
 @kernel()
-def index_scores(
-    s_t: F32, weights: F32, scale: np.float32, weight_scale: np.float32, admitted: I64, order: I32
-) -> None:  # fmt: skip
-    """Scores of some keys for the tokens of a tile, as order numbers; ``-0`` is ``+0``.
+def index_scores(s_t: F32, weights: F32, first_head: int, scale: np.float32, weight_scale: np.float32, scores: F32) -> None:
+    """Add some heads to the scores of some keys for the tokens of a tile.
 
     Parameters
     ----------
-    s_t : ndarray, (n_keys, n_heads * t), float32
-        Whole products, column ``h * t + i`` of head h and token i.
+    s_t : ndarray, (n_keys, n * t), float32
+        Whole products, column ``h * t + i`` of head ``first_head + h`` and token i.
     weights : ndarray, (t, n_heads), float32
+        Of all heads.
+    first_head : int
+        Heads are added in ascending order, group by group.
     scale, weight_scale : float32
         Factors of the products and of the weights.
+    scores : ndarray, (n_keys, t), float32
+        Read and written; +0 before the first head.
+    """
+    t = scores.shape[1]
+    for j in range(scores.shape[0]):
+        for i in range(t):
+            total = scores[j, i]
+            for h in range(s_t.shape[1] // t):
+                x = s_t[j, h * t + i] * scale
+                x = x if x > _ZERO or x != x else _ZERO
+                total = fma(weights[i, first_head + h] * weight_scale, x, total)
+            scores[j, i] = total
+
+
+@kernel()
+def order_scores(scores: F32, admitted: I64, order: I32) -> None:
+    """Order numbers of (n_keys, t) scores; ``-0`` is ``+0``.
+
+    Parameters
+    ----------
+    scores : ndarray, (n_keys, t), float32
     admitted : ndarray, (n_keys,), int64
         Bit i: token i admits the key.
     order : ndarray, (n_keys, t), int32
         Written.
     """
-    t, n_heads = order.shape[1], weights.shape[1]
     for j in range(order.shape[0]):
-        for i in range(t):
-            total = _ZERO
-            for h in range(n_heads):
-                x = s_t[j, h * t + i] * scale
-                x = x if x > _ZERO or x != x else _ZERO
-                total = fma(weights[i, h] * weight_scale, x, total)
-            order[j, i] = _order_of(total + _ZERO) if (admitted[j] >> i) & 1 else _NOBODY
+        for i in range(order.shape[1]):
+            order[j, i] = _order_of(scores[j, i] + _ZERO) if (admitted[j] >> i) & 1 else _NOBODY
 
 
 @kernel()

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import wse_emu as wse
-from wse_emu.foundation.attention_pattern import AttentionPattern, keys_of
+from wse_emu.foundation.attention_pattern import AttentionPattern
+from wse_emu.foundation.key_ranges import keys_of
 from wse_emu.foundation.memory_tokens import insert_memory_tokens, is_memory, positions_with_memory
 
 

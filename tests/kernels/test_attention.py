@@ -163,9 +163,18 @@ def results(m: Mesh) -> Result:
     return np.full(m.n_tokens * int(m.starts[-1]) * m.q * 2, np.nan, F), np.full(shape, np.nan, F), np.full(shape, np.nan, F)
 
 
-def driver(m: Mesh) -> Result:
+def whole_heads(m: Mesh) -> np.ndarray:
+    """All query heads of each key/value head as one group."""
+    return np.array([(head, 0, m.q) for head in range(m.n_heads)], np.int64)
+
+
+def driver(m: Mesh, *calls: np.ndarray) -> Result:
+    """What the driver writes, called with each array of groups."""
     out = results(m)
-    mesh_attention(m.qkv, m.starts, m.q, 2 * m.half, m.scale, m.limit, m.sink, *m.ranges(), m.t0, m.nt, m.base, m.cap, m.k, m.v, *out)
+    for groups in calls or (whole_heads(m),):
+        mesh_attention(
+            m.qkv, m.starts, m.q, groups, 2 * m.half, m.scale, m.limit, m.sink, *m.ranges(), m.t0, m.nt, m.base, m.cap, m.k, m.v, *out
+        )  # fmt: skip
     return out
 
 
@@ -500,13 +509,32 @@ def test_maximum_of_zeros_is_plus_zero_in_any_order() -> None:
 
 
 @pytest.mark.nojit
+@pytest.mark.parametrize("sinks", [False, True])
+def test_groups_of_query_heads_give_the_bits_of_whole_heads_and_touch_no_other(sinks: bool) -> None:
+    m = with_sinks(make(2, 5, 3, 4, [(3, 4), (0, 2)], 31), sinks)
+    whole = driver(m)
+    some, others = np.array([[0, 1, 2], [1, 4, 1]]), np.array([[1, 0, 4], [0, 3, 2], [0, 0, 1]])
+    assert same(driver(m, some, others), whole)
+    context, m_out, denominator = driver(m, some)
+    written = np.zeros(10, np.bool_)
+    written[[1, 2, 9]] = True
+    for got, expected in ((m_out, whole[1]), (denominator, whole[2])):
+        np.testing.assert_array_equal(got[:, written], expected[:, written])
+        assert np.isnan(got[:, ~written]).all()
+    of_heads, expected = (heads_of(m, flat, 2 * m.q).reshape(m.n_tokens, 2 * m.q, -1) for flat in (context, whole[0]))
+    np.testing.assert_array_equal(of_heads[:, written], expected[:, written])
+    assert np.isnan(of_heads[:, ~written]).all()
+
+
+@pytest.mark.nojit
 def test_rows_of_no_sequence_stay_as_they_are_and_statistics_may_be_left_out() -> None:
     m = make(1, 2, 2, 2, [(0, 2), (1, 1)], 19)
     full, part = driver(m), results(m)
     none = np.empty((0, 0), F)
     a = slice(1, 2)
     mesh_attention(
-        m.qkv, m.starts, m.q, 4, m.scale, F(0), NO_SINK, *m.ranges(), m.t0[a], m.nt[a], m.base[a], m.cap[a], m.k, m.v, part[0], none, none
+        m.qkv, m.starts, m.q, whole_heads(m), 4, m.scale, F(0), NO_SINK, *m.ranges(), m.t0[a], m.nt[a], m.base[a], m.cap[a], m.k, m.v,
+        part[0], none, none,
     )  # fmt: skip
     got, expected = heads_of(m, part[0], 4), heads_of(m, full[0], 4)
     assert np.isnan(got[:2]).all()

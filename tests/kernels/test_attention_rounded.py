@@ -14,7 +14,7 @@ from wse_kernels.attention_rounded import mesh_attention_rounded
 from wse_kernels.formats import BF16, CB16, F16, FloatFormat, decode, encode
 from wse_kernels.storage import TO_BF16, TO_CB16, TO_F16
 
-from .test_attention import ALL, NOJIT, Mesh, Result, cores, definition, make, meshes, results, same, with_sinks
+from .test_attention import ALL, NOJIT, Mesh, Result, cores, definition, make, meshes, results, same, whole_heads, with_sinks
 from .test_attention import driver as plain_driver
 
 F = np.float32
@@ -28,7 +28,8 @@ def nearest(x: np.float32, fmt: FloatFormat) -> np.float32:
 def driver(m: Mesh, fmt: int) -> tuple[Result, int]:
     out = results(m)
     largest = mesh_attention_rounded(
-        m.qkv, m.starts, m.q, 2 * m.half, m.scale, m.limit, m.sink, *m.ranges(), m.t0, m.nt, m.base, m.cap, m.k, m.v, *out, fmt
+        m.qkv, m.starts, m.q, whole_heads(m), 2 * m.half, m.scale, m.limit, m.sink, *m.ranges(), m.t0, m.nt, m.base, m.cap, m.k, m.v, *out,
+        fmt,
     )  # fmt: skip
     return out, largest
 

@@ -16,6 +16,7 @@ from wse_kernels.index_keys import (
     count_wanted,
     index_scores,
     mesh_index_keys,
+    order_scores,
     raise_threshold,
     scores_of,
     take_keys,
@@ -30,8 +31,9 @@ def order_numbers(scores: np.ndarray, admitted: np.ndarray) -> np.ndarray:
     """By the kernel, of (n_keys, t) scores: one head of weight 1 and its negative."""
     n, t = scores.shape
     order = np.zeros((n, t), np.int32)
-    both = np.concatenate([scores, -scores], axis=1).astype(F)
-    index_scores(both, np.tile(np.array([[1, -1]], F), (t, 1)), F(1), F(1), admitted, order)
+    both, total = np.concatenate([scores, -scores], axis=1).astype(F), np.zeros((n, t), F)
+    index_scores(both, np.tile(np.array([[1, -1]], F), (t, 1)), 0, F(1), F(1), total)
+    order_scores(total, admitted, order)
     return order
 
 
@@ -46,8 +48,13 @@ def test_scores_are_the_formula_and_plain_python_gives_their_bits() -> None:
     n, t, heads = 6, 3, 4
     s_t, weights = rng.standard_normal((n, heads * t)).astype(F), rng.standard_normal((t, heads)).astype(F)
     admitted, order, again = np.array([7, 7, 7, 6, 4, 0]), np.zeros((n, t), np.int32), np.zeros((n, t), np.int32)
-    index_scores(s_t, weights, F(0.3), F(0.5), admitted, order)
-    plain(index_scores)(s_t, weights, F(0.3), F(0.5), admitted, again)
+    scores, apart = np.zeros((n, t), F), np.zeros((n, t), F)
+    index_scores(s_t, weights, 0, F(0.3), F(0.5), scores)
+    for first, last in ((0, 1), (1, 4)):  # group by group, in plain Python
+        plain(index_scores)(np.ascontiguousarray(s_t[:, first * t : last * t]), weights, first, F(0.3), F(0.5), apart)
+    np.testing.assert_array_equal(scores, apart)
+    order_scores(scores, admitted, order)
+    plain(order_scores)(scores, admitted, again)
     np.testing.assert_array_equal(order, again)
     exact = np.einsum("jhi,ih->ji", np.maximum(s_t.reshape(n, heads, t).astype(np.float64) * 0.3, 0), weights * 0.5)
     seen = (admitted[:, None] >> np.arange(t) & 1).astype(bool)

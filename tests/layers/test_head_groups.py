@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 
 import wse_emu as wse
 from wse_emu.engine.inference import _heads
-from wse_emu.foundation.attention_pattern import keys_below
+from wse_emu.foundation.key_ranges import keys_below
 from wse_emu.layers import attention as attention_module
+from wse_emu.layers import index_keys
 from wse_emu.layers.attention import _tile_size
 from wse_emu.layers.attention_plan import _counts
 from wse_emu.layers.heads import HeadLayout
+from wse_emu.layers.index_keys import index_heads
 
 BASE = {
     "vocab_size": 71, "hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 5, "max_position_embeddings": 64,
@@ -35,7 +37,7 @@ def run(config: dict, executor: str, work_bytes: int, monkeypatch, **options) ->
     monkeypatch.setattr(attention_module, "_WORK_BYTES", work_bytes)
     model = wse.from_config(config, seed=3, wafer=wse.Wafer(rows=3, cols=4, executor=executor), **options)
     heads = _heads(model.spec, 4)
-    assert (_tile_size(heads, 3, None)[1] > 1) == (work_bytes < 4096)
+    assert (_tile_size(heads, 3, None)[1] < heads.queries_per_kv) == (work_bytes < 4096)
     record = model.record(IDS)
     return [record.stages[0, "attn_max"], record.stages[0, "attn_denominator"], record.stages[None, "logits"]], model.wafer
 
@@ -58,17 +60,47 @@ def test_groups_of_heads_give_the_same_bits(config, work_bytes, level, monkeypat
     assert isolated.sram.high_water_bytes == batched.sram.high_water_bytes
 
 
+@pytest.mark.parametrize("work_bytes", [200, pytest.param(4, marks=pytest.mark.slow)])
+def test_groups_of_an_indexers_heads_choose_the_same_keys(work_bytes, monkeypatch) -> None:
+    config = {**MLA, "model_type": "deepseek_v32", "index_topk": 3, "index_head_dim": 6, "index_n_heads": 5}
+
+    def run(executor: str, room: int) -> tuple[list[np.ndarray], wse.Wafer]:
+        monkeypatch.setattr(index_keys, "_WORK_BYTES", room)
+        model = wse.from_config(config, seed=3, wafer=wse.Wafer(rows=3, cols=4, executor=executor))
+        assert (index_keys._tile_size(index_heads(model.spec.indexer, 4), 3)[1] < 5) == (room < 4096)
+        record = model.record(IDS)
+        return [record.stages[0, "index_scores"], record.stages[0, "index_keys"], record.stages[None, "logits"]], model.wafer
+
+    whole, _ = run("batched", 4096)
+    (few, batched), (each, isolated) = run("batched", work_bytes), run("isolated", work_bytes)
+    for ours, theirs, expected in zip(few, each, whole, strict=True):
+        np.testing.assert_array_equal(ours, expected)
+        np.testing.assert_array_equal(theirs, expected)
+    assert isolated.ledger.events() == batched.ledger.events()
+    assert isolated.sram.high_water_bytes == batched.sram.high_water_bytes
+
+
+@given(st.integers(1, 128), st.sampled_from([2, 64, 128]), st.integers(1, 40), st.integers(1, 300))
+def test_work_blocks_of_an_indexers_group_fit_the_room(q: int, head_dim: int, n_cols: int, keys: int) -> None:
+    heads = HeadLayout(1, q, head_dim, n_cols, value_dim=0)
+    n, most, words = index_keys._tile_size(heads, keys)
+    # Packed queries and two times products of a group; of a token weights, scores, order numbers, and six words.
+    assert n * (most * (2 * heads.max_part_units + 2 * keys) + q + 2 * keys + 6) <= words - 6 * keys
+    assert most == q or n == 1
+    assert 1 <= most <= q
+    assert index_keys._tile_size(heads, max(1, keys - 1))[2] <= words
+
+
 @given(st.integers(1, 3), st.integers(1, 128), st.sampled_from([2, 64, 576]), st.integers(1, 40), st.integers(1, 300))
 def test_work_blocks_of_a_group_fit_the_room(n_kv: int, q: int, head_dim: int, n_cols: int, keys: int) -> None:
     heads = HeadLayout(n_kv, q, head_dim, n_cols)
-    n, n_groups, words = _tile_size(heads, keys, None)
+    n, most, words = _tile_size(heads, keys, None)
     features, of_lists = 2 * heads.max_part_units, 4 * keys
-    most = -(-q // n_groups)  # heads of the largest group
     # Packed queries, two times scores, maximum and denominator and output, two times, and the context.
     needs = n * most * (features + 2 * keys + 2 * (1 + 1 + features) + features)
     assert needs <= words - of_lists
-    assert n_groups == 1 or n == 1
-    assert 1 <= n_groups <= q
+    assert most == q or n == 1
+    assert 1 <= most <= q
     assert _tile_size(heads, max(1, keys - 1), None)[2] <= words
 
 

@@ -13,7 +13,8 @@ import wse_emu as wse
 from wse_emu.engine.inference import Engine
 from wse_emu.engine.options import EngineOptions
 from wse_emu.engine.plan import kv_bytes, plan_model, sequences_of
-from wse_emu.foundation.attention_pattern import FULL, AttentionPattern, keys_below, keys_of, n_keys_of
+from wse_emu.foundation.attention_pattern import FULL, AttentionPattern
+from wse_emu.foundation.key_ranges import keys_below, keys_of, n_keys_of
 from wse_emu.foundation.precision import Precision
 from wse_emu.layers.heads import HeadLayout
 from wse_emu.layers.kv_cache import KVCache

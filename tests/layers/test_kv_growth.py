@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import wse_emu as wse
 from wse_emu.engine.options import EngineOptions
 from wse_emu.engine.plan import plan_model
-from wse_emu.foundation.attention_pattern import FULL, AttentionPattern, keys_of
+from wse_emu.foundation.attention_pattern import FULL, AttentionPattern
+from wse_emu.foundation.key_ranges import keys_of
 from wse_emu.foundation.precision import Precision
 from wse_emu.layers.key_rows import ConcatenatedRows
 from wse_emu.layers.kv_cache import KVCache

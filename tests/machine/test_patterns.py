@@ -24,6 +24,10 @@ PATTERNS = {
     "everything": AttentionPattern(chunk=3, sinks=1, column_spacing=5, column_width=2),
     "blocks": AttentionPattern(block_size=4, blocks=((0,), (1,), (0, 2), (0, 1, 3), (2, 4), (5,), (0, 6))),
     "mask": AttentionPattern(mask=lambda q, k: ((q * 7 + k * 5) % 3 == 0) | (q == k)),
+    "heads that share keys differ": AttentionPattern(
+        heads=(AttentionPattern(window=2), FULL, AttentionPattern(chunk=3), AttentionPattern(window=2, sinks=1))
+    ),
+    "heads that forget": AttentionPattern.fixed_per_head(num_heads=4, num_verts=2, local_attn_ctx=4, vert_size=1),
 }
 NAMES = st.sampled_from(sorted(PATTERNS))
 
@@ -73,6 +77,40 @@ def test_cached_decode_is_full_recomputation_with_the_same_mask(name, rows, n_pr
     out = model.generate(ids[0], n_new)
     for n in range(n_prompt, n_prompt + n_new):
         assert model(out[:n]).logits[0, -1].argmax() == out[n]
+
+
+def test_heads_with_one_pattern_each_are_that_pattern_bit_for_bit() -> None:
+    ids, mask = prompt_of([13, 4], CONFIGS["mixtral"]["vocab_size"])
+    pattern = PATTERNS["window and sinks"]
+    one, each = model_of(pattern, 3, 4), model_of(AttentionPattern(heads=(pattern,) * 4), 3, 4)
+    assert_same(everything(one, ids, mask), everything(each, ids, mask))
+    assert one.wafer.ledger.events() == each.wafer.ledger.events()
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "gemma2"])
+def test_heads_with_patterns_of_their_own_in_other_families(family) -> None:
+    """Latent keys that all heads share, sinks, capped scores; on cores that run one at a time too."""
+    ids, mask = prompt_of([9, 4], 71)
+    pattern = AttentionPattern(heads=(AttentionPattern(window=2), FULL, AttentionPattern(window=2), AttentionPattern(chunk=4)))
+    models = [make_model(family, 3, 4, executor, rules=True, attention=pattern) for executor in ("batched", "isolated")]
+    assert_same(*(everything(model, ids, mask) for model in models))
+    assert models[0].wafer.ledger.events() == models[1].wafer.ledger.events()
+    assert models[0].verify(ids, attention_mask=mask).passed
+
+
+def test_work_falls_for_the_heads_that_admit_less() -> None:
+    """Of four heads one is dense: its multiply-adds are a quarter of all, and the rest are the windows'."""
+    ids = np.random.default_rng(0).integers(0, 150, 128)
+    changes = {"max_position_embeddings": 256, "num_hidden_layers": 1}
+    window = AttentionPattern(window=8)
+    works = [
+        attention_work(model_of(pattern, 8, 4, changes=changes), ids)
+        for pattern in (FULL, window, AttentionPattern(heads=(FULL, window, window, window)))
+    ]
+    for name in ("partial_scores", "softmax_accumulate"):
+        dense, sparse, mixed = (work[name] for work in works)
+        assert mixed * 4 == dense + 3 * sparse
+    assert works[1]["bytes"] < works[2]["bytes"] < works[0]["bytes"]
 
 
 def test_a_pattern_that_holds_every_key_is_dense_bit_for_bit() -> None:

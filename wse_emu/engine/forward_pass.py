@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from wse_emu.engine.routing_trace import RoutingTrace
 from wse_emu.engine.weights import ModelWeights
-from wse_emu.foundation.attention_pattern import AttentionPattern, KeyRanges
+from wse_emu.foundation.attention_pattern import AttentionPattern
+from wse_emu.foundation.key_ranges import KeyRanges
 from wse_emu.foundation.taps import TapRecord, joined
 from wse_emu.foundation.weights import layer_prefix
 from wse_emu.layers.elementwise import bias

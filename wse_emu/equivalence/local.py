@@ -251,14 +251,14 @@ class StageLocal:
             mask = formulas.visible(seq[t], pos[t], spec.pattern(layer))
             if spec.indexer is not None:
                 mask &= stages[chosen_in(spec, layer), "index_keys"][t][:, pos[t]]
-            n = mask.sum(axis=1)
-            for head in range(spec.num_heads):
+            for head, seen in enumerate(np.broadcast_to(mask, (spec.num_heads, len(t), len(t)))):
+                n = seen.sum(axis=1)
                 qh, kh = q[t, head], k[t, head // group]
                 scores, e_scores = scale * (qh @ kh.T), tolerance.score_bound(qh, kh, scale)
                 if spec.scales.scores_cap is not None:
                     cap = float(np.float32(spec.scales.scores_cap))
                     scores, e_scores = cap * np.tanh(scores / cap), tolerance.capped_bound(scores, e_scores, cap)
-                scores, e_scores = np.where(mask, scores, -np.inf), np.where(mask, e_scores, 0.0)
+                scores, e_scores = np.where(seen, scores, -np.inf), np.where(seen, e_scores, 0.0)
                 if sinks is not None:  # one more score, exactly known
                     scores = np.concatenate([np.full((len(t), 1), sinks[head]), scores], axis=1)
                     e_scores = np.concatenate([np.zeros((len(t), 1)), e_scores], axis=1)

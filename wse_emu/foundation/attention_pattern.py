@@ -8,54 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wse_emu.foundation.errors import SpecError
-
-Ints = NDArray[np.int64]
+from wse_emu.foundation.key_ranges import Ints, KeyRanges, merged, within
+from wse_emu.foundation.mask_array import MaskArray
 
 MaskFunction = Callable[[Ints, Ints], NDArray[np.bool_]]
 """``mask(q, k)``: query and key positions, int64, of shapes that broadcast, to booleans; what is not causal is cut off."""
-
-
-class KeyRanges(NamedTuple):
-    """Ranges of key positions that some queries admit, query by query."""
-
-    first: Ints
-    """(n + 1,) query i's ranges are ``ranges[first[i] : first[i + 1]]``."""
-    ranges: Ints
-    """(n_ranges, 2) start and stop of each: ascending and disjoint for one query, none empty."""
-
-    @property
-    def n_admitted(self) -> int:
-        """Pairs of a query and a key."""
-        return n_keys_of(self.ranges)
-
-    @staticmethod
-    def of_mask(seen: NDArray[np.bool_]) -> KeyRanges:
-        """Of the keys that a mask (n, keys) admits."""
-        edges = np.diff(np.pad(seen, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-        row, start = np.nonzero(edges == 1)
-        stop = np.nonzero(edges == -1)[1]
-        first = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=len(seen)))]).astype(np.int64)
-        return KeyRanges(first, np.stack([start, stop], axis=1).astype(np.int64))
-
-    def union(self, begin: int, end: int) -> Ints:
-        """Keys that some of the queries begin to end admit, as (n, 2) ranges, ascending and apart."""
-        return merged(self.ranges[self.first[begin] : self.first[end]])
-
-
-def merged(ranges: Ints) -> Ints:
-    """Ranges (n, 2) in any order, overlapping or touching, as ascending ones that neither overlap nor touch."""
-    if len(ranges) < 2:
-        return ranges
-    ranges = ranges[np.argsort(ranges[:, 0], kind="stable")]
-    reach = np.maximum.accumulate(ranges[:, 1])
-    new = np.flatnonzero(np.concatenate([[True], ranges[1:, 0] > reach[:-1]]))
-    return np.stack([ranges[new, 0], np.concatenate([reach[new[1:] - 1], reach[-1:]])], axis=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,10 +48,14 @@ class AttentionPattern:
     block_size: int | None = None
     blocks: tuple[tuple[int, ...], ...] = ()
     """Block-sparse: block i of `block_size` queries sees the listed blocks of keys, its own among them. Alone."""
-    mask: MaskFunction | None = None
-    """Any mask; every query must admit at least one key. Alone."""
+    mask: MaskFunction | NDArray[np.bool_] | None = None
+    """Any mask, as a function or as booleans (queries, keys) by position; every query must admit at least one key. Alone."""
+    heads: tuple[AttentionPattern, ...] = ()
+    """A pattern of its own for every query head. Alone; see `layouts`."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.mask, np.ndarray):
+            object.__setattr__(self, "mask", MaskArray(self.mask))
         for name in ("window", "chunk", "column_spacing", "column_width", "block_size"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
@@ -120,8 +87,8 @@ class AttentionPattern:
         """Blocks and masks stand alone; blocks must name their own."""
         if (self.block_size is None) != (not self.blocks):
             raise SpecError(f"attention pattern: `block_size` and `blocks` belong together, got {self.block_size} and {self.blocks}")
-        alone = [name for name in ("block_size", "mask") if getattr(self, name) is not None]
-        others = [f.name for f in fields(self) if f.name not in ("block_size", "blocks", "mask") and getattr(self, f.name)]
+        alone = [name for name in ("block_size", "mask", "heads") if getattr(self, name) not in (None, ())]
+        others = [f.name for f in fields(self) if f.name not in ("block_size", "blocks", "mask", "heads") and getattr(self, f.name)]
         if len(alone) > 1 or (alone and others):
             raise SpecError(f"attention pattern: `{alone[0]}` stands alone, got {', '.join(f'`{n}`' for n in alone[1:] + others)} too")
         for i, seen in enumerate(self.blocks):
@@ -130,7 +97,12 @@ class AttentionPattern:
                     f"attention pattern: `blocks[{i}]` must name blocks 0..{i} in ascending order, its own among them, got {seen}"
                 )
         if self.mask is not None and not callable(self.mask):
-            raise SpecError(f"attention pattern: `mask` must be a function of query and key positions, got {self.mask!r}")
+            raise SpecError(
+                f"attention pattern: `mask` must be a function of query and key positions, or an array of booleans, got {self.mask!r}"
+            )
+        for i, of_head in enumerate(self.heads):
+            if not isinstance(of_head, AttentionPattern) or of_head.heads:
+                raise SpecError(f"attention pattern: `heads[{i}]` must be an AttentionPattern without `heads`, got {of_head!r}")
 
     @staticmethod
     def fixed(*, local_attn_ctx: int = 128, vert_size: int = 8, subset: int = 0) -> AttentionPattern:
@@ -161,6 +133,32 @@ class AttentionPattern:
         return AttentionPattern(chunk=local_attn_ctx, column_spacing=local_attn_ctx, column_width=vert_size, column_start=start)
 
     @staticmethod
+    def fixed_per_head(*, num_heads: int, num_verts: int, local_attn_ctx: int = 128, vert_size: int = 8) -> AttentionPattern:
+        """The fixed pattern with another subset of columns for each head (ModelZoo's ``different_layout_per_head``): ``h % num_verts``.
+
+        Parameters
+        ----------
+        num_heads : int
+            Query heads of the model.
+        num_verts : int
+            Subsets; must divide it, and a block must have so many.
+        local_attn_ctx, vert_size : int
+            As `fixed` takes them.
+
+        Raises
+        ------
+        SpecError
+            If they do not fit the heads or a block.
+        """
+        for name, value in (("num_heads", num_heads), ("num_verts", num_verts)):
+            if type(value) is not int or value < 1:
+                raise SpecError(f"fixed pattern: `{name}` must be an integer >= 1, got {value!r}")
+        if num_heads % num_verts:
+            raise SpecError(f"fixed pattern: `num_verts` must divide the number of heads ({num_heads}), got {num_verts}")
+        one = [AttentionPattern.fixed(local_attn_ctx=local_attn_ctx, vert_size=vert_size, subset=i) for i in range(num_verts)]
+        return AttentionPattern(heads=tuple(one[h % num_verts] for h in range(num_heads)))
+
+    @staticmethod
     def memory(*, attn_memory_chunk_size: int, num_memory_tokens_per_chunk: int) -> AttentionPattern:
         """ModelZoo's chunked mask for memory tokens, which follow every chunk of a prompt (see `wse_emu.foundation.memory_tokens`).
 
@@ -176,13 +174,28 @@ class AttentionPattern:
         return AttentionPattern(chunk=size, column_spacing=size, column_width=num_memory_tokens_per_chunk)
 
     @property
+    def mask_function(self) -> MaskFunction | None:
+        """`mask` as a function."""
+        assert not isinstance(self.mask, np.ndarray)  # it was made one at construction
+        return self.mask
+
+    @property
     def is_full(self) -> bool:
         """Whether every earlier key is admitted."""
+        if self.heads:
+            return all(of_head.is_full for of_head in self.heads)
         return self.window is None and self.chunk is None and self.block_size is None and self.mask is None
+
+    @property
+    def layouts(self) -> tuple[AttentionPattern, ...]:
+        """The different patterns of its heads, in the order of their first heads; itself alone where all heads have one."""
+        return tuple(dict.fromkeys(self.heads)) or (self,)
 
     @property
     def forgets(self) -> bool:
         """Whether later queries admit none of the keys that a query does not admit, so that these need not be kept."""
+        if self.heads:
+            return all(of_head.forgets for of_head in self.heads)
         return self.window is not None or self.chunk is not None
 
     def held_after(self, n: int) -> Ints:
@@ -202,12 +215,13 @@ class AttentionPattern:
         """Most keys that are kept of a sequence of up to n."""
         if not self.forgets:
             return n
-        last = np.arange(max(n - (self.chunk or 1), 0), n, dtype=np.int64)
+        longest = max(layout.chunk or 1 for layout in self.layouts)
+        last = np.arange(max(n - longest, 0), n, dtype=np.int64)
         ends = self.ranges(last)
         return int(np.add.reduceat(ends.ranges[:, 1] - ends.ranges[:, 0], ends.first[:-1]).max())
 
     def ranges(self, positions: Ints) -> KeyRanges:
-        """Keys that queries at these positions admit.
+        """Keys that queries at these positions admit, with some head.
 
         Parameters
         ----------
@@ -218,8 +232,10 @@ class AttentionPattern:
         SpecError
             If a mask admits no key for some query, or is not a mask.
         """
-        if self.mask is not None:
-            return _from_mask(self.mask, positions)
+        if self.heads:
+            return KeyRanges.joined([layout.ranges(positions) for layout in self.layouts])
+        if self.mask_function is not None:
+            return _from_mask(self.mask_function, positions)
         if self.block_size is not None:
             return self._block_ranges(positions, self.block_size)
         low = np.zeros_like(positions)
@@ -234,7 +250,7 @@ class AttentionPattern:
         ranges = np.empty((int(first[-1]), 2), np.int64)
         with_sinks = np.flatnonzero(sinks > 0)
         ranges[first[with_sinks]] = np.stack([np.zeros_like(with_sinks), sinks[with_sinks]], axis=1)
-        at = np.repeat(first[:-1] + (sinks > 0), counts) + _within(counts)
+        at = np.repeat(first[:-1] + (sinks > 0), counts) + within(counts)
         ranges[at] = columns
         ranges[first[1:] - 1] = np.stack([low, positions + 1], axis=1)
         return KeyRanges(first, ranges)
@@ -249,7 +265,7 @@ class AttentionPattern:
         begin = np.maximum((low - w - s) // p + 1, 0)
         end = np.maximum(-((s - high) // p), begin)
         counts = np.where(high > low, end - begin, 0)
-        starts = s + (np.repeat(begin, counts) + _within(counts)) * p
+        starts = s + (np.repeat(begin, counts) + within(counts)) * p
         cut = np.stack([np.maximum(starts, np.repeat(low, counts)), np.minimum(starts + w, np.repeat(high, counts))], axis=1)
         keep = cut[:, 0] < cut[:, 1]
         owner = np.repeat(np.arange(len(low)), counts)[keep]
@@ -271,34 +287,6 @@ class AttentionPattern:
 
 FULL = AttentionPattern()
 """Every query admits all keys up to its own."""
-
-
-def keys_below(ranges: Ints, positions: Ints) -> Ints:
-    """How many keys of ascending ranges (n, 2) lie below each of some positions: their indices, if the ranges hold them."""
-    before = np.concatenate([[0], np.cumsum(ranges[:, 1] - ranges[:, 0])])
-    at = np.searchsorted(ranges[:, 0], positions, side="left")
-    last = np.maximum(at - 1, 0)
-    below: Ints = np.where(at > 0, before[last] + np.minimum(positions, ranges[last, 1]) - ranges[last, 0], 0)
-    return below
-
-
-def n_keys_of(ranges: Ints) -> int:
-    """How many keys ranges (n, 2) hold."""
-    return int((ranges[:, 1] - ranges[:, 0]).sum())
-
-
-def keys_of(ranges: Ints) -> Ints:
-    """The keys of ascending ranges (n, 2), one by one."""
-    sizes = ranges[:, 1] - ranges[:, 0]
-    keys: Ints = np.repeat(ranges[:, 0], sizes) + _within(sizes)
-    return keys
-
-
-def _within(counts: Ints) -> Ints:
-    """``0, 1, ..., counts[0] - 1, 0, 1, ..., counts[1] - 1, ...``."""
-    total = int(counts.sum())
-    within: Ints = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
-    return within
 
 
 _MASK_ROWS = 1 << 20

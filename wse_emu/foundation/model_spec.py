@@ -153,6 +153,12 @@ class ModelSpec:
         self._check_rules()
         if self.patterns and len(self.patterns) != self.num_layers:
             raise SpecError(f"`patterns` must have one entry for each of {self.num_layers} layers, got {len(self.patterns)}")
+        for layer, pattern in enumerate(self.patterns):
+            if pattern.heads and len(pattern.heads) != self.num_heads:
+                raise SpecError(
+                    f"layer {layer}: `heads` of its attention pattern must have one entry for each of {self.num_heads} query heads, "
+                    f"got {len(pattern.heads)}"
+                )
         kind = None if self.rope_scaling is None else self.rope_scaling.kind
         if kind == "yarn" and not self.rope_theta > 1:
             raise SpecError(f"rotary scaling yarn: `rope_theta` must be above 1, got {self.rope_theta!r}")

@@ -14,11 +14,13 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
-from wse_emu.foundation.attention_pattern import FULL, AttentionPattern, KeyRanges
+from wse_emu.foundation.attention_pattern import FULL, AttentionPattern
+from wse_emu.foundation.key_ranges import KeyRanges
 from wse_emu.foundation.precision import HalfType
 from wse_emu.layers.attention_cores import attend_on_cores
 from wse_emu.layers.attention_kernels import ACCUMULATE, ACCUMULATE_ROUNDED, CAP_SCORES, CODE_BYTES, NO_SINK
-from wse_emu.layers.attention_plan import plan_attention
+from wse_emu.layers.attention_plan import AttentionPlan, plan_attention
+from wse_emu.layers.head_groups import query_groups
 from wse_emu.layers.heads import HeadLayout
 from wse_emu.layers.kept_keys import KeptKeys
 from wse_emu.layers.kv_cache import KVCache, Sequences
@@ -48,6 +50,7 @@ def attention(
     """Context of every new token: softmax of its scaled scores over the keys that the pattern admits, times the values.
 
     Rows of cores that hold no key that some token of a tile admits are not visited, and on a visited row only those keys are worked on.
+    Query heads with keys of their own (`AttentionPattern.heads`) are worked on layout by layout.
 
     Parameters
     ----------
@@ -84,30 +87,16 @@ def attention(
         _streamed(wafer, sink, heads, bands) as sinks,
         wafer.working((attention, heads, rows_per_core, softmax), lambda: _work(wafer, heads, rows_per_core, softmax)),
     ):
-        tile_tokens, n_groups, _ = _tile_size(heads, rows_per_core, softmax)
-        if chosen is None:
-            plan = cache.attention_plan(
-                sequences, pattern, lambda: plan_attention(cache, layer, sequences, bands, pattern, tile_tokens, n_groups=n_groups)
-            )
-        else:
-            plan = plan_attention(cache, layer, sequences, bands, pattern, tile_tokens, chosen, n_groups)
-        events = plan.events if softmax is None else tuple(map(_rounding, plan.events))
-        if wafer.cores is not None:
-            events = attend_on_cores(wafer, qkv, context, cache, layer, sequences, bands, plan, m, denominator, sinks, kept, softmax)
-        elif not wafer.is_dry:
-            k, v, base, capacity = cache.buffers(layer, sequences)
-            args = (
-                qkv.unsettled, heads.units.offsets, heads.queries_per_kv, heads.head_dim, heads.scale, heads.cap, _values(sink),
-                plan.admitted.first, plan.admitted.ranges, sequences.first_token, sequences.n_new, base, capacity, k, v,
-                context.unsettled, m, denominator,
-            )  # fmt: skip
-            if softmax is None:
-                mesh_attention(*args, run=wafer.pending.run)
-            else:
-                wafer.pending.finish()
-                beyond = beyond_largest(mesh_attention_rounded(*args, ROUNDINGS[softmax]), softmax)
-                if beyond is not None:
-                    raise overflow(wafer.ledger.where("softmax"), beyond, softmax)
+        plans = _plans(cache, layer, sequences, bands, pattern, chosen, softmax)
+        events: list[Event] = []
+        for plan in plans:
+            if wafer.cores is not None:
+                events += attend_on_cores(wafer, qkv, context, cache, layer, sequences, bands, plan, m, denominator, sinks, kept, softmax)
+                continue
+            events += plan.events if softmax is None else map(_rounding, plan.events)
+            if not wafer.is_dry:
+                _attend(wafer, qkv, context, cache, layer, sequences, plan, _values(sink), m, denominator, softmax)
+        if wafer.cores is None and not wafer.is_dry:
             context.settle()
     wafer.record(*events)
     if not probe:
@@ -115,6 +104,43 @@ def attention(
     wafer.pending.finish()
     wafer.record(costs.moved("probe", "softmax statistics", count=2, words=2 * m.size, hops=0, max_link=0, max_hops=0))
     return m, denominator
+
+
+def _plans(
+    cache: KVCache, layer: int, sequences: Sequences, bands: TokenBands, pattern: AttentionPattern, chosen: KeyRanges | None,
+    softmax: HalfType | None,
+) -> tuple[AttentionPlan, ...]:  # fmt: skip
+    """Of every layout of the pattern; made once for a pass, unless keys were chosen."""
+    tile_tokens, largest, _ = _tile_size(cache.heads, cache.keys_per_core(layer), softmax)
+
+    def make() -> tuple[AttentionPlan, ...]:
+        return tuple(
+            plan_attention(cache, layer, sequences, bands, layout, tile_tokens, groups, chosen)
+            for layout, groups in zip(pattern.layouts, query_groups(cache.heads, pattern, largest), strict=True)
+        )
+
+    return make() if chosen is not None else cache.attention_plans(sequences, pattern, make)
+
+
+def _attend(
+    wafer: Wafer, qkv: PlacedTensor, context: PlacedTensor, cache: KVCache, layer: int, sequences: Sequences, plan: AttentionPlan,
+    sinks: NDArray[np.float32], m: NDArray[np.float32], denominator: NDArray[np.float32], softmax: HalfType | None,
+) -> None:  # fmt: skip
+    """What all cores do for one layout, at once."""
+    heads = cache.heads
+    k, v, base, capacity = cache.buffers(layer, sequences)
+    args = (
+        qkv.unsettled, heads.units.offsets, heads.queries_per_kv, plan.groups.array, heads.head_dim, heads.scale, heads.cap, sinks,
+        plan.admitted.first, plan.admitted.ranges, sequences.first_token, sequences.n_new, base, capacity, k, v,
+        context.unsettled, m, denominator,
+    )  # fmt: skip
+    if softmax is None:
+        mesh_attention(*args, run=wafer.pending.run)
+        return
+    wafer.pending.finish()
+    beyond = beyond_largest(mesh_attention_rounded(*args, ROUNDINGS[softmax]), softmax)
+    if beyond is not None:
+        raise overflow(wafer.ledger.where("softmax"), beyond, softmax)
 
 
 def _rounding(event: Event) -> Event:
@@ -155,7 +181,7 @@ def _streamed(wafer: Wafer, sink: StreamedVector | None, heads: HeadLayout, band
 
 
 def _tile_size(heads: HeadLayout, rows_per_core: int, softmax: HalfType | None) -> tuple[int, int, int]:
-    """Tokens of a query tile, groups that its query heads are cut into, and the words of a core's room for its work blocks.
+    """Tokens of a query tile, most query heads of a key/value head that go together, and the words of a core's room for its work blocks.
 
     The room is whole, so that fewer keys never need more of it. Heads are cut where one token's would not fit it.
     """
@@ -165,6 +191,6 @@ def _tile_size(heads: HeadLayout, rows_per_core: int, softmax: HalfType | None) 
     per_head = features + 2 * rows_per_core + (state if softmax is None else state // 2) + values
     most, q = _WORK_BYTES // 4, heads.queries_per_kv
     n = min(_MAX_TILE_TOKENS, max(1, most // (q * per_head)))
-    n_groups = -(-q // min(q, max(1, most // per_head)))
+    largest = min(q, max(1, most // per_head))
     words = min(_MAX_TILE_TOKENS * q * per_head, max(most, per_head)) + _WORDS_PER_KEY * rows_per_core
-    return n, n_groups, words + (softmax is not None)
+    return n, largest, words + (softmax is not None)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from wse_emu.foundation.attention_pattern import keys_below
+from wse_emu.foundation.key_ranges import keys_below
 from wse_emu.foundation.precision import HalfType
 from wse_emu.layers.attention_kernels import (
     ACCUMULATE,
@@ -26,6 +25,7 @@ from wse_emu.layers.attention_kernels import (
     START_MAX,
 )
 from wse_emu.layers.attention_plan import AttentionPlan
+from wse_emu.layers.head_groups import Group
 from wse_emu.layers.heads import Part
 from wse_emu.layers.kept_keys import KeptKeys
 from wse_emu.layers.kv_cache import KVCache, Sequences
@@ -67,24 +67,23 @@ class _Counts:
 
 
 class _TileRun:
-    """One query tile and one head, or a group of its query heads, on its way over the rows of keys."""
+    """One query tile and one group of query heads on its way over the rows of keys."""
 
     def __init__(
-        self, wafer: Wafer, cache: KVCache, layer: int, slot: int, parts: tuple[Part, ...], n_tokens: int, visits: list[Visit],
-        slots: tuple[int, int], tally: dict[str, _Counts], traffic: dict[str, Any], softmax: HalfType | None = None,
+        self, wafer: Wafer, cache: KVCache, layer: int, slot: int, group: Group, n_tokens: int, visits: list[Visit],
+        tally: dict[str, _Counts], traffic: dict[str, Any], softmax: HalfType | None = None,
     ) -> None:  # fmt: skip
         assert wafer.cores is not None
-        self.cores, self.cache, self.layer, self.slot, self.parts = wafer.cores, cache, layer, slot, parts
-        self.value_parts = [part for part in parts if part.n_values]
+        self.cores, self.cache, self.layer, self.slot = wafer.cores, cache, layer, slot
+        self.parts = cache.heads.heads[group.head]
+        self.value_parts = [part for part in self.parts if part.n_values]
         self.rows_held: list[int] = []
         """Tokens that each row of cores holds."""
         self.sinks: PlacedTensor | None = None
-        self.head = 0
         self.softmax = softmax
         """Format of 16 bits of maxima, weights, denominators and outputs; None is float32."""
         self.n_tokens, self.visits, self.tally, self.traffic = n_tokens, visits, tally, traffic
-        self.first_slot, self.q_slots = slots
-        """First of the head's query heads that go together, and how many."""
+        self.head, self.first_slot, self.q_slots = group
         self.n_columns = n_tokens * self.q_slots
         self.borrowed: list[Block] = []
         self.queries: dict[tuple[int, int], Block] = {}
@@ -293,18 +292,15 @@ def attend_on_cores(
     heads, visits = cache.heads, plan.visits
     traffic = {key: wafer.cores.traffic() for _, _, key in _MOVES}
     tally: dict[str, _Counts] = {}
-    slots = list(pairwise(Split.balanced(heads.queries_per_kv, plan.n_groups).offsets.tolist()))
     for i in range(visits.n.size):
         s, first, n, row = (int(a[i]) for a in (visits.sequence, visits.first, visits.n, visits.row))
         held = cache.split(int(sequences.slot[s]), plan.held[s])
         here = visits_of(plan, s, held, i)
         row0, token = first - int(bands.split.starts[row]), first - int(sequences.first_token[s])
-        for (head, parts), (begin, end) in product(enumerate(heads.heads), slots):
-            group = begin, end - begin
-            run = _TileRun(wafer, cache, layer, int(sequences.slot[s]), parts, n, here, group, tally, traffic, softmax)
+        for group in plan.groups.groups:
+            run = _TileRun(wafer, cache, layer, int(sequences.slot[s]), group, n, here, tally, traffic, softmax)
             try:
-                run.rows_held = held.sizes.tolist()
-                run.sinks, run.head = sinks, head
+                run.rows_held, run.sinks = held.sizes.tolist(), sinks
                 run.send_queries(qkv, row, row0)
                 run.list_keys(None if kept is None else partial(kept.of, sequence=s, token=token, n_tokens=n))
                 run.score()
@@ -312,10 +308,10 @@ def attend_on_cores(
                 ends = run.accumulate(maxima)
                 run.send_context(ends, context, row, row0, bands.n_feature_bands)
                 if m_out.size:
-                    last = (here[-1].row, parts[0].col)
-                    where = (slice(first, first + n), slice(head * heads.queries_per_kv + begin, head * heads.queries_per_kv + end))
-                    m_out[where] = maxima[last].read().reshape(-1, n).T
-                    denom_out[where] = ends[parts[0].col][0].read().reshape(-1, n).T
+                    west, query = run.parts[0].col, group.head * heads.queries_per_kv + group.first
+                    where = (slice(first, first + n), slice(query, query + group.n))
+                    m_out[where] = maxima[here[-1].row, west].read().reshape(-1, n).T
+                    denom_out[where] = ends[west][0].read().reshape(-1, n).T
             finally:
                 run.release()
     moves = {key: traffic[key].event(kind, name, costs.COLORS[kind]) for kind, name, key in _MOVES}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
-from wse_emu.foundation.attention_pattern import AttentionPattern, KeyRanges, keys_below
+from wse_emu.foundation.attention_pattern import AttentionPattern
+from wse_emu.foundation.key_ranges import KeyRanges, keys_below
 from wse_emu.layers.attention_kernels import (
     ACCUMULATE,
     CAP_SCORES,
@@ -20,7 +20,7 @@ from wse_emu.layers.attention_kernels import (
     START_DENOMINATOR,
     START_MAX,
 )
-from wse_emu.layers.heads import HeadLayout
+from wse_emu.layers.head_groups import QueryGroups
 from wse_emu.layers.kv_cache import KVCache, Sequences
 from wse_emu.wafer import costs
 from wse_emu.wafer.ledger import Event
@@ -70,7 +70,7 @@ class Visits:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """What one pattern asks for in one forward pass."""
+    """What one pattern, or one of its layouts, asks for in one forward pass."""
 
     admitted: KeyRanges
     """Of every new token."""
@@ -78,13 +78,13 @@ class AttentionPlan:
     """Per sequence, the keys that lie on the wafer, as (m, 2) ranges."""
     visits: Visits
     events: tuple[Event, ...]
-    n_groups: int
-    """Groups of a key/value head's query heads, one after the other: a tile of queries goes its way once for each."""
+    groups: QueryGroups
+    """Query heads that admit these keys: a tile of queries goes its way once for each group."""
 
 
 def plan_attention(
     cache: KVCache, layer: int, sequences: Sequences, bands: TokenBands, pattern: AttentionPattern, tile_tokens: int,
-    chosen: KeyRanges | None = None, n_groups: int = 1,
+    groups: QueryGroups, chosen: KeyRanges | None = None,
 ) -> AttentionPlan:  # fmt: skip
     """Tiles, visits and costs of a pattern over the newest tokens, or of keys that were chosen for each.
 
@@ -92,24 +92,22 @@ def plan_attention(
     ----------
     cache : KVCache
     layer : int
-        One of those with that pattern.
+        One of those with that pattern, or of which it is a layout.
     sequences : Sequences
     bands : TokenBands
     pattern : AttentionPattern
     tile_tokens : int
         Most tokens of a tile.
+    groups : QueryGroups
+        Query heads that the pattern is for.
     chosen : KeyRanges, optional
         Of every new token, in place of what the pattern admits.
-    n_groups : int
-        Groups of query heads that a tile is cut into: as many launches and messages for each, of the same work and words in all.
     """
     admitted = pattern.ranges(sequences.positions) if chosen is None else chosen
     held = cache.keys_in_pass(layer, sequences)
     visits = _visits(cache, sequences, bands, admitted, held, tile_tokens)
-    events = _events(cache.heads, cache.wafer.rows, bands, admitted, visits)
-    if n_groups > 1:
-        events = [event._replace(count=event.count * n_groups) for event in events]
-    return AttentionPlan(admitted, held, visits, tuple(events), n_groups)
+    events = _events(groups, cache.wafer.rows, bands, admitted, visits)
+    return AttentionPlan(admitted, held, visits, tuple(events), groups)
 
 
 def _visits(
@@ -146,32 +144,29 @@ def _counts(wanted: Ints, edges: Ints) -> Ints:
     return np.diff(keys_below(wanted, edges))
 
 
-def _events(heads: HeadLayout, n_rows: int, bands: TokenBands, admitted: KeyRanges, visits: Visits) -> list[Event]:
+def _events(groups: QueryGroups, n_rows: int, bands: TokenBands, admitted: KeyRanges, visits: Visits) -> list[Event]:
     """What tiles and rows decide is the same for many passes of a growing sequence; the rest follows from the number of keys."""
     kept = _moves_of_tiles(
-        heads, n_rows, bands.n_feature_bands, *(v.tobytes() for v in (visits.n, visits.row, visits.first_visit, visits.key_row))
+        groups, n_rows, bands.n_feature_bands, *(v.tobytes() for v in (visits.n, visits.row, visits.first_visit, visits.key_row))
     )
-    parts, v_parts = heads.n_parts, heads.n_value_parts
-    cut = [p for p in heads.heads if len(p) > 1]
-    hands, spans = sum(len(p) - 1 for p in cut), [p[-1].col - p[0].col for p in heads.heads]
-    gap = max((b.col - a.col for p in cut for a, b in pairwise(p)), default=0)
-    scores = (visits.n * heads.queries_per_kv)[visits.tile] * visits.n_keys
-    scored, n_visits, n_tiles = int(scores.sum()), visits.n_keys.size, visits.n.size
-    busiest = int(np.bincount(visits.key_row, scores, n_rows).max()) if cut else 0
+    heads, parts, v_parts, along = groups.heads, groups.n_parts, groups.n_value_parts, groups.chain
+    pairs = visits.n[visits.tile] * visits.n_keys
+    scored, n_visits, n_tiles = int(pairs.sum()), visits.n_keys.size, visits.n.size
+    busiest = int(np.bincount(visits.key_row, pairs, n_rows).max()) * along.most_queries
     chain = costs.moved(
-        "chain", "scores", count=n_visits * hands, words=scored * hands, hops=scored * sum(spans), max_link=busiest, max_hops=gap
-    )
-    back = costs.moved(
-        "broadcast", "scores", count=n_visits * len(cut), words=scored * len(cut), hops=scored * sum(spans), max_link=busiest,
-        max_hops=max(spans),
+        "chain", "scores", count=n_visits * along.n_hands, words=scored * along.hand_queries, hops=scored * along.hop_queries,
+        max_link=busiest, max_hops=along.max_gap,
     )  # fmt: skip
-    n_heads = heads.n_kv_heads * heads.queries_per_kv
+    back = costs.moved(
+        "broadcast", "scores", count=n_visits * along.n_cut, words=scored * along.cut_queries, hops=scored * along.hop_queries,
+        max_link=busiest, max_hops=along.max_span,
+    )  # fmt: skip
     return [
         Event(None, "", "launch", PACK_QUERIES.name, count=n_tiles * parts),
         kept.queries,
-        Event(None, "", "launch", PARTIAL_SCORES.name, count=n_visits * parts, macs=scored * 2 * heads.units.total),
+        Event(None, "", "launch", PARTIAL_SCORES.name, count=n_visits * parts, macs=scored * groups.queries[0]),
         chain,
-        Event(None, "", "launch", CHAIN_ADD.name, count=n_visits * hands),
+        Event(None, "", "launch", CHAIN_ADD.name, count=n_visits * along.n_hands),
         back,
         Event(None, "", "launch", START_MAX.name, count=n_tiles * parts),
         *([] if heads.score_cap is None else [Event(None, "", "launch", CAP_SCORES.name, count=n_visits * parts)]),
@@ -180,7 +175,7 @@ def _events(heads: HeadLayout, n_rows: int, bands: TokenBands, admitted: KeyRang
         kept.maxima_back,
         Event(None, "", "launch", START_DENOMINATOR.name, count=n_tiles * v_parts),
         Event(
-            None, "", "launch", ACCUMULATE.name, count=n_visits * v_parts, macs=admitted.n_admitted * n_heads * heads.value_width
+            None, "", "launch", ACCUMULATE.name, count=n_visits * v_parts, macs=admitted.n_admitted * groups.n_queries * heads.value_width
         ),
         kept.accumulators,
         Event(None, "", "launch", FINISH.name, count=n_tiles * v_parts),
@@ -200,33 +195,31 @@ class _TileMoves(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _moves_of_tiles(
-    heads: HeadLayout, n_rows: int, n_feature_bands: int, n_bytes: bytes, row_bytes: bytes, first_visit_bytes: bytes, key_row_bytes: bytes
+    groups: QueryGroups, n_rows: int, n_feature_bands: int, n_bytes: bytes, row_bytes: bytes, first_visit_bytes: bytes, key_row_bytes: bytes
 ) -> _TileMoves:
     """Of tiles with `n` tokens on a `row`, whose visits begin at `first_visit` and go to `key_row` (int64, see `Visits`)."""
     n, row, first_visit, key_row = (np.frombuffer(b, np.int64) for b in (n_bytes, row_bytes, first_visit_bytes, key_row_bytes))
     low, high, rows = key_row[first_visit[:-1]], key_row[first_visit[1:] - 1], np.diff(first_visit)
-    parts, q = heads.n_parts, n * heads.queries_per_kv
-    width, total_width = 2 * heads.units.max_size, 2 * heads.units.total
-    v_parts, v_width, v_total = heads.n_value_parts, 2 * heads.value_units.max_size, 2 * heads.value_units.total
+    parts, v_parts = groups.n_parts, groups.n_value_parts
 
     def column(
-        kind: str, name: str, count: int, words: Ints, source: Ints, ends: list[Ints], *, total: int, widest: int, hops: int
+        kind: str, name: str, count: int, tokens: Ints, source: Ints, ends: list[Ints], *, words: tuple[int, int], hops: int
     ) -> Event:
-        """Messages along columns: per tile `words` for each unit of width, from `source` out to `ends`."""
-        load, length = costs.LineLoad(n_rows), np.zeros(words.size, np.int64)
+        """Messages along columns, `words` of each token in all and of the widest column, from `source` out to `ends`."""
+        load, length = costs.LineLoad(n_rows), np.zeros(tokens.size, np.int64)
         for end in ends:
-            load.add(source, end, words)
+            load.add(source, end, tokens)
             length += np.abs(end - source)
         return costs.moved(
-            kind, name, count=count, words=int(words.sum()) * total, hops=int((words * length).sum()) * total,
-            max_link=load.busiest() * widest, max_hops=hops,
+            kind, name, count=count, words=int(tokens.sum()) * words[0], hops=int((tokens * length).sum()) * words[0],
+            max_link=load.busiest() * words[1], max_hops=hops,
         )  # fmt: skip
 
     goes = ~((low == row) & (high == row))
     up, down = np.minimum(low, row), np.maximum(high, row)
     far = np.where(goes, np.maximum(row - up, down - row), 0)
     queries = column(
-        "broadcast", "queries", int(goes.sum()) * parts, np.where(goes, q, 0), row, [up, down], total=total_width, widest=width,
+        "broadcast", "queries", int(goes.sum()) * parts, np.where(goes, n, 0), row, [up, down], words=groups.queries,
         hops=int(far.max(initial=0)),
     )  # fmt: skip
 
@@ -234,20 +227,18 @@ def _moves_of_tiles(
     steps = np.where(several, rows - 1, 0)
     same = np.diff(np.repeat(np.arange(n.size), rows)) == 0
     row_gap = int(np.diff(key_row)[same].max(initial=0))
-    heads_here = int(heads.heads_per_col.max())
 
-    def handed(name: str, messages: int, total: int, widest: int) -> Event:
-        """Blocks handed from key row to key row: `total` words per query column of the tile and hand."""
+    def handed(name: str, messages: int, words: tuple[int, int]) -> Event:
+        """Blocks handed from key row to key row, `words` of each token in all and of the widest column."""
         load = costs.LineLoad(n_rows)
-        load.add(low, high, np.where(several, q, 0))
+        load.add(low, high, np.where(several, n, 0))
         return costs.moved(
-            "chain", name, count=int(steps.sum()) * messages, words=int((q * steps).sum()) * total,
-            hops=int((q * (high - low)).sum()) * total, max_link=load.busiest() * widest, max_hops=row_gap,
+            "chain", name, count=int(steps.sum()) * messages, words=int((n * steps).sum()) * words[0],
+            hops=int((n * (high - low)).sum()) * words[0], max_link=load.busiest() * words[1], max_hops=row_gap,
         )  # fmt: skip
 
-    returned = np.where(several, q, 0)
     maxima_back = column(
-        "broadcast", "maxima", int(several.sum()) * parts, returned, high, [low], total=parts, widest=heads_here,
+        "broadcast", "maxima", int(several.sum()) * parts, np.where(several, n, 0), high, [low], words=groups.maxima,
         hops=int((high - low)[several].max(initial=0)),
     )  # fmt: skip
 
@@ -256,9 +247,8 @@ def _moves_of_tiles(
     top, end = np.minimum(high, row), np.maximum(high, bottom)
     far = np.where(leaves, np.maximum(high - top, end - high), 0)
     context = column(
-        "send", "context", int(leaves.sum()) * v_parts, np.where(leaves, q, 0), high, [top, end], total=v_total, widest=v_width,
+        "send", "context", int(leaves.sum()) * v_parts, np.where(leaves, n, 0), high, [top, end], words=groups.context,
         hops=int(far.max(initial=0)),
     )  # fmt: skip
-    maxima = handed("maxima", parts, parts, heads_here)
-    accumulators = handed("accumulators", 2 * v_parts, v_parts + v_total, heads_here + v_width)
+    maxima, accumulators = handed("maxima", parts, groups.maxima), handed("accumulators", 2 * v_parts, groups.accumulators)
     return _TileMoves(queries, maxima, maxima_back, accumulators, context)

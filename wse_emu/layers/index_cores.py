@@ -11,7 +11,16 @@ from wse_emu.foundation.indexer import Indexer
 from wse_emu.layers.attention_cores import Visit, visits_of
 from wse_emu.layers.attention_kernels import PACK_QUERIES, PARTIAL_SCORES
 from wse_emu.layers.attention_plan import AttentionPlan
-from wse_emu.layers.index_kernels import ADD_COUNTS, COUNT_REACHING, COUNT_WANTED, INDEX_SCORES, RAISE_THRESHOLD, TAKE_KEYS
+from wse_emu.layers.head_groups import Group
+from wse_emu.layers.index_kernels import (
+    ADD_COUNTS,
+    COUNT_REACHING,
+    COUNT_WANTED,
+    INDEX_SCORES,
+    ORDER_SCORES,
+    RAISE_THRESHOLD,
+    TAKE_KEYS,
+)
 from wse_emu.layers.kept_keys import KeptKeys
 from wse_emu.layers.kv_cache import KVCache, Sequences
 from wse_emu.wafer import costs
@@ -70,8 +79,10 @@ def choose_on_cores(
         row0 = first - int(bands.split.starts[row])
         with wafer.cores.borrowing() as borrow:
             tile = _Tile(tally, cache, indexer, here, n, borrow)
-            tile.send_queries(qk, weights, row, row0)
-            tile.score(layer, int(sequences.slot[s]), held)
+            tile.send_weights(weights, row, row0)
+            for group in plan.groups.groups:
+                tile.add_heads(group, qk, row, row0, layer, int(sequences.slot[s]), held)
+            tile.order_scores()
             position = int(sequences.start[s]) + first - int(sequences.first_token[s])
             tile.find_threshold(position)
             tile.take(columns)
@@ -87,7 +98,8 @@ def choose_on_cores(
                     order[first : first + n, keys] = tile.order[visit.row].read().T
     return (
         tally.launch(PACK_QUERIES), tally.move("queries"), tally.launch(PARTIAL_SCORES), tally.move("scores"), tally.launch(CHAIN_ADD),
-        tally.move("index weights"), tally.launch(INDEX_SCORES), tally.launch(COUNT_REACHING), tally.move("index counts"),
+        tally.move("index weights"), tally.launch(INDEX_SCORES), tally.launch(ORDER_SCORES), tally.launch(COUNT_REACHING),
+        tally.move("index counts"),
         tally.launch(ADD_COUNTS), tally.launch(RAISE_THRESHOLD), tally.launch(COUNT_WANTED), tally.move("index thresholds"),
         tally.launch(TAKE_KEYS), tally.move("index ties"), tally.move("chosen keys"),
     )  # fmt: skip
@@ -101,8 +113,8 @@ class _Tile:
         self.parts = cache.heads.heads[0]
         self.last = self.parts[-1].col
         """Column where scores are made."""
-        self.queries: dict[tuple[int, int], Block] = {}
         self.weights: dict[int, Block] = {}
+        self.scores: dict[int, Block] = {}
         self.order: dict[int, Block] = {}
         self.taken: dict[int, Block] = {}
         self.told: dict[int, dict[tuple[int, int], Block]] = {}
@@ -110,55 +122,69 @@ class _Tile:
         self.threshold: dict[int, Block] = {}
         self.wanted: dict[int, Block] = {}
 
-    def send_queries(self, qk: PlacedTensor, weights: PlacedTensor, row: int, row0: int) -> None:
-        """Pack the tile's queries on their row, and send them and the weights of the heads to every row of keys."""
-        n_heads = self.cache.heads.queries_per_kv
+    def send_weights(self, weights: PlacedTensor, row: int, row0: int) -> None:
+        """Send the weights of the heads to every row of keys, whose scores begin at 0."""
+        shape, rows = (self.n, self.cache.heads.queries_per_kv), [visit.row for visit in self.visits]
+        own = self.borrow((row, self.last), "index weights", shape, np.float32)
+        own.write(weights.held[row, self.last].read(slice(row0, row0 + self.n)))
+        self.weights = {r: own if r == row else self.borrow((r, self.last), "index weights", shape, np.float32) for r in rows}
+        self.tally.send("index weights", own, [self.weights[r] for r in rows if r != row])
+        for visit in self.visits:
+            self.scores[visit.row] = self.borrow((visit.row, self.last), "index scores", (visit.keys.size, self.n), np.float32)
+            self.scores[visit.row].write(np.float32(0.0))
+
+    def add_heads(self, group: Group, qk: PlacedTensor, row: int, row0: int, layer: int, slot: int, held: Split) -> None:
+        """Add a group of heads to the scores of every row's keys, on its last core."""
+        with self.tally.cores.borrowing() as borrow:
+            queries = self._send_queries(group, qk, row, row0, borrow)
+            for visit in self.visits:
+                total: Block | None = None
+                for part in self.parts:
+                    core = (visit.row, part.col)
+                    own = borrow(core, "index products", (visit.keys.size, group.n * self.n), np.float32)
+                    keys = borrow(core, "index keys of the past", (visit.keys.size,), np.int64)
+                    keys.write(visit.keys)
+                    k = self.cache.block(layer, slot, *core)[0].view(slice(0, int(held.sizes[visit.row])))
+                    args = {"k": k, "f0": 2 * part.first_unit, "keys": keys, "q_t": queries[core], "s_t": own}
+                    self.tally.run(PARTIAL_SCORES, core, args)
+                    if total is not None:
+                        come = borrow(core, "incoming index products", own.array.shape, np.float32)
+                        self.tally.send("scores", total, [come])
+                        self.tally.run(CHAIN_ADD, core, {"acc": come, "p": own})
+                        own = come
+                    total = own
+                assert total is not None
+                args = {
+                    "s_t": total, "weights": self.weights[visit.row], "first_head": group.first,
+                    "scale": np.float32(self.indexer.score_scale), "weight_scale": np.float32(self.indexer.weight_scale),
+                    "scores": self.scores[visit.row],
+                }  # fmt: skip
+                self.tally.run(INDEX_SCORES, (visit.row, self.last), args)
+
+    def _send_queries(self, group: Group, qk: PlacedTensor, row: int, row0: int, borrow: Borrow) -> dict[tuple[int, int], Block]:
+        """Pack the tile's queries of a group on their row and send them to every row of keys."""
+        queries: dict[tuple[int, int], Block] = {}
+        slots = {"first_slot": group.first, "q_slots": group.n, "other_slots": self.cache.heads.queries_per_kv + 1 - group.first - group.n}
         for part in self.parts:
-            core, shape = (row, part.col), (2 * part.n_units, n_heads * self.n)
-            home = self.queries[core] = self.borrow(core, "packed index queries", shape, np.float32)
-            slots = {"first_slot": 0, "q_slots": n_heads, "other_slots": 1}
+            core, shape = (row, part.col), (2 * part.n_units, group.n * self.n)
+            home = queries[core] = borrow(core, "packed index queries", shape, np.float32)
             args = {"qkv": qk.held[core], **slots, "row0": row0, "u0": part.first_unit, "q_t": home}
             self.tally.run(PACK_QUERIES, core, args)
             away = [(visit.row, part.col) for visit in self.visits if visit.row != row]
             for there in away:
-                self.queries[there] = self.borrow(there, "visiting index queries", shape, np.float32)
-            self.tally.send("queries", home, [self.queries[there] for there in away])
-        own = self.borrow((row, self.last), "index weights", (self.n, n_heads), np.float32)
-        own.write(weights.held[row, self.last].read(slice(row0, row0 + self.n)))
-        rows = [visit.row for visit in self.visits]
-        self.weights = {r: own if r == row else self.borrow((r, self.last), "index weights", (self.n, n_heads), np.float32) for r in rows}
-        self.tally.send("index weights", own, [self.weights[r] for r in rows if r != row])
+                queries[there] = borrow(there, "visiting index queries", shape, np.float32)
+            self.tally.send("queries", home, [queries[there] for there in away])
+        return queries
 
-    def score(self, layer: int, slot: int, held: Split) -> None:
-        """Order numbers of the scores of every row's keys, on its last core."""
+    def order_scores(self) -> None:
+        """Order numbers of the scores of every row's keys."""
         for visit in self.visits:
-            n_keys, total = visit.keys.size, None
-            for part in self.parts:
-                core = (visit.row, part.col)
-                own = self.borrow(core, "index products", (n_keys, self.cache.heads.queries_per_kv * self.n), np.float32)
-                keys = self.borrow(core, "index keys of the past", (n_keys,), np.int64)
-                keys.write(visit.keys)
-                k = self.cache.block(layer, slot, *core)[0].view(slice(0, int(held.sizes[visit.row])))
-                args = {"k": k, "f0": 2 * part.first_unit, "keys": keys, "q_t": self.queries[core], "s_t": own}
-                self.tally.run(PARTIAL_SCORES, core, args)
-                if total is not None:
-                    come = self.borrow(core, "incoming index products", own.array.shape, np.float32)
-                    self.tally.send("scores", total, [come])
-                    self.tally.run(CHAIN_ADD, core, {"acc": come, "p": own})
-                    own = come
-                total = own
-            assert total is not None
-            core = (visit.row, self.last)
+            core, n_keys = (visit.row, self.last), visit.keys.size
             admitted = self.borrow(core, "admitting tokens", (n_keys,), np.int64)
             admitted.write(visit.admitted)
             self.order[visit.row] = self.borrow(core, "order numbers", (n_keys, self.n), np.int32)
-            self.tally.run(
-                INDEX_SCORES, core,
-                {
-                    "s_t": total, "weights": self.weights[visit.row], "scale": np.float32(self.indexer.score_scale),
-                    "weight_scale": np.float32(self.indexer.weight_scale), "admitted": admitted, "order": self.order[visit.row],
-                },
-            )  # fmt: skip
+            args = {"scores": self.scores[visit.row], "admitted": admitted, "order": self.order[visit.row]}
+            self.tally.run(ORDER_SCORES, core, args)
 
     def find_threshold(self, position: int) -> None:
         """The k-th highest order number of every token, on every row, and how many keys that have it are taken."""

@@ -18,9 +18,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from wse_emu.foundation.attention_pattern import FULL, KeyRanges
+from wse_emu.foundation.attention_pattern import FULL
 from wse_emu.foundation.indexer import Indexer
+from wse_emu.foundation.key_ranges import KeyRanges
 from wse_emu.layers.attention_plan import AttentionPlan, plan_attention
+from wse_emu.layers.head_groups import query_groups
 from wse_emu.layers.heads import HeadLayout
 from wse_emu.layers.index_cores import choose_on_cores
 from wse_emu.layers.index_kernels import (
@@ -29,6 +31,7 @@ from wse_emu.layers.index_kernels import (
     COUNT_REACHING,
     COUNT_WANTED,
     INDEX_SCORES,
+    ORDER_SCORES,
     RAISE_THRESHOLD,
     TAKE_KEYS,
 )
@@ -43,7 +46,7 @@ from wse_kernels.index_keys import N_BITS, mesh_index_keys, scores_of
 
 _MAX_TILE_TOKENS = 16
 _WORK_BYTES = 4096
-"""SRAM that the work blocks of one query tile may take, what belongs to keys alone apart; the tile holds at least one token."""
+"""SRAM that the work blocks of one query tile may take, what belongs to keys alone apart; it holds at least one head of one token."""
 _WORDS_PER_KEY = 6
 """Of the lists of keys: its row, the tokens that admit it and those that take it, a 64-bit word each."""
 _WORDS_PER_TOKEN = 6
@@ -105,12 +108,15 @@ def choose_keys(
         With the ``dry`` executor: what is taken; by default the newest keys.
     """
     heads, rows_per_core = cache.heads, cache.keys_per_core(layer)
-    tile_tokens, words = _tile_size(heads, rows_per_core)
+    tile_tokens, largest, words = _tile_size(heads, rows_per_core)
     n_keys = int((sequences.start + sequences.n_new).max())
     taken = np.zeros((bands.n_tokens, n_keys), np.bool_)
     order = np.zeros(taken.shape if probe else (0, 0), np.int32)
     with wafer.working((choose_keys, heads, rows_per_core), lambda: _work(wafer, heads, words, rows_per_core)):
-        plan = cache.attention_plan(sequences, FULL, lambda: plan_attention(cache, layer, sequences, bands, FULL, tile_tokens))
+        (groups,) = query_groups(heads, FULL, largest)
+        (plan,) = cache.attention_plans(
+            sequences, FULL, lambda: (plan_attention(cache, layer, sequences, bands, FULL, tile_tokens, groups),)
+        )
         if wafer.cores is not None:
             events = choose_on_cores(wafer, qk, weights, cache, layer, sequences, bands, plan, indexer, columns, taken, order, kept)
         else:
@@ -147,12 +153,19 @@ def _work(wafer: Wafer, heads: HeadLayout, words: int, rows_per_core: int) -> It
         yield
 
 
-def _tile_size(heads: HeadLayout, rows_per_core: int) -> tuple[int, int]:
-    """Tokens of a query tile, and the words of a core's room for its work blocks: whole, so that fewer keys never need more of it."""
-    # Packed queries, own and incoming products, weights, order numbers, and what a token needs by itself.
-    per_token = heads.queries_per_kv * (2 * heads.max_part_units + 2 * rows_per_core + 1) + rows_per_core + _WORDS_PER_TOKEN
-    n = min(_MAX_TILE_TOKENS, max(1, _WORK_BYTES // 4 // per_token))
-    return n, min(_MAX_TILE_TOKENS * per_token, max(_WORK_BYTES // 4, per_token)) + _WORDS_PER_KEY * rows_per_core
+def _tile_size(heads: HeadLayout, rows_per_core: int) -> tuple[int, int, int]:
+    """Tokens of a query tile, most heads that go together, and the words of a core's room for its work blocks.
+
+    The room is whole, so that fewer keys never need more of it. Heads are cut where one token's would not fit it.
+    """
+    q, most = heads.queries_per_kv, _WORK_BYTES // 4
+    # Of a head: packed queries, own and incoming products. Of a token: weights, scores, order numbers, and what it needs by itself.
+    per_head = 2 * heads.max_part_units + 2 * rows_per_core
+    by_itself = q + 2 * rows_per_core + _WORDS_PER_TOKEN
+    n = min(_MAX_TILE_TOKENS, max(1, most // (q * per_head + by_itself)))
+    largest = min(q, max(1, (most - by_itself) // per_head))
+    words = min(_MAX_TILE_TOKENS * (q * per_head + by_itself), max(most, per_head + by_itself)) + _WORDS_PER_KEY * rows_per_core
+    return n, largest, words
 
 
 def _events(heads: HeadLayout, n_rows: int, plan: AttentionPlan, columns: Split) -> tuple[Event, ...]:
@@ -193,7 +206,11 @@ def _events(heads: HeadLayout, n_rows: int, plan: AttentionPlan, columns: Split)
     return (
         *plan.events[:5],
         weights,
-        Event(None, "", "launch", INDEX_SCORES.name, count=n_visits, macs=int((n[visits.tile] * visits.n_keys).sum()) * n_heads),
+        Event(
+            None, "", "launch", INDEX_SCORES.name, count=n_visits * len(plan.groups.groups),
+            macs=int((n[visits.tile] * visits.n_keys).sum()) * n_heads,
+        ),
+        Event(None, "", "launch", ORDER_SCORES.name, count=n_visits),
         Event(None, "", "launch", COUNT_REACHING.name, count=rounds * n_visits),
         handed("index counts", rounds),
         Event(None, "", "launch", ADD_COUNTS.name, count=rounds * int(steps.sum())),

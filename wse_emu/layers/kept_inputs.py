@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from wse_emu.foundation.attention_pattern import keys_of
+from wse_emu.foundation.key_ranges import keys_of
 from wse_emu.wafer.placement import Ints, Split, TokenBands
 
 

@@ -15,8 +15,9 @@ from typing import Literal, Protocol, get_args
 import numpy as np
 
 from wse_emu.foundation.arguments import show
-from wse_emu.foundation.attention_pattern import AttentionPattern, keys_below, n_keys_of
+from wse_emu.foundation.attention_pattern import AttentionPattern
 from wse_emu.foundation.errors import SpecError
+from wse_emu.foundation.key_ranges import keys_below, n_keys_of
 from wse_emu.wafer.placement import Ints, Split
 
 KvGrowth = Literal["shift", "concat"]

@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from wse_emu.foundation.attention_pattern import FULL, AttentionPattern, keys_below, keys_of, n_keys_of
+from wse_emu.foundation.attention_pattern import FULL, AttentionPattern
 from wse_emu.foundation.errors import InputError
+from wse_emu.foundation.key_ranges import keys_below, keys_of, n_keys_of
 from wse_emu.foundation.precision import HalfType
 from wse_emu.layers.heads import HeadLayout
 from wse_emu.layers.kept_inputs import EarlierTokens, InputLayout
@@ -151,7 +152,7 @@ class KVCache:
         self._v: list[NDArray[np.float32]] = []
         self._blocks: list[dict[tuple[int, int, int], tuple[Block, ...]]] = []
         self._plans: list[_AppendPlan] = []
-        self._attention: list[tuple[Sequences, dict[AttentionPattern, AttentionPlan]]] = []
+        self._attention: list[tuple[Sequences, dict[AttentionPattern, tuple[AttentionPlan, ...]]]] = []
         try:
             for layer in range(n_layers):
                 self._reserve(layer)
@@ -245,8 +246,10 @@ class KVCache:
         assert isinstance(self.layout, HeadLayout)
         return self.layout
 
-    def attention_plan(self, sequences: Sequences, pattern: AttentionPattern, make: Callable[[], AttentionPlan]) -> AttentionPlan:
-        """What attention over the newest sequences asks for: the same in all layers with one pattern, so made once."""
+    def attention_plans(
+        self, sequences: Sequences, pattern: AttentionPattern, make: Callable[[], tuple[AttentionPlan, ...]]
+    ) -> tuple[AttentionPlan, ...]:
+        """What attention over the newest sequences asks for, layout by layout: the same in all layers with one pattern, so made once."""
         known = next((plans for of, plans in self._attention if of is sequences), None)
         if known is None:
             known = {}

@@ -75,12 +75,15 @@ def temperature(tuned: QueryTemperature, pos: Ints) -> NDArray[np.float64]:
 def visible(seq: Ints, pos: Ints, pattern: AttentionPattern = FULL) -> NDArray[np.bool_]:
     """Mask of one pattern, (T, T) bool: entry (i, j) says whether token i sees token j, of its own sequence and at no later position.
 
-    Of the pattern only its numbers are used, each part as a formula on query and key positions (ModelZoo's masks).
+    Of the pattern only its numbers are used, each part as a formula on query and key positions (ModelZoo's masks). Where heads have
+    patterns of their own, (heads, T, T).
     """
+    if pattern.heads:
+        return np.stack([visible(seq, pos, of_head) for of_head in pattern.heads])
     q, k = pos[:, None], pos[None, :]
     causal: NDArray[np.bool_] = (seq[:, None] == seq[None, :]) & (k <= q)
-    if pattern.mask is not None:
-        return causal & pattern.mask(q, k)
+    if pattern.mask_function is not None:
+        return causal & pattern.mask_function(q, k)
     if pattern.block_size is not None:
         size = pattern.block_size
         allowed = np.zeros((len(pattern.blocks), len(pattern.blocks)), np.bool_)
@@ -111,7 +114,7 @@ def attention(
     q : ndarray, (T, heads, d)
     k, v : ndarray, (T, kv_heads, d), (T, kv_heads, dv)
         Head ``i`` of `q` reads key/value head ``i // (heads / kv_heads)``.
-    mask : ndarray, (T, T), bool
+    mask : ndarray, (T, T) or (heads, T, T), bool
         True where query i sees key j.
     scale : float
         Factor of the scores.
@@ -135,7 +138,7 @@ def attention(
     context = np.empty((*q.shape[:2], v.shape[2]), q.dtype)
     for head in range(heads):  # one (T, T) matrix at a time
         scores = capped(q[:, head] @ k[:, head // group].T * q.dtype.type(scale), cap)
-        scores = np.where(mask, scores, q.dtype.type(-np.inf))
+        scores = np.where(mask[head] if mask.ndim == 3 else mask, scores, q.dtype.type(-np.inf))
         maximum[:, head] = scores.max(axis=1, initial=-np.inf if sinks is None else sinks[head])
         if nearest is not None:
             sink = None if sinks is None else sinks[head]
