@@ -158,6 +158,11 @@ def _in_place(name: str, call: Any, formula: Any, torch: Any, roundings: float, 
 _LIMIT = np.float32(1.5)
 _in_place("add_bias", elementwise.add_bias, lambda x, b: x + b, lambda t, x, b: x + b, 1, lambda t, n: (1, n))
 _in_place(
+    "add_bias_to", lambda x, b: elementwise.add_bias_to(x, np.arange(0, len(x), 2), b),
+    lambda x, b: x + b * (np.arange(len(x)) % 2 == 0)[:, None], lambda t, x, b: x + b * (t.arange(len(x)) % 2 == 0)[:, None], 1,
+    lambda t, n: (1, n),
+)  # fmt: skip
+_in_place(
     "add_scaled", lambda x, y: elementwise.add_scaled(x, y, _LIMIT), lambda x, y: x + y * x.dtype.type(_LIMIT),
     lambda t, x, y: x + y * float(_LIMIT), 4, lambda t, n: (t, n),
 )  # fmt: skip

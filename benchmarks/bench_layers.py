@@ -38,7 +38,7 @@ from wse_emu.layers.head_products import head_products
 from wse_emu.layers.index_keys import choose_keys, index_heads, weights_column
 from wse_emu.layers.kv_cache import KVCache
 from wse_emu.layers.layer_norm import layer_norm
-from wse_emu.layers.linear import Selection, all_gather_bands, matmul
+from wse_emu.layers.linear import Selection, all_gather_bands, matmul, matmul_by_kind
 from wse_emu.layers.norm import add_residual, rms_norm, stream_vector
 from wse_emu.layers.qk_norm import qk_norm
 from wse_emu.layers.query_temperature import place_factors
@@ -290,6 +290,35 @@ def _matmul(layer: Layer) -> Case:
     peers = {"numpy": lambda: x @ w, **torch_call(lambda t, a, b: a @ b, x, w)}
     work = Work(macs=layer.n_tokens * w.size, bytes=x.nbytes + w.nbytes + 4 * layer.n_tokens * n_out, tokens=layer.n_tokens)
     return Case(ours, peers, (x.astype(np.float64) @ w,), (linear_bound(x, w.T),), work, look=gathered)
+
+
+@both("matmul_by_kind")
+def _matmul_by_kind(layer: Layer) -> Case:
+    """Four tokens in five with one matrix, the fifth with another; the peers compute two products of gathered rows."""
+    wafer, x, n_out = layer.wafer(), layer.x, layer.heads.qkv.total
+    weights = [normal(layer.hidden, n_out, seed=seed, scale=layer.hidden**-0.5) for seed in (1, 2)]
+    placed, out = put(wafer, x), room(wafer, layer.n_tokens, layer.heads.qkv)
+    fifth = np.arange(layer.n_tokens) % 5 == 4
+    rows = [np.flatnonzero(~fifth), np.flatnonzero(fifth)]
+    parts = [(streamed(w), Selection.of_tokens(r, layer.bands.split)) for w, r in zip(weights, rows, strict=True) if r.size]
+    right, bound = np.empty((layer.n_tokens, n_out)), np.empty((layer.n_tokens, n_out))
+    for w, r in zip(weights, rows, strict=True):
+        right[r], bound[r] = x[r].astype(np.float64) @ w, linear_bound(x[r], w.T)
+
+    def ours() -> Any:
+        matmul_by_kind(wafer, placed, parts, out, layer.bands)
+        all_gather_bands(wafer, out, layer.bands)
+        return out
+
+    def peer() -> F32:
+        y = np.empty((layer.n_tokens, n_out), np.float32)
+        for w, r in zip(weights, rows, strict=True):
+            y[r] = x[r] @ w
+        return y
+
+    n_bytes = x.nbytes + len(parts) * weights[0].nbytes + 4 * layer.n_tokens * n_out
+    work = Work(macs=layer.n_tokens * weights[0].size, bytes=n_bytes, tokens=layer.n_tokens)
+    return Case(ours, {"numpy": peer}, (right,), (bound,), work, look=gathered)
 
 
 @both("head_products")

@@ -26,9 +26,10 @@ IN_EVERY_LAUNCH = {"locate"}
 """Kernels that other kernels call and that are no use alone."""
 NOT_MESH_PROGRAMS = {
     "attend_on_cores", "choose_on_cores", "vocabulary_passes", "gate_and_up", "hidden", "output", "combine", "run_selected",
+    "run_only",
 }  # fmt: skip
 """Functions of layers that take a wafer: of attention and of indexers the part for one core at a time, one that runs nothing, and the steps
-of an expert with biases, which `experts_ffn` takes, and how one kernel runs on some of the tokens."""
+of an expert with biases, which `experts_ffn` takes, and how one kernel runs on some of the tokens (two ways)."""
 
 
 def kernels() -> Iterator[str]:

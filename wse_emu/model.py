@@ -22,6 +22,7 @@ from wse_emu.equivalence import VerifyReport, check_continuation, verify_record
 from wse_emu.foundation.arguments import check_callable, check_flag, show
 from wse_emu.foundation.attention_pattern import AttentionPattern
 from wse_emu.foundation.errors import InputError, SpecError, SramOverflowError, TraceError
+from wse_emu.foundation.memory_tokens import MemoryTokens
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.precision import DType, Precision, PrecisionOptLevel
 from wse_emu.foundation.taps import TapRecord, joined
@@ -42,7 +43,7 @@ _DEFAULT_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class ModelOutput:
-    """What a forward pass gives back; padding positions hold zeros."""
+    """What a forward pass gives back, of the tokens that were given; padding positions hold zeros."""
 
     logits: NDArray[np.float32]
     """(batch, tokens, vocab)."""
@@ -238,7 +239,7 @@ class WaferModel:
         self._disk_bytes = DiskBytes(checkpoint.tensors.stored_bytes, checkpoint.spec)
         if wafer is None and max_tokens is not None:
             limit = min(max_tokens, self.spec.context_length)
-            self._choose_grid(Workload.of((limit,), 0, prefill_chunk))
+            self._choose_grid(Workload.of((limit,), 0, prefill_chunk, memory=self.spec.memory_tokens))
 
     def __repr__(self) -> str:
         where = "no wafer chosen yet" if self._wafer is None else repr(self._wafer)
@@ -249,7 +250,8 @@ class WaferModel:
         """The wafer; if none was given and none chosen yet, the smallest square grid for 512 tokens (or the model's positions)."""
         with self.turn.lock:
             if self._wafer is None:
-                self._choose_grid(Workload.of((min(_DEFAULT_TOKENS, self.spec.context_length),), 0, self.prefill_chunk))
+                limit = min(_DEFAULT_TOKENS, self.spec.context_length)
+                self._choose_grid(Workload.of((limit,), 0, self.prefill_chunk, memory=self.spec.memory_tokens))
             assert self._wafer is not None
             return self._wafer
 
@@ -266,6 +268,7 @@ class WaferModel:
         Parameters
         ----------
         input_ids : integers, (batch, tokens) or (tokens,)
+            The text. A model's memory tokens (`MemoryTokens`) are put in here, and what they give is left out again.
         attention_mask : 0 or 1, same shape, optional
             0 marks padding, on the left only.
         output_hidden_states, output_router_logits : bool
@@ -290,15 +293,15 @@ class WaferModel:
         check_flag("output_hidden_states", output_hidden_states, InputError)
         check_flag("output_router_logits", output_router_logits, InputError)
         prompts = _Prompts.read(input_ids, attention_mask, self.spec)
-        with _session(self, "a model", prompts.lengths, 0, routing) as session:
-            result, order = session.prefill(prompts, every=True, hidden_states=output_hidden_states, router_logits=output_router_logits)
+        with _session(self, "a model", prompts, 0, routing) as session:
+            result = session.prefill(prompts, every=True, hidden_states=output_hidden_states, router_logits=output_router_logits)
         spread = prompts.spread
         return ModelOutput(
-            logits=spread(result.logits[order]),
-            hidden_states=tuple(spread(h[order]) for h in result.hidden_states) if output_hidden_states else None,
-            router_logits=tuple(spread(r[order]) for r in result.router_logits) if output_router_logits else None,
-            topk_ids=tuple(spread(i[order]) for i in result.topk_ids),
-            topk_weights=tuple(spread(w[order]) for w in result.topk_weights),
+            logits=spread(result.logits),
+            hidden_states=tuple(map(spread, result.hidden_states)) if output_hidden_states else None,
+            router_logits=tuple(map(spread, result.router_logits)) if output_router_logits else None,
+            topk_ids=tuple(map(spread, result.topk_ids)),
+            topk_weights=tuple(map(spread, result.topk_weights)),
         )
 
     def generate(
@@ -306,6 +309,9 @@ class WaferModel:
         on_token: Callable[[int, Ints], None] | None = None, routing: RoutingTrace | Sequence[RoutingTrace] | None = None,
     ) -> Ints:  # fmt: skip
         """Continue the prompts token by token, keys and values cached on the wafer.
+
+        A model's memory tokens (`MemoryTokens`) are put into the prompt and, whenever a chunk is full, before the token that follows it: one
+        forward pass takes in both. They count as no token here, neither of the prompt nor new; positions and keys they take.
 
         Parameters
         ----------
@@ -348,8 +354,8 @@ class WaferModel:
         alive = list(range(batch))
         fill = self.spec.pad_token_id if self.spec.pad_token_id is not None else (self.spec.eos_token_ids or (0,))[0]
         columns: list[Ints] = []
-        with _session(self, "`generate`", prompts.lengths, int(max_new_tokens), routing) as session:
-            result, _ = session.prefill(prompts, every=False)
+        with _session(self, "`generate`", prompts, int(max_new_tokens), routing) as session:
+            result = session.prefill(prompts, every=False)
             for step in range(int(max_new_tokens)):
                 if self.wafer.is_dry:
                     chosen = np.zeros(len(alive), np.int64)
@@ -404,15 +410,17 @@ class WaferModel:
             note = f"generated tokens: rotary scaling {self.spec.rope_scaling.kind} follows the length, the cache keeps older rotations"
             return replace(report, notes=(*report.notes, note))
         given = tuple(int(n) for n in prompts.mask[:, :n_prompt].sum(axis=1))
-        return report.with_check(check_continuation(record, given, sampler or Sampler(greedy=True), self.spec.eos_token_ids))
+        memory = None if self.spec.memory_tokens is None else self.spec.memory_tokens.are_at(record.pos)
+        check = check_continuation(record, given, sampler or Sampler(greedy=True), self.spec.eos_token_ids, memory=memory)
+        return report.with_check(check)
 
     def record(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> TapRecord:
-        """Every stage of a forward pass, through the probe channel; see `wse_emu.foundation.taps`."""
+        """Every stage of a forward pass, of memory tokens too, through the probe channel; see `wse_emu.foundation.taps`."""
         prompts = _Prompts.read(input_ids, attention_mask, self.spec)
         if self._wafer is not None and self._wafer.is_dry:
             raise InputError("the `dry` executor computes no values to record; use another executor")
-        with _session(self, "`record`", prompts.lengths, 0, None, probe=True) as session:
-            result, _ = session.prefill(prompts, every=True, taps=True)
+        with _session(self, "`record`", prompts, 0, None, probe=True) as session:
+            result = session.prefill(prompts, every=True, taps=True)
         assert result.taps is not None
         return result.taps
 
@@ -497,16 +505,22 @@ class _Prompts:
     """(batch, tokens)."""
     mask: NDArray[np.bool_]
     batched: bool
+    memory: MemoryTokens | None
 
     @property
-    def lengths(self) -> tuple[int, ...]:
+    def given(self) -> tuple[int, ...]:
         """Real tokens of each sequence."""
         return tuple(int(n) for n in self.mask.sum(axis=1))
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The same with its memory tokens."""
+        return self.given if self.memory is None else tuple(map(self.memory.length, self.given))
+
     def sequence(self, i: int) -> Ints:
-        """Real tokens of one sequence."""
+        """Real tokens of one sequence, and its memory tokens."""
         tokens: Ints = self.ids[i][self.mask[i]]
-        return tokens
+        return tokens if self.memory is None else self.memory.insert(tokens)
 
     def spread(self, values: NDArray[Any]) -> NDArray[Any]:
         """Values of the real tokens, by (sequence, position), at their places; zeros at padding."""
@@ -551,12 +565,12 @@ class _Prompts:
             raise InputError(
                 f"{longest} tokens of prompt and {show(new_tokens)} new ones are more than the model's {spec.context_length} positions"
             )
-        return _Prompts(ids.astype(np.int64), mask, batched)
+        return _Prompts(ids.astype(np.int64), mask, batched, spec.memory_tokens)
 
 
 @contextmanager
 def _session(
-    model: WaferModel, name: str, lengths: tuple[int, ...], new_tokens: int, routing: RoutingTrace | Sequence[RoutingTrace] | None,
+    model: WaferModel, name: str, prompts: _Prompts, new_tokens: int, routing: RoutingTrace | Sequence[RoutingTrace] | None,
     *, probe: bool = False,
 ) -> Iterator[_Session]:  # fmt: skip
     """One call of a model, alone on its wafer; whatever ends it, what it placed there is gone afterwards."""
@@ -566,12 +580,13 @@ def _session(
         if not isinstance(routing, Sequence) or not all(isinstance(trace, RoutingTrace) for trace in routing):
             raise TraceError(f"`routing` must be a RoutingTrace or a sequence of them, got {show(routing)}")
     traces = [routing] if isinstance(routing, RoutingTrace) else routing
-    model.options.check_batch(len(lengths))
+    model.options.check_batch(len(prompts.given))
+    work = Workload.of(prompts.given, new_tokens, model.prefill_chunk, probe=probe, memory=prompts.memory)
     with model.turn.program(name):
-        engine = model._engine_for(Workload.of(lengths, new_tokens, model.prefill_chunk, probe=probe))
+        engine = model._engine_for(work)
         with engine.wafer.turn.program(name), engine.wafer.all_or_nothing():
             model.recorded_routing, model.recorded_kv, model.recorded_from = [], None, len(engine.wafer.ledger)
-            cache = engine.new_cache([n + new_tokens for n in lengths], prompts=lengths)
+            cache = engine.new_cache(work.capacity, prompts=work.prompts)
             with engine.streaming():
                 yield _Session(model, engine, cache, traces)
             model.recorded_kv = cache.tokens_by_row
@@ -586,16 +601,16 @@ class _Session:
 
     def prefill(
         self, prompts: _Prompts, *, every: bool, hidden_states: bool = False, router_logits: bool = False, taps: bool = False
-    ) -> tuple[ForwardResult, Ints]:
+    ) -> ForwardResult:
         """Run the prompts, in chunks if the model says so.
 
         Returns
         -------
         ForwardResult
-            With `every`, values of all tokens of all chunks; else logits of each sequence's last token, by sequence.
-        ndarray of int64
-            Order that sorts those values by (sequence, position).
+            With `every`, values of all tokens that were given, by (sequence, position), or just the taps, of memory tokens too; else
+            logits of each sequence's last token, by sequence.
         """
+        memory = prompts.memory
         results: list[ForwardResult] = []
         where: list[tuple[int, int]] = []
         done = [0] * len(prompts.lengths)
@@ -606,8 +621,10 @@ class _Session:
             tokens = np.concatenate([prompts.sequence(i)[s : s + n] for i, n, s in zip(slots, n_new, start, strict=True)])
             ends = np.cumsum(n_new) - 1
             final = [j for j, i in enumerate(slots) if start[j] + n_new[j] == prompts.lengths[i]]
-            wanted = np.arange(tokens.size) if every else ends[final]
             sequences = sequences_of(slots, n_new, start, [prompts.lengths[i] for i in slots])
+            wanted = np.arange(tokens.size) if every else ends[final]
+            if memory is not None and every and not taps:  # nothing is predicted from memory tokens
+                wanted = np.flatnonzero(~memory.are_at(sequences.positions))
             result = self._forward(tokens, sequences, wanted, hidden_states=hidden_states, router_logits=router_logits, taps=taps)
             if every:
                 results.append(result)
@@ -616,16 +633,28 @@ class _Session:
             for j, i in enumerate(slots):
                 where += [(i, start[j] + t) for t in range(n_new[j])]
                 done[i] += n_new[j]
-        order = np.array(sorted(range(len(where)), key=where.__getitem__), np.int64)
         if not every:
-            return ForwardResult(np.stack([last[i] for i in range(len(done))])), order
-        return _merged(results, order), order
+            return ForwardResult(np.stack([last[i] for i in range(len(done))]))
+        order = np.array(sorted(range(len(where)), key=where.__getitem__), np.int64)
+        merged = _merged(results, order)
+        if taps:
+            return merged
+        given = np.ones(order.size, np.bool_) if memory is None else ~memory.are_at(np.array([at for _, at in where], np.int64))
+        rows = order[given[order]]
+        return ForwardResult(
+            merged.logits[np.cumsum(given)[rows] - 1], [ids[rows] for ids in merged.topk_ids], [w[rows] for w in merged.topk_weights],
+            [scores[rows] for scores in merged.router_logits], [x[rows] for x in merged.hidden_states],
+        )  # fmt: skip
 
     def decode(self, slots: list[int], tokens: Ints) -> ForwardResult:
-        """One more token for each of the sequences `slots`."""
-        start = self._cache.lengths[slots].tolist()
-        sequences = sequences_of(slots, [1] * len(slots), start)
-        return self._forward(np.asarray(tokens, np.int64), sequences, np.arange(len(slots)), phase="decode")
+        """One more token for each of the sequences `slots`, behind memory tokens where their place is."""
+        start, memory, n_new = self._cache.lengths[slots], self._model.spec.memory_tokens, np.ones(len(slots), np.int64)
+        if memory is not None:
+            n_new += memory.num_memory_tokens_per_chunk * memory.are_at(start)
+        last = np.cumsum(n_new) - 1
+        every = np.full(int(n_new.sum()), 0 if memory is None else memory.memory_token_id, np.int64)
+        every[last] = tokens
+        return self._forward(every, sequences_of(slots, n_new.tolist(), start.tolist()), last, phase="decode")
 
     def _forward(
         self, tokens: Ints, sequences: Sequences, wanted: Ints, *, hidden_states: bool = False, router_logits: bool = False,

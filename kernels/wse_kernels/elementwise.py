@@ -9,6 +9,7 @@ from wse_kernels._jit import kernel
 from wse_kernels.exp import sigmoid32, tanh32
 
 F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
 
 
 @kernel()
@@ -17,6 +18,14 @@ def add_bias(x: F32, bias: F32) -> None:
     for i in range(x.shape[0]):
         for k in range(x.shape[1]):
             x[i, k] = x[i, k] + bias[0, k]
+
+
+@kernel()
+def add_bias_to(x: F32, rows: I64, bias: F32) -> None:
+    """``x[rows] = x[rows] + bias``, x (t, n) and bias (1, n) float32, rows (m,) int64, in place."""
+    for i in range(rows.shape[0]):
+        for k in range(x.shape[1]):
+            x[rows[i], k] = x[rows[i], k] + bias[0, k]
 
 
 @kernel()

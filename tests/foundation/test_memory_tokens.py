@@ -46,11 +46,11 @@ def test_the_memory_mask_key_by_key(chunk: int, memory: int, n: int) -> None:
         assert all(mask[q, k] for q in range(n) for k in np.flatnonzero(is_memory(n, chunk_size=chunk, per_chunk=1)) if k <= q)
 
 
-def test_memory_tokens_follow_every_whole_chunk() -> None:
+def test_memory_tokens_follow_every_whole_chunk_that_something_follows() -> None:
     ids = insert_memory_tokens(np.arange(8), chunk_size=3, per_chunk=2, token_id=99)
     assert ids.tolist() == [0, 1, 2, 99, 99, 3, 4, 5, 99, 99, 6, 7]
     assert ids[~is_memory(len(ids), chunk_size=3, per_chunk=2)].tolist() == list(range(8))
-    assert insert_memory_tokens(np.zeros((2, 4), int), chunk_size=2, per_chunk=1, token_id=7).tolist() == [[0, 0, 7, 0, 0, 7]] * 2
+    assert insert_memory_tokens(np.zeros((2, 4), int), chunk_size=2, per_chunk=1, token_id=7).tolist() == [[0, 0, 7, 0, 0]] * 2
     assert positions_with_memory(8, chunk_size=3, per_chunk=2) == 8 + 2 * 11 // 3
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +21,7 @@ from wse_emu.checkpoint.wrapped import language_config
 from wse_emu.foundation.activations import Activation
 from wse_emu.foundation.arguments import show
 from wse_emu.foundation.errors import ConfigError, SpecError
+from wse_emu.foundation.memory_tokens import MemoryTokens
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.rotary_spec import RotarySpec
 
@@ -126,6 +128,23 @@ def _moe_fields(fields: Fields, rules: MoeRules | None, layers: int) -> dict[str
     }
 
 
+def _memory_tokens(fields: Fields) -> MemoryTokens | None:
+    """ModelZoo's ``memory_tokens``: none unless both sizes are given."""
+    inner = fields.object("memory_tokens")
+    if inner is None:
+        return None
+    known = {f.name: f for f in dataclass_fields(MemoryTokens)}
+    for name in inner.values:
+        if name not in known:
+            raise inner.fail(name, f"is unknown; there are {', '.join(known)}")
+    if not inner.given("attn_memory_chunk_size") and not inner.given("num_memory_tokens_per_chunk"):
+        return None
+    given = {name: value for name, value in inner.values.items() if value is not None}
+    sizes = {name: inner.integer(name) for name in ("attn_memory_chunk_size", "num_memory_tokens_per_chunk")}
+    with _in_published_names(fields.where):
+        return MemoryTokens(**{**given, **sizes})
+
+
 def parse_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | None = None, where: str = "config.json") -> ModelSpec:
     """Spec of the model that a config.json describes; needs no weights.
 
@@ -209,6 +228,7 @@ def parse_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | N
             activation=_activation(fields, family),
             sliding_window=window,
             sliding_layers=window_layers,
+            memory_tokens=_memory_tokens(fields),
             bos_token_id=_token_id(tokens, "bos_token_id", vocab, _default_id(family.bos_token_id, vocab)),
             eos_token_ids=_eos_ids(tokens, vocab, _default_id(family.eos_token_id, vocab)),
             pad_token_id=_token_id(tokens, "pad_token_id", vocab, _default_id(family.pad_token_id, vocab)),
@@ -315,6 +335,8 @@ def to_config(spec: ModelSpec) -> dict[str, Any]:
         "torch_dtype": "float32",
         **family.window_config(spec),
     }
+    if spec.memory_tokens is not None:
+        config["memory_tokens"] = asdict(spec.memory_tokens)
     if family.attention_bias is not None:
         config["attention_bias"] = spec.biases == family.attention_bias
     if family.moe is not None:

@@ -66,17 +66,20 @@ def read_part(source: TensorSource, tensor: PublishedTensor, start: int, stop: i
 def published_tensors(spec: ModelSpec) -> Iterator[tuple[str, PublishedTensor]]:
     """Canonical role and published tensor of every weight, embedding first, head last.
 
-    Roles: ``"embed"``, ``"layers.N."`` followed by ``attn_norm w_q w_k w_v``, their biases ``b_q b_k b_v``, ``q_norm k_norm``, ``sinks``
-    (with latent attention ``w_q``, or ``w_q_a q_a_norm w_q_b``, then ``w_kv_a kv_a_norm w_kv_b``, and of an indexer
-    ``index_w_q index_w_k index_k_norm index_k_norm_bias index_weights``), ``w_o``, ``b_o``,
-    ``attn_after_norm``, ``ffn_norm`` and ``w_gate w_up w_down`` (dense) or ``router``, ``router_bias``, ``e_score_correction_bias``,
-    ``shared.`` and ``experts.E.`` with ``w_gate w_up w_down``, their biases ``b_gate b_up b_down``, ``shared.gate``,
-    ``ffn_after_norm``, each where the model has it, then ``"final_norm"``, ``"lm_head"`` and ``"lm_head_bias"``. A norm's bias is named as
+    Roles: ``"embed"``, ``"memory_embed"``, ``"layers.N."`` followed by ``attn_norm w_q w_k w_v``, their biases ``b_q b_k b_v``,
+    ``q_norm k_norm``, ``sinks`` (with latent attention ``w_q``, or ``w_q_a q_a_norm w_q_b``, then ``w_kv_a kv_a_norm w_kv_b``, and of an
+    indexer ``index_w_q index_w_k index_k_norm index_k_norm_bias index_weights``), ``w_o``, ``b_o`` and, of memory tokens, the same
+    projections and biases with ``memory.`` before, ``attn_after_norm``, ``ffn_norm`` and ``w_gate w_up w_down`` (dense) or ``router``,
+    ``router_bias``, ``e_score_correction_bias``, ``shared.`` and ``experts.E.`` with ``w_gate w_up w_down``, their biases
+    ``b_gate b_up b_down``, ``shared.gate``, ``ffn_after_norm``, each where the model has it, then ``"final_norm"``, ``"lm_head"`` and
+    ``"lm_head_bias"``. A norm's bias is named as
     the norm, with ``_bias``. A tied head names the embedding's tensor.
     """
     names = FAMILIES[spec.family].names
     h = spec.hidden_size
     yield "embed", PublishedTensor(_plain(names["embed"]), (spec.vocab_size, h))
+    if spec.embedding_rows > spec.vocab_size:
+        yield "memory_embed", PublishedTensor(_plain(names["memory_embed"]), (1, h))
     for layer in range(spec.num_layers):
         shapes = dict(layer_roles(spec, layer))
         for role, shape in shapes.items():
@@ -104,17 +107,18 @@ def layer_roles(spec: ModelSpec, layer: int) -> Iterator[tuple[str, tuple[int, .
             yield from _indexer(spec, spec.indexer)
         q = spec.num_heads * spec.value_dim
     else:
-        yield from (("w_q", (q, h)), ("w_k", (kv, h)), ("w_v", (kv, h)))
-    if spec.biases.qkv:
-        yield from (("b_q", (q,)), ("b_k", (kv,)), ("b_v", (kv,)))
+        for s in spec.weight_sets:
+            yield from ((s + "w_q", (q, h)), (s + "w_k", (kv, h)), (s + "w_v", (kv, h)))
+    for s in spec.weight_sets if spec.biases.qkv else ():
+        yield from ((s + "b_q", (q,)), (s + "b_k", (kv,)), (s + "b_v", (kv,)))
     if spec.qk_norm is not None and spec.qk_norm.weighted:
         of_head = spec.qk_norm.over == "head"
         yield from (("q_norm", (d if of_head else q,)), ("k_norm", (d if of_head else kv,)))
     if spec.attn_sinks:
         yield "sinks", (spec.num_heads,)
-    yield "w_o", (h, q)
+    yield from ((s + "w_o", (h, q)) for s in spec.weight_sets)
     if spec.biases.out:
-        yield "b_o", (h,)
+        yield from ((s + "b_o", (h,)) for s in spec.weight_sets)
     if spec.norm.after:
         yield from _norm("attn_after_norm", spec)
     yield from _norm("ffn_norm", spec)

@@ -37,9 +37,13 @@ def ffn_names(role: str, prefix: str, *, gate: str = "gate_proj", up: str = "up_
     return {f"{role}w_{kind}": f"{prefix}{name}.weight" for kind, name in zip(_GATED, (gate, up, down), strict=True)}
 
 
+_MEMORY = (("q", "q"), ("k", "k"), ("v", "v"), ("o", "output"))
+"""Projections of memory tokens, as ModelZoo names its modules."""
+
 LLAMA: Names = MappingProxyType(
     {
         "embed": "model.embed_tokens.weight",
+        "memory_embed": "model.memory_token_embedding.weight",
         "layer": "model.layers.{n}.",
         "final_norm": "model.norm.weight",
         "final_norm_bias": "model.norm.bias",
@@ -49,6 +53,8 @@ LLAMA: Names = MappingProxyType(
         "attn_norm_bias": "input_layernorm.bias",
         **{f"w_{x}": f"self_attn.{x}_proj.weight" for x in "qkvo"},
         **{f"b_{x}": f"self_attn.{x}_proj.bias" for x in "qkvo"},
+        **{f"memory.w_{x}": f"self_attn.proj_{name}_memory_tokens_layer.weight" for x, name in _MEMORY},
+        **{f"memory.b_{x}": f"self_attn.proj_{name}_memory_tokens_layer.bias" for x, name in _MEMORY},
         "q_norm": "self_attn.q_norm.weight",
         "k_norm": "self_attn.k_norm.weight",
         "ffn_norm": "post_attention_layernorm.weight",

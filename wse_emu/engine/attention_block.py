@@ -8,13 +8,13 @@ from functools import partial
 from wse_emu.engine.forward_pass import AttentionTile, ForwardPass
 from wse_emu.engine.index_projection import index_choice, index_projection, index_tensors, keys_are_done, place_index_rotary
 from wse_emu.engine.latent_projection import latent_queries, latent_values, tap_mixed, value_units
+from wse_emu.engine.projection import project
 from wse_emu.engine.qkv_norm import normalise
 from wse_emu.engine.recompute import recomputed
 from wse_emu.foundation.taps import TapRecord, joined
 from wse_emu.foundation.weights import layer_prefix
 from wse_emu.layers.attention import attention
-from wse_emu.layers.elementwise import bias, clip
-from wse_emu.layers.linear import all_gather_bands, matmul
+from wse_emu.layers.elementwise import clip
 from wse_emu.layers.query_temperature import TUNE_QUERIES, place_factors, temperature_factors
 from wse_emu.layers.rotary import ROTATE_QK, place_rotary, rotary_tables
 from wse_emu.layers.stream import StreamedVector
@@ -72,7 +72,7 @@ def _place_tables(run: ForwardPass, tile: AttentionTile, stack: ExitStack) -> No
 def _attention_block(run: ForwardPass, x: PlacedTensor) -> None:
     """The same for all tokens of a pass, or of a tile."""
     wafer, spec, layer, weights, heads, bands = run.wafer, run.spec, run.current_layer, run.weights, run.heads, run.bands
-    prefix, rows, n, chunk = layer_prefix(layer), run.place.axis0, bands.n_tokens, run.options.piece
+    prefix, rows, n = layer_prefix(layer), run.place.axis0, bands.n_tokens
     with ExitStack() as stack:
         qkv = stack.enter_context(
             run.empty("queries, keys and values", wafer.placement((n, heads.qkv.total), rows, ("col", heads.qkv)))
@@ -123,24 +123,15 @@ def _attention_block(run: ForwardPass, x: PlacedTensor) -> None:
             latent_values(run, mixed, context)
         with run.empty("attention output", run.place) as y:
             with run.scope("attention_out"):
-                w_o = weights.matrix(prefix + "w_o", spec.num_heads * spec.value_dim, spec.hidden_size)
-                matmul(wafer, context, w_o, y, bands, chunk=chunk)
-                all_gather_bands(wafer, y, bands)
-                if spec.biases.out:
-                    bias(wafer, y, prefix + "b_o", weights.vector(prefix + "b_o"), bands)
+                project(run, context, "o", y, biased=spec.biases.out)
                 run.tap("attn_out", y)
             run.join(x, y, "attn_after_norm", "attn_residual", "attention_out")
 
 
 def _project(run: ForwardPass, normal: PlacedTensor, qkv: PlacedTensor) -> None:
     """Queries, keys and values of every head, with their biases."""
-    spec, weights, name = run.spec, run.weights, layer_prefix(run.current_layer)
     with run.scope("qkv"):
-        w_qkv = weights.matrix(name + "w_qkv", spec.hidden_size, run.heads.qkv.total)
-        matmul(run.wafer, normal, w_qkv, qkv, run.bands, chunk=run.options.piece)
-        all_gather_bands(run.wafer, qkv, run.bands)
-        if spec.biases.qkv:
-            bias(run.wafer, qkv, name + "b_qkv", weights.vector(name + "b_qkv"), run.bands)
+        project(run, normal, "qkv", qkv, biased=run.spec.biases.qkv)
         run.tap_qkv(qkv, "", "qkv")
 
 

@@ -13,18 +13,36 @@ from wse_emu.engine.routing_trace import RoutingTrace
 from wse_emu.engine.weights import ModelWeights
 from wse_emu.foundation.attention_pattern import AttentionPattern
 from wse_emu.foundation.key_ranges import KeyRanges
+from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.taps import TapRecord, joined
 from wse_emu.foundation.weights import layer_prefix
 from wse_emu.layers.elementwise import bias
 from wse_emu.layers.kept_keys import KeptKeys
 from wse_emu.layers.kv_cache import KVCache, Sequences
 from wse_emu.layers.layer_norm import layer_norm
+from wse_emu.layers.linear import Selection
 from wse_emu.layers.norm import add_residual, rms_norm
 from wse_emu.layers.router import Routing
 from wse_emu.memoryx.layout import qkv_to_published
 from wse_emu.wafer.placement import Ints, Placement, Split, TokenBands
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.wafer import Wafer
+
+Kinds = tuple[tuple[str, Selection | None], ...]
+"""Prefix of the projections around attention (`ModelSpec.weight_sets`) to the tokens that go through them; None is all."""
+
+_ONE_KIND: Kinds = (("", None),)
+
+
+def kinds_of(spec: ModelSpec, positions: Ints, split: Split) -> Kinds:
+    """Which tokens at these positions, on rows of cores split by `split`, go through which projections; kinds without a token are none."""
+    if len(spec.weight_sets) == 1 or spec.memory_tokens is None:
+        return _ONE_KIND
+    memory = spec.memory_tokens.are_at(positions)
+    ordinary, own = np.flatnonzero(~memory), np.flatnonzero(memory)
+    if not own.size or not ordinary.size:
+        return (("memory." if own.size else "", None),)
+    return tuple((kind, Selection.of_tokens(rows, split)) for kind, rows in zip(spec.weight_sets, (ordinary, own), strict=True))
 
 
 @dataclass(slots=True)
@@ -91,6 +109,8 @@ class ForwardPass:
         columns = Split.balanced(self.spec.hidden_size, wafer.cols)
         self.place = wafer.placement((bands.n_tokens, self.spec.hidden_size), ("row", bands.split), ("col", columns))
         """Where the residual stream lies."""
+        self.kinds = _ONE_KIND if len(self.spec.weight_sets) == 1 else kinds_of(self.spec, sequences.positions, bands.split)
+        """Which tokens go through which projections."""
         self.tables: dict[bool, tuple[PlacedTensor, PlacedTensor]] = {}
         """Rotary cosines and sines, of the layers that turn locally and of the others."""
         self.factors: PlacedTensor | None = None

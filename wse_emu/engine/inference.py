@@ -194,7 +194,7 @@ def _execute(run: ForwardPass, token_ids: Ints, wanted: Ints, stream: LayerStrea
     wafer, spec, weights, ledger = run.wafer, run.spec, run.weights, run.wafer.ledger
     x = stack.enter_context(run.empty("residual stream", run.place))
     with ledger.scope("embedding"):
-        wafer.inject(x, None if wafer.is_dry else weights.store.embed(token_ids))
+        wafer.inject(x, None if wafer.is_dry else weights.store.embed(_embedding_rows(run, token_ids)))
         kinds = {spec.rotates_locally(i) for i in range(spec.num_layers) if spec.rotates(i)}
         for local in [] if run.tiles else sorted(kinds):  # tiles have their own
             run.tables[local] = place_rotary(wafer, spec, run.sequences, run.heads, run.bands, local=local)
@@ -230,6 +230,14 @@ def _execute(run: ForwardPass, token_ids: Ints, wanted: Ints, stream: LayerStrea
             )  # fmt: skip
     if run.result.taps is not None:
         run.result.taps.stages[None, "logits"] = run.result.logits
+
+
+def _embedding_rows(run: ForwardPass, token_ids: Ints) -> Ints:
+    """Rows of the embedding of the new tokens."""
+    spec = run.spec
+    if spec.memory_tokens is None or not spec.memory_tokens.add_extra_embedding:
+        return token_ids
+    return np.where(spec.memory_tokens.are_at(run.sequences.positions), spec.vocab_size, token_ids)
 
 
 def _heads(spec: ModelSpec, n_cols: int) -> HeadLayout:

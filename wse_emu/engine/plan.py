@@ -21,6 +21,7 @@ from wse_emu.engine.routing_trace import RoutingTrace
 from wse_emu.foundation.arguments import show
 from wse_emu.foundation.attention_pattern import AttentionPattern
 from wse_emu.foundation.errors import InputError, SpecError, SramOverflowError
+from wse_emu.foundation.memory_tokens import MemoryTokens
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.wafer_spec import WSE3, WaferSpec
 from wse_emu.layers.kv_cache import Sequences
@@ -49,17 +50,25 @@ class Workload:
     """(sequence, new tokens), for every kind of forward pass (prompt chunks, decode)."""
     prompts: tuple[int, ...] | None = None
     """How many of them are prompt; None is all. It matters where keys and values do not shift."""
+    step: int = 1
+    """Most tokens of a sequence in one pass of decoding: the new one, and memory tokens before it."""
     probe: bool = False
     """Whether every stage is read, as `WaferModel.verify` does; an expert's output then lies on the wafer once more."""
 
     @staticmethod
-    def of(prompts: tuple[int, ...], new_tokens: int, prefill_chunk: int | None, *, probe: bool = False) -> Workload:
-        """Prompts of these lengths in chunks, then `new_tokens` one by one; raises as `check_prompt_tokens`."""
+    def of(
+        prompts: tuple[int, ...], new_tokens: int, prefill_chunk: int | None, *, probe: bool = False, memory: MemoryTokens | None = None
+    ) -> Workload:
+        """Prompts of these lengths in chunks, then `new_tokens` one by one, memory tokens between them; raises as `check_prompt_tokens`."""
+        capacity, step = tuple(n + new_tokens for n in prompts), 1
+        if memory is not None:
+            capacity, prompts = tuple(map(memory.length, capacity)), tuple(map(memory.length, prompts))
+            step += memory.num_memory_tokens_per_chunk
         check_prompt_tokens(sum(prompts))
         passes = list(dict.fromkeys(tuple(chunk) for chunk in prompt_chunks(prompts, prefill_chunk)))
-        if new_tokens > 1:
-            passes.append(tuple((i, 1) for i in range(len(prompts))))
-        return Workload(capacity=tuple(n + new_tokens for n in prompts), passes=tuple(passes), prompts=prompts, probe=probe)
+        for n in dict.fromkeys((1, step)) if new_tokens > 1 else ():
+            passes.append(tuple((i, n) for i in range(len(prompts))))
+        return Workload(capacity=capacity, passes=tuple(passes), prompts=prompts, step=step, probe=probe)
 
 
 def prompt_chunks(lengths: tuple[int, ...], chunk: int | None) -> Iterator[list[tuple[int, int]]]:
@@ -127,7 +136,7 @@ def peak_sram(spec: ModelSpec, wafer_spec: WaferSpec, rows: int, cols: int, work
 
 def _last_end(work: Workload, options: EngineOptions, sequence: int, n: int) -> int:
     """Tokens of a sequence after the last pass that brings `n` of them; the capacity where only room counts, and passes find all alike."""
-    if work.prompts is None or n == 1 or (options.kv_growth == "shift" and options.kv == "store"):
+    if work.prompts is None or n in (1, work.step) or (options.kv_growth == "shift" and options.kv == "store"):
         return work.capacity[sequence]
     prompt, step = work.prompts[sequence], max(m for new in work.passes for s, m in new if s == sequence)
     return prompt - prompt % step if n == step and options.kv_growth == "shift" else prompt
@@ -170,7 +179,7 @@ class Plan:
     stream_bytes_prefill: int
     """Weight bytes streamed for the prompt, if its tokens choose as many experts as they can."""
     stream_bytes_token: int
-    """Weight bytes streamed for one decode step, likewise."""
+    """Weight bytes streamed for one decode step, likewise; those of memory tokens are not among them."""
     chunk: int
     """Most columns of one streamed piece of a matrix."""
     kv_bytes: int
@@ -237,7 +246,7 @@ def plan_model(
     check_prompt_tokens(prompt_tokens * batch)
     options = options or EngineOptions()
     options.check_batch(batch)
-    work = Workload.of((prompt_tokens,) * batch, new_tokens, prefill_chunk, probe=verify)
+    work = Workload.of((prompt_tokens,) * batch, new_tokens, prefill_chunk, probe=verify, memory=spec.memory_tokens)
     chosen = rows is None and cols is None
     if chosen:
         side = smallest_square(spec, wafer_spec, work, options)
@@ -245,11 +254,8 @@ def plan_model(
     rows, cols = cols if rows is None else rows, rows if cols is None else cols
     assert rows is not None
     assert cols is not None
-    keeps_inputs = options.kv == "recompute"  # what is made again of them streams once there are any
-    chunks = Counter((n, keeps_inputs and i > 0) for i, ((_, n),) in enumerate(prompt_chunks((prompt_tokens,), prefill_chunk)))
-    bytes_prefill = sum(times * _stream_bytes(spec, batch * n, options, config, int(later)) for (n, later), times in chunks.items())
-    bytes_token = _stream_bytes(spec, batch, options, config, int(keeps_inputs))
-    held = kv_bytes(spec, wafer_spec, rows, cols, [prompt_tokens + new_tokens] * batch, options)
+    bytes_prefill, bytes_token = _pass_bytes(spec, prompt_tokens, batch, prefill_chunk, options, config)
+    held = kv_bytes(spec, wafer_spec, rows, cols, work.capacity, options)
     longest = _max_context(spec, wafer_spec, rows, cols, prompt_tokens, batch, prefill_chunk, options)
     try:
         settled, lies = settle(spec, wafer_spec, rows, cols, work, options)
@@ -310,6 +316,28 @@ def smallest_square(spec: ModelSpec, wafer_spec: WaferSpec, work: Workload, opti
     return high
 
 
+def _pass_bytes(
+    spec: ModelSpec, prompt_tokens: int, batch: int, prefill_chunk: int | None, options: EngineOptions, config: Mapping[str, Any] | None
+) -> tuple[int, int]:  # fmt: skip
+    """Weight bytes of all forward passes of a prompt, and of the first decode step after it that takes in no memory token."""
+    keeps_inputs, memory = options.kv == "recompute", spec.memory_tokens  # what is made again of inputs streams once there are any
+    length = spec.sequence_length(prompt_tokens)
+
+    def alike(n: int, start: int) -> tuple[int, int]:
+        """Tokens, and earlier ones, of a pass that streams what one of `n` for each of the batch does from `start` on."""
+        if memory is None:
+            return batch * n, int(keeps_inputs and start > 0)
+        size = memory.attn_memory_chunk_size + memory.num_memory_tokens_per_chunk  # it has the same kinds of tokens, new and earlier
+        return n, start if start < 2 * size else size + start % size
+
+    starts = range(0, length, prefill_chunk or length)
+    chunks = Counter(alike(n, start) for start, ((_, n),) in zip(starts, prompt_chunks((length,), prefill_chunk), strict=True))
+    of_prompt = sum(times * _stream_bytes(spec, n, options, config, earlier) for (n, earlier), times in chunks.items())
+    next_one = length if memory is None else memory.length(prompt_tokens + 1) - 1
+    n, earlier = alike(1, next_one)
+    return of_prompt, _stream_bytes(spec, n, options, config, earlier)
+
+
 def _stream_bytes(spec: ModelSpec, n_tokens: int, options: EngineOptions, config: Mapping[str, Any] | None, earlier: int) -> int:
     """Weight bytes of one forward pass over `n_tokens` that follow `earlier` ones, from the ledger of a dry run.
 
@@ -334,11 +362,16 @@ def _max_context(
     options: EngineOptions,
 ) -> int:  # fmt: skip
     """Longest capacity for which the planned prompt chunk and the decode step still fit; what is beyond the planned prompt is generated."""
-    chunk = min(prefill_chunk or prompt_tokens, prompt_tokens)
+    prompt, most = spec.sequence_length(prompt_tokens), 1
+    chunk = min(prefill_chunk or prompt, prompt)
+    if spec.memory_tokens is not None:
+        most += spec.memory_tokens.num_memory_tokens_per_chunk
 
-    def fits(length: int, options: EngineOptions) -> bool:
-        passes = tuple(tuple((i, n) for i in range(batch)) for n in (1, min(chunk, length)))  # the quicker one to refuse first
-        work = Workload(capacity=(length,) * batch, passes=passes, prompts=(min(prompt_tokens, length),) * batch)
+    def fits(n_tokens: int, options: EngineOptions) -> bool:
+        length = spec.sequence_length(n_tokens)
+        sizes = dict.fromkeys((1, min(most, length), min(chunk, length)))  # the quicker ones to refuse first
+        passes = tuple(tuple((i, n) for i in range(batch)) for n in sizes)
+        work = Workload(capacity=(length,) * batch, passes=passes, prompts=(min(prompt, length),) * batch, step=most)
         try:
             settle(spec, wafer_spec, rows, cols, work, options)
         except SramOverflowError:

@@ -13,15 +13,16 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
-from wse_emu.engine.forward_pass import ForwardPass
+from wse_emu.engine.forward_pass import ForwardPass, kinds_of
+from wse_emu.engine.projection import project_with
 from wse_emu.engine.qkv_norm import normalise
 from wse_emu.foundation.weights import layer_prefix
-from wse_emu.layers.elementwise import bias, clip
+from wse_emu.layers.elementwise import clip
 from wse_emu.layers.heads import HeadLayout
 from wse_emu.layers.kept_inputs import EarlierTokens
 from wse_emu.layers.kv_cache import Sequences
-from wse_emu.layers.linear import matmul
 from wse_emu.layers.rotary import ROTATE_QK, rotary_tables
+from wse_emu.layers.stream import StreamedMatrix, StreamedVector
 from wse_emu.wafer.placement import Ints
 from wse_emu.wafer.tensor import PlacedTensor
 
@@ -66,12 +67,19 @@ def _columns(heads: HeadLayout) -> Ints:
 
 
 def _project(run: ForwardPass, x: PlacedTensor, kv: PlacedTensor, heads: HeadLayout, earlier: EarlierTokens) -> None:
-    prefix, columns = layer_prefix(run.current_layer), _columns(run.heads)
-    whole = run.weights.matrix(prefix + "w_qkv", run.spec.hidden_size, run.heads.qkv.total)
-    matmul(run.wafer, x, whole.some(prefix + "w_kv", columns), kv, earlier.bands, chunk=run.options.piece)
-    if run.spec.biases.qkv:
+    spec, columns = run.spec, _columns(run.heads)
+
+    def matrix(kind: str) -> StreamedMatrix:
+        prefix = layer_prefix(run.current_layer) + kind
+        return run.weights.matrix(prefix + "w_qkv", spec.hidden_size, run.heads.qkv.total).some(prefix + "w_kv", columns)
+
+    def vector(kind: str) -> StreamedVector:
+        prefix = layer_prefix(run.current_layer) + kind
         values = run.weights.vector(prefix + "b_qkv")
-        bias(run.wafer, kv, prefix + "b_kv", None if values is None else values[columns], earlier.bands)
+        return StreamedVector(prefix + "b_kv", None if values is None else values[columns])
+
+    kinds = kinds_of(spec, earlier.positions, earlier.bands.split)
+    project_with(run, x, matrix, vector if spec.biases.qkv else None, kv, earlier.bands, kinds)
 
 
 def _prepare(run: ForwardPass, kv: PlacedTensor, heads: HeadLayout, earlier: EarlierTokens) -> None:

@@ -13,8 +13,9 @@ from wse_emu.sampling import Sampler
 
 
 def check_continuation(
-    record: TapRecord, prompts: tuple[int, ...], sampler: Sampler, eos_token_ids: Collection[int], *, streams: tuple[int, ...] | None = None
-) -> StageCheck:
+    record: TapRecord, prompts: tuple[int, ...], sampler: Sampler, eos_token_ids: Collection[int],
+    *, streams: tuple[int, ...] | None = None, memory: NDArray[np.bool_] | None = None,
+) -> StageCheck:  # fmt: skip
     """Draw every generated token again, from the logits that the verified forward pass gives for its predecessor.
 
     Cached decode gives the bits of full recomputation, so the draw must be the same token: there is no tolerance.
@@ -31,6 +32,8 @@ def check_continuation(
         Tokens after one of these are filling.
     streams : tuple of int, optional
         Number of each sequence's random stream; by default its position.
+    memory : ndarray of bool, (T,), optional
+        Tokens of the record that the model put in itself: they are neither drawn nor drawn from.
 
     Returns
     -------
@@ -41,7 +44,7 @@ def check_continuation(
     numbers = tuple(range(len(prompts))) if streams is None else streams
     wrong: list[tuple[int, int, int]] = []
     for i, (sequence, n_prompt) in enumerate(zip(np.unique(record.seq).tolist(), prompts, strict=True)):
-        at = np.flatnonzero(record.seq == sequence)
+        at = np.flatnonzero((record.seq == sequence) if memory is None else (record.seq == sequence) & ~memory)
         tokens = record.token_ids[at]
         stream = sampler.streams([numbers[i]])
         for position in range(n_prompt, len(tokens)):
@@ -54,7 +57,7 @@ def check_continuation(
     if not wrong:
         return StageCheck(layer=None, stage="generated", kind="decode", status="passed")
     index, position, drawn = wrong[0]
-    token = (int(record.seq[index]), position)
+    token = (int(record.seq[index]), int(record.pos[index]))
     return StageCheck(
         layer=None, stage="generated", kind="decode", status="failed", error=float("inf"), ratio=float("inf"), n_failed=len(wrong),
         token_index=index, token=token,

@@ -52,6 +52,8 @@ class StageLocal:
         self._read = read
         self._weights = PublishedWeights(spec, read, np.dtype(np.float64))
         self._products = Products(record, spec, precision)
+        memory = spec.memory_tokens
+        self._memory = np.zeros(len(record.pos), np.bool_) if memory is None else formulas.are_memory(memory, record.pos)
         kinds = {spec.rotates_locally(i) for i in range(spec.num_layers)}
         self._angles = {local: rotary.rotary_angles(spec, record.seq, record.pos, local=local) for local in kinds}
         self._attention: tuple[int, dict[str, Bounded]] | None = None
@@ -78,6 +80,8 @@ class StageLocal:
         spec = self._spec
         if name == "embedding":  # a row of the published table, as it is: nothing may differ
             rows = self._read(tensors.embed_tokens(spec).name)[self._record.token_ids]
+            if spec.memory_tokens is not None and spec.memory_tokens.add_extra_embedding:
+                rows = np.where(self._memory[:, None], self._read(tensors.memory_embedding(spec).name), rows)
             if spec.scales.embedding != 1:  # times the factor, rounded once
                 rows = (rows.astype(np.float64) * float(np.float32(spec.scales.embedding))).astype(np.float32)
             exact = rows.astype(np.float64)
@@ -106,12 +110,13 @@ class StageLocal:
             return of_latent
         if name in ("q", "k", "v", "attn_out", "router_logits", "shared_gate"):
             role = {"q": "w_q", "k": "w_k", "v": "w_v", "attn_out": "w_o", "router_logits": "router", "shared_gate": "shared_gate"}[name]
-            tensor = tensors.layer_tensor(spec, layer, role)
-            value, bound = self._scores(x, tensor) if name in SCORES else self._linear(self._input(layer, name), x, tensor)
-            if spec.biases.out if name == "attn_out" else spec.biases.qkv and name in ("q", "k", "v"):
-                bound = self._stored(value, bound)[1]  # the product is written, then the sum
-                value = value + self._weights.layer(layer, "b_" + role[2:])
-                bound = bound + tolerance.add_bound(np.abs(value) + bound)
+            if name in SCORES:
+                value, bound = self._scores(x, tensors.layer_tensor(spec, layer, role))
+            else:
+                value, bound = self._projected(layer, name, x, role)
+                for kind in spec.weight_sets[1:]:  # memory tokens have their own
+                    own = self._projected(layer, name, x[self._memory], kind + role)
+                    value[self._memory], bound[self._memory] = own
             if role == "router" and spec.routing.router_use_bias:
                 value = value + self._vector(layer, "router_bias")
                 bound = bound + tolerance.add_bound(value)
@@ -149,6 +154,16 @@ class StageLocal:
         if name == "ffn_out":
             return self._linear("ffn_hidden", x, tensors.layer_tensor(spec, layer, "w_down"))
         return self._chosen_experts(layer, name, x)
+
+    def _projected(self, layer: int, name: str, x: F64, role: str) -> Bounded:
+        """Queries, keys, values or the output of attention, with their bias."""
+        spec = self._spec
+        value, bound = self._linear(self._input(layer, name), x, tensors.layer_tensor(spec, layer, role))
+        if spec.biases.out if name == "attn_out" else spec.biases.qkv:
+            bound = self._stored(value, bound)[1]  # the product is written, then the sum
+            value = value + self._weights.layer(layer, role.replace("w_", "b_"))
+            bound = bound + tolerance.add_bound(np.abs(value) + bound)
+        return value, bound
 
     def _norm(self, x: F64, layer: int | None, name: str) -> Bounded:
         """A norm of the residual stream."""

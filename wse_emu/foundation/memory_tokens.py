@@ -1,17 +1,82 @@
-"""Memory tokens: tokens that follow every chunk of a prompt and may gather what it says (ModelZoo's ``memory_tokens``)."""
+"""Memory tokens: tokens that follow every chunk of a text and may gather what it says (ModelZoo's ``memory_tokens``)."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from wse_emu.foundation.errors import InputError
+from wse_emu.foundation.attention_pattern import AttentionPattern
+from wse_emu.foundation.errors import InputError, SpecError
 
 Ints = NDArray[np.int64]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryTokens:
+    """Memory tokens of a model, under ModelZoo's names.
+
+    After every `attn_memory_chunk_size` tokens of a text, if another one follows, come `num_memory_tokens_per_chunk` memory tokens. Whether
+    a token is one is decided by its position in the sequence alone, as ModelZoo's mask does: a token of the text may have the same id.
+    They take positions, keys and values as any token, and nothing is predicted from them: the token after them is predicted by the last
+    one of the chunk before (ModelZoo leaves them out of the loss).
+
+    Raises
+    ------
+    SpecError
+        If a size is below 1, the id below 0, or a switch no boolean.
+
+    References
+    ----------
+    Cerebras ModelZoo 2.10, ``MemoryTokensConfig`` and ``add_memory_tokens``; Zhang et al., "Long context compression with Activation
+    Beacon", 2024.
+    """
+
+    attn_memory_chunk_size: int
+    num_memory_tokens_per_chunk: int
+    add_qkv_memory_weights: bool = False
+    """Whether queries, keys, values and the output projection of memory tokens have weights, and biases, of their own."""
+    add_extra_embedding: bool = False
+    """Whether memory tokens have an embedding of their own; without it they have that of `memory_token_id`."""
+    add_chunked_attn_mask: bool = False
+    """Whether every layer has the pattern of `AttentionPattern.memory`; without it layers have the patterns that they have."""
+    memory_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("attn_memory_chunk_size", 1), ("num_memory_tokens_per_chunk", 1), ("memory_token_id", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise SpecError(f"memory tokens: `{name}` must be an integer >= {least}, got {value!r}")
+        for name in ("add_qkv_memory_weights", "add_extra_embedding", "add_chunked_attn_mask"):
+            if type(getattr(self, name)) is not bool:
+                raise SpecError(f"memory tokens: `{name}` must be True or False, got {getattr(self, name)!r}")
+
+    @property
+    def pattern(self) -> AttentionPattern:
+        """Keys that queries admit with `add_chunked_attn_mask`."""
+        return AttentionPattern.memory(
+            attn_memory_chunk_size=self.attn_memory_chunk_size, num_memory_tokens_per_chunk=self.num_memory_tokens_per_chunk
+        )
+
+    def insert(self, tokens: Ints) -> Ints:
+        """A text's tokens, (n,), with the memory tokens between them: (`length` of n,)."""
+        chunk, per = self.attn_memory_chunk_size, self.num_memory_tokens_per_chunk
+        return insert_memory_tokens(tokens, chunk_size=chunk, per_chunk=per, token_id=self.memory_token_id)
+
+    def length(self, n: int) -> int:
+        """Tokens of a sequence with `n` of the text."""
+        return n + self.num_memory_tokens_per_chunk * (max(n - 1, 0) // self.attn_memory_chunk_size)
+
+    def are_at(self, positions: Ints) -> NDArray[np.bool_]:
+        """Whether the tokens at these positions of their sequences are memory tokens."""
+        size = self.attn_memory_chunk_size + self.num_memory_tokens_per_chunk
+        memory: NDArray[np.bool_] = positions % size >= self.attn_memory_chunk_size
+        return memory
+
+
 def insert_memory_tokens(input_ids: ArrayLike, *, chunk_size: int, per_chunk: int, token_id: int) -> Ints:
-    """Put `per_chunk` memory tokens after every whole chunk of a prompt.
+    """Put `per_chunk` memory tokens after every whole chunk of a prompt that another token follows.
 
     Parameters
     ----------
@@ -22,7 +87,7 @@ def insert_memory_tokens(input_ids: ArrayLike, *, chunk_size: int, per_chunk: in
     Returns
     -------
     ndarray of int64
-        With as many axes; ``tokens + per_chunk * (tokens // chunk_size)`` long.
+        With as many axes; ``tokens + per_chunk * ((tokens - 1) // chunk_size)`` long.
 
     Raises
     ------
@@ -33,7 +98,7 @@ def insert_memory_tokens(input_ids: ArrayLike, *, chunk_size: int, per_chunk: in
     if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
         raise InputError(f"`input_ids` must be integers (tokens,) or (batch, tokens), got {ids.dtype} of shape {ids.shape}")
     _check(chunk_size, per_chunk)
-    at = np.repeat(np.arange(chunk_size, ids.shape[-1] + 1, chunk_size), per_chunk)
+    at = np.repeat(np.arange(chunk_size, ids.shape[-1], chunk_size), per_chunk)
     return np.insert(ids.astype(np.int64), at, token_id, axis=-1)
 
 

@@ -15,6 +15,7 @@ from wse_emu.foundation.clamped_experts import ClampedExperts
 from wse_emu.foundation.errors import SpecError
 from wse_emu.foundation.indexer import Indexer
 from wse_emu.foundation.latent_attention import LatentAttention
+from wse_emu.foundation.memory_tokens import MemoryTokens
 from wse_emu.foundation.norm_spec import NormSpec, QkNorm
 from wse_emu.foundation.query_temperature import QueryTemperature
 from wse_emu.foundation.rope_scaling import RopeScaling
@@ -83,6 +84,8 @@ class ModelSpec:
     """How queries of layers without rotation grow with their position; None leaves them."""
     patterns: tuple[AttentionPattern, ...] = ()
     """Which keys the queries of each layer admit, one entry for each layer; () is what `sliding_window` says."""
+    memory_tokens: MemoryTokens | None = None
+    """Tokens that the model puts between the chunks of a text; None is none."""
     num_experts: int = 0
     """Experts of a layer with a mixture; 0 exactly in a dense model."""
     top_k: int = 0
@@ -195,7 +198,26 @@ class ModelSpec:
         if self.sliding_layers or self.chunked_layers or self.patterns:
             raise SpecError("`indexer` chooses among all keys: the layers have no window, no chunks and no pattern of their own")
 
+    def _check_memory(self, memory: MemoryTokens) -> None:
+        without = {
+            "num_experts": self.num_experts or None, "latent": self.latent, "skipped_layers of rotary": self.rotary.skipped_layers or None,
+        }  # fmt: skip
+        for name, value in without.items():
+            if value is not None:
+                raise SpecError(f"`{name}` does not go with `memory_tokens`, got {value!r}")
+        if memory.memory_token_id >= self.vocab_size:
+            raise SpecError(f"memory tokens: `memory_token_id` must lie in 0..{self.vocab_size - 1}, got {memory.memory_token_id}")
+        if not memory.add_chunked_attn_mask:
+            return
+        for name in ("sliding_window", "chunk_size"):
+            if getattr(self, name) is not None:
+                raise SpecError(f"`{name}` does not go with `add_chunked_attn_mask`, which is the pattern of all layers")
+        if any(pattern != memory.pattern for pattern in self.patterns):
+            raise SpecError(f"`patterns` must all be {memory.pattern} with `add_chunked_attn_mask`, or none be given")
+
     def _check_rules(self) -> None:
+        if self.memory_tokens is not None:
+            self._check_memory(self.memory_tokens)
         if self.latent is not None:
             self._check_latent()
         if self.indexer is not None:
@@ -250,6 +272,8 @@ class ModelSpec:
         """Keys that the queries of a layer admit."""
         if self.patterns:
             return self.patterns[layer]
+        if self.memory_tokens is not None and self.memory_tokens.add_chunked_attn_mask:
+            return self.memory_tokens.pattern
         window, chunk = self.window(layer), self.chunk(layer)
         return FULL if window is None and chunk is None else AttentionPattern(window=window, chunk=chunk)
 
@@ -282,9 +306,27 @@ class ModelSpec:
 
     @property
     def context_length(self) -> int:
-        """Longest sequence the model is meant for: its positions, or what a rotary scaling makes of the original ones."""
+        """Longest sequence the model is meant for: its positions, or what a rotary scaling makes of the original ones.
+
+        Memory tokens come on top: there are positions for them too (`positions_with_memory`).
+        """
         stretched = 0 if self.rope_scaling is None else self.rope_scaling.context_length
         return max(self.max_position_embeddings, stretched)
+
+    def sequence_length(self, n: int) -> int:
+        """Tokens of a sequence with `n` of the text: its memory tokens too, if the model has any."""
+        return n if self.memory_tokens is None else self.memory_tokens.length(n)
+
+    @property
+    def weight_sets(self) -> tuple[str, ...]:
+        """Prefixes of the projections around attention: "" and, of memory tokens that have weights of their own, "memory."."""
+        own = self.memory_tokens is not None and self.memory_tokens.add_qkv_memory_weights
+        return ("", "memory.") if own else ("",)
+
+    @property
+    def embedding_rows(self) -> int:
+        """Rows of the embedding in MemoryX: the vocabulary's and, last, that of memory tokens that have one of their own."""
+        return self.vocab_size + (self.memory_tokens is not None and self.memory_tokens.add_extra_embedding)
 
     @property
     def queries_per_kv(self) -> int:
@@ -348,6 +390,7 @@ class ModelSpec:
         short = 0 if self.latent is None else self.latent.q_lora_rank or 0
         indexers = 0 if self.indexer is None else len(self.indexer_layers) * self.indexer.params(h, short)
         attention += self.biases.qkv * (n_q + 2 * n_kv) + self.biases.out * h
+        attention *= len(self.weight_sets)
         if self.qk_norm is not None and self.qk_norm.weighted:
             attention += 2 * self.head_dim if self.qk_norm.over == "head" else n_q + n_kv
         attention += self.num_heads * self.attn_sinks
@@ -360,7 +403,7 @@ class ModelSpec:
         norms, per_norm = 4 if self.norm.after else 2, h * (1 + self.norm.bias)
         routers = n_moe * self.num_experts * self.routing.params_per_expert(h)
         vocab = self.vocab_size * h * (1 if self.tie_word_embeddings else 2)
-        vocab += self.vocab_size * self.biases.head
+        vocab += self.vocab_size * self.biases.head + (self.embedding_rows - self.vocab_size) * h
         return self.num_layers * (attention + norms * per_norm) + indexers + dense + experts + routers + per_norm + vocab
 
 

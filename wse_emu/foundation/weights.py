@@ -34,6 +34,7 @@ With `LatentAttention` there are, in place of ``w_qkv``, ``n`` being ``hidden`` 
 ``b_gate_up``, the biases of those columns, and ``b_down``, where experts have them
 ``attn_norm_bias`` and the like of every norm of the residual stream, ``lm_head_bias``, where they have one
 ``shared.gate`` ``(hidden, 1)``, where the shared experts' output has a gate
+``memory.w_qkv``, ``memory.w_o`` and their biases, as those without ``memory.``, where memory tokens have weights of their own
 
 Weights of norms are stored as they are applied: ``1 + w`` where the family means that. ``embed`` is multiplied by ``scales.embedding`` and
 ``lm_head``, with its bias, divided by ``scales.logits``, each product rounded to float32.
@@ -86,18 +87,18 @@ def layer_weights(spec: ModelSpec, layer: int) -> list[WeightShape]:
     h, d = spec.hidden_size, spec.head_dim
     n_q, n_kv = spec.num_heads * d, spec.num_kv_heads * d
     shapes: dict[str, tuple[int, ...]] = _norm("attn_norm", spec)
-    shapes |= {"w_qkv": (h, n_q + 2 * n_kv)} if spec.latent is None else _latent(spec, spec.latent)
+    shapes |= {s + "w_qkv": (h, n_q + 2 * n_kv) for s in spec.weight_sets} if spec.latent is None else _latent(spec, spec.latent)
     if spec.indexer is not None and spec.runs_indexer(layer):
         shapes |= _indexer(spec, spec.indexer)
     if spec.biases.qkv:
-        shapes["b_qkv"] = (n_q + 2 * n_kv,)
+        shapes |= {s + "b_qkv": (n_q + 2 * n_kv,) for s in spec.weight_sets}
     if spec.qk_norm is not None and spec.qk_norm.weighted:
         shapes |= {"q_norm": (d,), "k_norm": (d,)} if spec.qk_norm.over == "head" else {"q_norm": (n_q,), "k_norm": (n_kv,)}
     if spec.attn_sinks:
         shapes["sinks"] = (spec.num_heads,)
-    shapes["w_o"] = (spec.num_heads * spec.value_dim, h)
+    shapes |= {s + "w_o": (spec.num_heads * spec.value_dim, h) for s in spec.weight_sets}
     if spec.biases.out:
-        shapes["b_o"] = (h,)
+        shapes |= {s + "b_o": (h,) for s in spec.weight_sets}
     if spec.norm.after:
         shapes |= _norm("attn_after_norm", spec)
     shapes |= _norm("ffn_norm", spec)
@@ -150,8 +151,11 @@ def _ffn(prefix: str, hidden: int, width: int, *, biased: bool = False) -> dict[
 
 
 def all_weights(spec: ModelSpec) -> Iterator[WeightShape]:
-    """Every tensor of the wafer layout, in file order; ``embed`` is ``(vocab, hidden)``, row-major, never tiled."""
-    yield WeightShape("embed", (spec.vocab_size, spec.hidden_size))
+    """Every tensor of the wafer layout, in file order; ``embed`` is ``(vocab, hidden)``, row-major, never tiled.
+
+    Where memory tokens have an embedding of their own, it is one row more, the last.
+    """
+    yield WeightShape("embed", (spec.embedding_rows, spec.hidden_size))
     for layer in range(spec.num_layers):
         yield from layer_weights(spec, layer)
     yield from head_weights(spec)

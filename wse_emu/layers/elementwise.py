@@ -7,17 +7,18 @@ from numpy.typing import NDArray
 
 from wse_emu.layers.linear import DEFAULT_CHUNK, Selection, all_gather_bands, matmul
 from wse_emu.layers.norm import stream_vector
-from wse_emu.layers.selected import run_selected
+from wse_emu.layers.selected import run_only, run_selected
 from wse_emu.layers.stream import StreamedMatrix
 from wse_emu.wafer.kernel import Kernel
 from wse_emu.wafer.moves import broadcast_row
 from wse_emu.wafer.placement import Split, TokenBands
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.wafer import Wafer
-from wse_kernels.elementwise import add_bias, clip_to, scale_by_sigmoid, soft_cap
+from wse_kernels.elementwise import add_bias, add_bias_to, clip_to, scale_by_sigmoid, soft_cap
 from wse_kernels.storage import copy_to
 
 ADD_BIAS = Kernel(body=add_bias, params=("x", "bias"), inout=("x",), code_bytes=128)
+ADD_BIAS_TO = Kernel(body=add_bias_to, params=("x", "rows", "bias"), inout=("x",), code_bytes=160)
 CLIP = Kernel(body=clip_to, params=("x", "limit"), inout=("x",), code_bytes=128)
 SOFT_CAP = Kernel(body=soft_cap, params=("x", "cap"), inout=("x",), code_bytes=416)
 COPY = Kernel(body=copy_to, params=("x", "out"), out=("out",), code_bytes=96)
@@ -26,8 +27,9 @@ SCALE_BY_SIGMOID = Kernel(body=scale_by_sigmoid, params=("x", "gate"), inout=("x
 
 
 def bias(
-    wafer: Wafer, x: PlacedTensor, name: str, values: NDArray[np.float32] | None, bands: TokenBands, selection: Selection | None = None
-) -> None:
+    wafer: Wafer, x: PlacedTensor, name: str, values: NDArray[np.float32] | None, bands: TokenBands, selection: Selection | None = None,
+    *, only: Selection | None = None,
+) -> None:  # fmt: skip
     """``x = x + values``; each column's part of the vector streams down its column, not kept.
 
     Parameters
@@ -41,9 +43,14 @@ def bias(
     bands : TokenBands
     selection : Selection, optional
         Tokens that `x` holds in its first places, and nothing else.
+    only : Selection, optional
+        Those of all tokens that it is added to; where they lie, the program knows.
     """
     with stream_vector(wafer, name, values, x.placement.axis1[1], bands) as b:
-        run_selected(wafer, ADD_BIAS, {"x": x}, {"bias": b}, selection)
+        if only is not None:
+            run_only(wafer, ADD_BIAS_TO, {"x": x}, {"bias": b}, only, bands)
+        else:
+            run_selected(wafer, ADD_BIAS, {"x": x}, {"bias": b}, selection)
 
 
 def clip(wafer: Wafer, x: PlacedTensor, limit: float) -> None:

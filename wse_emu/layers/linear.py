@@ -7,7 +7,7 @@ land on the owner. With fewer tokens than rows, the *feature bands* of a token s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -30,7 +30,7 @@ from wse_kernels.ffn import combine_into, geglu_into, swiglu_into
 from wse_kernels.matmul import COMBINE, GEGLU, STORE, SWIGLU, mesh_matmul
 from wse_kernels.matmul_rounded import mesh_matmul_rounded
 
-__all__ = ["COMBINE", "DEFAULT_CHUNK", "GEGLU", "STORE", "SWIGLU", "Selection", "all_gather_bands", "matmul"]
+__all__ = ["COMBINE", "DEFAULT_CHUNK", "GEGLU", "STORE", "SWIGLU", "Selection", "all_gather_bands", "matmul", "matmul_by_kind"]
 
 DEFAULT_CHUNK = 32
 """Most output columns of one piece of a streamed matrix; smaller pieces need less SRAM and more messages."""
@@ -74,6 +74,12 @@ class Selection:
         scale: Any = np.ones(m, np.float32) if self.scale_blocks is None else self.scale_blocks.held[row, col].view(part)
         return self.row_blocks.held[row, col].view(part), scale
 
+    def local_rows(self, bands: TokenBands, row: int) -> Ints:
+        """Places of a row's selected tokens in its blocks, where the program knows them."""
+        low, high = np.searchsorted(self.rows, (bands.split.starts[row], bands.split.stops[row]))
+        places: Ints = self.rows[low:high] - bands.split.starts[row]
+        return places
+
     @property
     def n_tokens(self) -> int:
         """Number of selected tokens."""
@@ -104,6 +110,7 @@ def matmul(
     take: Selection | None = None,
     put: Selection | None = None,
     compact: Selection | None = None,
+    only: Selection | None = None,
     chunk: int = DEFAULT_CHUNK,
     elsewhere: bool = False,
 ) -> None:
@@ -130,28 +137,54 @@ def matmul(
     put : Selection, optional
         Tokens of `out` to add to.
     compact : Selection, optional
-        `x` and `out` both hold just these tokens, compacted. At most one of the three may be given.
+        `x` and `out` both hold just these tokens, compacted.
+    only : Selection, optional
+        Tokens to work on; the others' places in `out` stay as they are. At most one of the four may be given. Until every token has been
+        worked on, `out` is not settled: see `matmul_by_kind`.
     chunk : int
         Most columns of one streamed piece.
     elsewhere : bool
         Only account for it: a fused driver does the arithmetic. Not for cores that run one at a time.
     """
-    selection = take or put or compact
+    selection = take or put or compact or only
     counts = (selection.counts if selection is not None else bands.split.sizes).tobytes()
     program = matmul, bands, counts, x.placement, out.placement, weight.name, weight.n_in, weight.n_bytes, weight.sums, mode, chunk
     events = None if weight.leaves_zeros else wafer.known_events(program)  # what zeros leave depends on more than shapes
     if events is None:
         with wafer.first_run(program):
-            _whole(wafer, x, weight, out, bands, mode, take, put, compact, chunk, counts, elsewhere)
+            _whole(wafer, x, weight, out, bands, mode, take, put, compact, only, chunk, counts, elsewhere)
         return
     if not (wafer.is_dry or elsewhere):
-        _batched(wafer, x, weight, out, bands, mode, take, put, compact)
+        _batched(wafer, x, weight, out, bands, mode, take, put, compact, only)
     wafer.ledger.extend(events)
+
+
+def matmul_by_kind(
+    wafer: Wafer, x: PlacedTensor, parts: Sequence[tuple[StreamedMatrix, Selection]], out: PlacedTensor, bands: TokenBands,
+    *, chunk: int = DEFAULT_CHUNK,
+) -> None:  # fmt: skip
+    """``out = x @ weight`` where tokens are of several kinds with a matrix each: every matrix streams past, and meets its own tokens only.
+
+    Parameters
+    ----------
+    wafer : Wafer
+    x, out : PlacedTensor, (T, n_in) and (T, n_out), float32
+        As for `matmul`.
+    parts : sequence of (StreamedMatrix, Selection)
+        Every token belongs to one of the selections.
+    bands : TokenBands
+    chunk : int
+        Most columns of one streamed piece.
+    """
+    for weight, tokens in parts:
+        matmul(wafer, x, weight, out, bands, only=tokens, chunk=chunk)
+    out.settle()
 
 
 def _whole(
     wafer: Wafer, x: PlacedTensor, weight: StreamedMatrix, out: PlacedTensor, bands: TokenBands, mode: int,
-    take: Selection | None, put: Selection | None, compact: Selection | None, chunk: int, counts: bytes, elsewhere: bool,
+    take: Selection | None, put: Selection | None, compact: Selection | None, only: Selection | None, chunk: int, counts: bytes,
+    elsewhere: bool,
 ) -> None:  # fmt: skip
     """Hold the work blocks and the code, multiply, and write down what moved."""
     unit = 2 if mode in _GATING else 1
@@ -172,27 +205,27 @@ def _whole(
         wafer.sram.code(PARTIAL_MATMUL.name, PARTIAL_MATMUL.code_bytes + CHAIN_ADD.code_bytes + _GATING.get(mode, SWIGLU_INTO).code_bytes),
     ):
         if wafer.cores is not None:
-            events = _isolated(wafer, x, weight, out, bands, mode, take, put, compact, chunk, slab, part, inbox, landing)
+            events = _isolated(wafer, x, weight, out, bands, mode, take, put, compact, only, chunk, slab, part, inbox, landing)
         elif not (wafer.is_dry or elsewhere):
-            _batched(wafer, x, weight, out, bands, mode, take, put, compact)
+            _batched(wafer, x, weight, out, bands, mode, take, put, compact, only)
     for event in events:
         wafer.record(event)
 
 
 def _batched(
     wafer: Wafer, x: PlacedTensor, weight: StreamedMatrix, out: PlacedTensor, bands: TokenBands, mode: int,
-    take: Selection | None, put: Selection | None, compact: Selection | None,
+    take: Selection | None, put: Selection | None, compact: Selection | None, only: Selection | None,
 ) -> None:  # fmt: skip
     n_tokens = bands.n_tokens
-    selection = take or put or compact
+    selection, source, target = take or put or compact or only, take or only, put or only
     m = n_tokens if selection is None else selection.n_tokens
     if m == 0:
         return
     all_rows = _ramp(m)
     args = (
-        x.unsettled, m if put or compact else n_tokens, x.placement.axis1[1].offsets, all_rows if take is None else take.rows,
+        x.unsettled, m if put or compact else n_tokens, x.placement.axis1[1].offsets, all_rows if source is None else source.rows,
         weight.values, 0, weight.n_in, weight.n_out,
-        out.unsettled, m if take or compact else n_tokens, out.placement.axis1[1].offsets, all_rows if put is None else put.rows,
+        out.unsettled, m if take or compact else n_tokens, out.placement.axis1[1].offsets, all_rows if target is None else target.rows,
         _NO_SCALE if put is None else put.scale, mode,
     )  # fmt: skip
     if weight.sums is None:
@@ -202,7 +235,8 @@ def _batched(
         beyond = beyond_largest(mesh_matmul_rounded(*args, ROUNDINGS[weight.sums]), weight.sums)
         if beyond is not None:
             raise overflow(wafer.ledger.where("incoming sums"), beyond, weight.sums)
-    out.settle(m * out.placement.shape[1] if take or compact else None)
+    if only is None:
+        out.settle(m * out.placement.shape[1] if take or compact else None)
 
 
 # ---- what it costs
@@ -310,20 +344,20 @@ def _nonzero_stream(
 
 def _isolated(
     wafer: Wafer, x: PlacedTensor, weight: StreamedMatrix, out: PlacedTensor, bands: TokenBands, mode: int,
-    take: Selection | None, put: Selection | None, compact: Selection | None, chunk: int,
+    take: Selection | None, put: Selection | None, compact: Selection | None, only: Selection | None, chunk: int,
     slab: PlacedTensor, part: PlacedTensor, inbox: PlacedTensor, landing: PlacedTensor,
 ) -> tuple[Event, ...]:  # fmt: skip
     assert wafer.cores is not None
     unit = 2 if mode in _GATING else 1
     out_split = out.placement.axis1[1]
-    selection = take or put or compact
+    selection, source = take or put or compact or only, take or only
     counts = selection.counts if selection is not None else bands.split.sizes
     n_bands, step = bands.n_feature_bands, max(1, chunk // unit)
     products = RowProducts(wafer.cores, weight, x, slab, part, inbox)
     finished = macs = 0
 
     def local_rows(row: int, m: int) -> Callable[[int], Any]:
-        return lambda col: _ramp(m) if take is None else _taken(take, bands, row, col)
+        return lambda col: _ramp(m) if source is None else _taken(source, bands, row, col)
 
     for owner in out_split.used.tolist():
         size, start = int(out_split.sizes[owner]), int(out_split.starts[owner])
@@ -340,7 +374,8 @@ def _isolated(
                     acc = products.product(row, m, local_rows(row, m), compact=bool(put or compact))
                     target = out.held[row, owner]
                     if mode == STORE:
-                        products.hand(acc, target, (slice(0, m), slice(first, first + n)))
+                        places = slice(0, m) if only is None else only.local_rows(bands, row)
+                        products.hand(acc, target, (places, slice(first, first + n)))
                         continue
                     y = landing.held[row, owner].prefix(m, n)
                     products.hand(acc, y, slice(None))
@@ -351,8 +386,8 @@ def _isolated(
                     else:
                         assert put is not None
                         where, kernel = (slice(None), slice(first, first + n)), COMBINE_INTO
-                        places, scale = put.heads(row, owner)
-                        args = {"y": y, "rows": places, "scale": scale, "first": first, "out": target}
+                        rows_of, scale = put.heads(row, owner)
+                        args = {"y": y, "rows": rows_of, "scale": scale, "first": first, "out": target}
                     macs += _finish(wafer.cores, kernel, target, where, args)
     events = products.events()
     if mode != STORE:
@@ -364,8 +399,7 @@ def _taken(take: Selection, bands: TokenBands, row: int, col: int) -> Any:
     """Local indices of the selected tokens: the core's own list, or one that the program knows."""
     if take.row_blocks is not None:
         return take.heads(row, col)[0]
-    low, high = np.searchsorted(take.rows, (bands.split.starts[row], bands.split.stops[row]))
-    return take.rows[low:high] - bands.split.starts[row]
+    return take.local_rows(bands, row)
 
 
 def _finish(cores: Cores, kernel: Kernel, target: Block, where: tuple[slice, slice], args: dict[str, Any]) -> int:

@@ -238,6 +238,8 @@ class Layout:
         step = max(1, _EMBED_CHUNK_ELEMENTS // tensor.shape[1])
         for i in range(0, tensor.shape[0], step):
             yield self._scaled("embed", self._rows(tensor, i, min(i + step, tensor.shape[0]))).reshape(-1)
+        if "memory_embed" in self._published:
+            yield self._scaled("embed", self._rows(self._published["memory_embed"], 0, 1)).reshape(-1)
 
     def _scaled(self, role: str, values: F32) -> F32:
         """Values of the embedding or the head (and its bias) with the factor that belongs to all of them; each product is rounded."""

@@ -67,8 +67,8 @@ class Tensors:
 
     def __init__(self, name: str, spec: ModelSpec, make: Callable[[WeightShape], NDArray[np.float32]]) -> None:
         self._name = name
-        self._embed_shape = (spec.vocab_size, spec.hidden_size)
         self._weights = {w.name: w for w in all_weights(spec)}
+        self._embed_shape = self._weights["embed"].shape
         self._streamed = frozenset(self._weights) - {"embed"}
         self._make: Callable[[WeightShape], NDArray[np.float32]] | None = make
         self._made: dict[str, NDArray[np.float32]] = {}

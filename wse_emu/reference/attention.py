@@ -28,9 +28,7 @@ def attention_block(
     stages = _attend(weights, layer, norm, seq, pos) if spec.latent is None else latent_attention(weights, layer, norm, seq, pos, chosen)
     for name, flat in stages:
         yield name, flat
-    out = weights.stored(weights.product(flat, weights.layer(layer, "w_o")))
-    if spec.biases.out:
-        out = weights.stored(out + weights.layer(layer, "b_o"))
+    out = _project(weights, layer, "o", flat, pos, biased=spec.biases.out)
     yield "attn_out", out
     yield from joined(weights, layer, x, out, "attn_after_norm", "attn_residual")
 
@@ -40,9 +38,7 @@ def _attend(weights: PublishedWeights, layer: int, norm: Floats, seq: Ints, pos:
     spec = weights.spec
     now: dict[str, Floats] = {}
     for name, heads in (("q", spec.num_heads), ("k", spec.num_kv_heads), ("v", spec.num_kv_heads)):
-        y = weights.stored(weights.product(norm, weights.layer(layer, "w_" + name)))
-        if spec.biases.qkv:
-            y = weights.stored(y + weights.layer(layer, "b_" + name))
+        y = _project(weights, layer, name, norm, pos, biased=spec.biases.qkv)
         now[name] = y.reshape(-1, heads, spec.head_dim)
         yield name, now[name]
     steps = {"_norm": _normalise, "_clip": _clip, "_rope": _rotate, "_tuned": _tune}
@@ -62,6 +58,20 @@ def _attend(weights: PublishedWeights, layer: int, norm: Floats, seq: Ints, pos:
     yield "attn_max", maximum
     yield "attn_denominator", denominator
     yield "attn_context", weights.stored(context.reshape(len(norm), -1))
+
+
+def _project(weights: PublishedWeights, layer: int, name: str, x: Floats, pos: Ints, *, biased: bool) -> Floats:
+    """``x @ w + b``, (T, out); memory tokens have weights of their own where the model says so."""
+
+    def once(x: Floats, kind: str) -> Floats:
+        y = weights.stored(weights.product(x, weights.layer(layer, f"{kind}w_{name}")))
+        return weights.stored(y + weights.layer(layer, f"{kind}b_{name}")) if biased else y
+
+    y, memory = once(x, ""), weights.spec.memory_tokens
+    if memory is not None and memory.add_qkv_memory_weights:
+        own = formulas.are_memory(memory, pos)
+        y[own] = once(x[own], "memory.")
+    return y
 
 
 def joined(weights: PublishedWeights, layer: int, x: Floats, out: Floats, after_norm: str, stage: str) -> Iterator[tuple[str, Floats]]:

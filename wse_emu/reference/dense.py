@@ -128,6 +128,8 @@ class DenseReference:
         embed = weights.raw(tensors.embed_tokens(spec))
         x = formulas.cast(embed[token_ids], self.dtype)
         del embed
+        if spec.memory_tokens is not None and spec.memory_tokens.add_extra_embedding:
+            x[formulas.are_memory(spec.memory_tokens, pos)] = weights.tensor(tensors.memory_embedding(spec))
         if spec.scales.embedding != 1:  # the factor is rounded to float32, and so is what the run starts from
             x = formulas.cast((x * np.float32(spec.scales.embedding)).astype(np.float32), self.dtype)
         if nudge is not None:

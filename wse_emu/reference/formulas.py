@@ -13,6 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 from scipy.special import expit
 
 from wse_emu.foundation.attention_pattern import FULL, AttentionPattern
+from wse_emu.foundation.memory_tokens import MemoryTokens
 from wse_emu.foundation.query_temperature import QueryTemperature
 
 Floats = NDArray[np.floating[Any]]
@@ -64,6 +65,12 @@ def rotate(x: Floats, angles: NDArray[np.float64], factor: float | NDArray[np.fl
     out = x.copy()
     out[..., first], out[..., second] = a * cos - b * sin, b * cos + a * sin
     return out
+
+
+def are_memory(memory: MemoryTokens, pos: Ints) -> NDArray[np.bool_]:
+    """Whether tokens at these positions, (T,), are memory tokens: a chunk of others, then they, over and over."""
+    once = [False] * memory.attn_memory_chunk_size + [True] * memory.num_memory_tokens_per_chunk
+    return np.resize(np.array(once, np.bool_), int(pos.max()) + 1)[pos]
 
 
 def temperature(tuned: QueryTemperature, pos: Ints) -> NDArray[np.float64]:

@@ -32,6 +32,11 @@ def embed_tokens(spec: ModelSpec) -> Published:
     return Published(name, (spec.vocab_size, spec.hidden_size))
 
 
+def memory_embedding(spec: ModelSpec) -> Published:
+    """Embedding of memory tokens, (1, hidden)."""
+    return Published("model.memory_token_embedding.weight", (1, spec.hidden_size))
+
+
 def final_norm(spec: ModelSpec) -> Published:
     """Weight of the last norm, (hidden,)."""
     return Published("transformer.norm_f.weight" if spec.family == "dbrx" else "model.norm.weight", (spec.hidden_size,))
@@ -105,7 +110,8 @@ def layer_tensor(spec: ModelSpec, layer: int, role: str, expert: Expert = None) 
         "router_bias", "e_score_correction_bias", "shared_gate", "ffn_after_norm", "sinks", "attn_norm_bias", "ffn_norm_bias", of latent
         attention "w_q_a", "q_a_norm", "w_q_b", "w_kv_a", "kv_a_norm", "w_kv_b", of an indexer "index_w_q",
         "index_w_k", "index_k_norm", "index_k_norm_bias", "index_weights", or "w_gate", "w_up", "w_down" (with `expert` in a layer
-        with a mixture) and an expert's "b_gate", "b_up", "b_down".
+        with a mixture) and an expert's "b_gate", "b_up", "b_down"; "w_q", "w_k", "w_v", "w_o" and their biases of memory tokens with
+        "memory." before.
     """
     prefix = f"model.layers.{layer}."
     if spec.family == "dbrx":
@@ -121,6 +127,8 @@ def layer_tensor(spec: ModelSpec, layer: int, role: str, expert: Expert = None) 
         return Published(prefix + "self_attn.indexer." + _INDEXER[role], _indexer_shape(spec, spec.indexer, role))
     if spec.latent is not None and role in _LATENT:
         return Published(prefix + "self_attn." + _LATENT[role] + ".weight", _latent_shape(spec, spec.latent, role))
+    if role.startswith("memory."):
+        return _of_memory_tokens(layer_tensor(spec, layer, role.removeprefix("memory.")))
     whole_row = spec.qk_norm is not None and spec.qk_norm.over == "row"
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
         "attn_norm": ("input_layernorm.weight", (h,)),
@@ -149,6 +157,14 @@ def layer_tensor(spec: ModelSpec, layer: int, role: str, expert: Expert = None) 
     if spec.family == "ernie4_5_moe" and role == "e_score_correction_bias":  # room for several groups of experts, of which there is one
         return Published(prefix + "mlp.moe_statics.e_score_correction_bias", shape, (1, *shape), lambda whole: whole[0])
     return Published(prefix + _OTHER_NAMES.get(spec.family, {}).get(role, name), shape)
+
+
+def _of_memory_tokens(ordinary: Published) -> Published:
+    """What memory tokens have in place of a projection's weight or bias."""
+    prefix, _, name = ordinary.name.rpartition("self_attn.")
+    projection, _, kind = name.partition("_proj.")
+    module = {"q": "proj_q", "k": "proj_k", "v": "proj_v", "o": "proj_output"}[projection]
+    return Published(f"{prefix}self_attn.{module}_memory_tokens_layer.{kind}", ordinary.shape)
 
 
 _LATENT = {

@@ -81,7 +81,8 @@ class ForwardPass(NamedTuple):
     start: int
     stop: int
     phase: str
-    """``"prompt"`` (a whole prompt or a chunk of it) or ``"decode"`` (one more token of every sequence that goes on)."""
+    """``"prompt"`` (a whole prompt or a chunk of it) or ``"decode"`` (one more token of every sequence that goes on, and
+    memory tokens before it)."""
     tokens: tuple[NewTokens, ...]
 
     @property
