@@ -310,8 +310,8 @@ class WaferModel:
     ) -> Ints:  # fmt: skip
         """Continue the prompts token by token, keys and values cached on the wafer.
 
-        A model's memory tokens (`MemoryTokens`) are put into the prompt and, whenever a chunk is full, before the token that follows it: one
-        forward pass takes in both. They count as no token here, neither of the prompt nor new; positions and keys they take.
+        A model's memory tokens (`MemoryTokens`) are put into the prompt and, whenever a chunk is full, before the token that follows it:
+        one pass takes in both. They count as no token here, neither of the prompt nor new; positions and keys they take.
 
         Parameters
         ----------

@@ -205,6 +205,10 @@ def test_a_plan_is_what_a_run_takes() -> None:
         assert plan.stream_bytes_token == streamed[len(prompt)]  # the ninth token still belongs to the third chunk
         assert streamed[len(prompt) + 1] > plan.stream_bytes_token
     assert plan.max_context == 64
+    many = dataclasses.replace(spec.memory_tokens, attn_memory_chunk_size=9, num_memory_tokens_per_chunk=500)
+    few = {"rows": 1, "cols": 1, "prompt_tokens": 8, "new_tokens": 2}  # the ninth token still belongs to the first chunk
+    assert plan_model(dataclasses.replace(spec, memory_tokens=many), **few).fits
+    assert not plan_model(dataclasses.replace(spec, memory_tokens=many), **{**few, "new_tokens": 3}).fits
     assert positions_with_memory(64, chunk_size=CHUNK, per_chunk=PER) >= spec.sequence_length(64) == 64 + PER * 21
 
 
@@ -260,6 +264,8 @@ def test_config_json_says_it_in_the_names_of_modelzoo() -> None:
     [
         ({"attn_memory_chunk_size": 0}, "`attn_memory_chunk_size` must be an integer in 1.."),
         ({"num_memory_tokens_per_chunk": None}, "`num_memory_tokens_per_chunk` must be an integer in 1.."),
+        ({"num_memory_tokens_per_chunk": 1 << 17}, "`num_memory_tokens_per_chunk` must be at most 4096, got 131072"),
+        ({"attn_memory_chunk_size": 1 << 21}, "`attn_memory_chunk_size` must be at most 1048576, got 2097152"),
         ({"memory_token_id": 61}, "`memory_token_id` must lie in 0..60, got 61"),
         ({"memory_token_id": -1}, "`memory_token_id` must be an integer >= 0, got -1"),
         ({"add_extra_embedding": 1}, "`add_extra_embedding` must be True or False, got 1"),
@@ -272,6 +278,7 @@ def test_what_config_json_cannot_mean_is_refused(memory: dict[str, Any], rule: s
 
 
 CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"max_position_embeddings": 1 << 31}, "`attn_memory_chunk_size` must be at least 2048 for a context of 2147483648 tokens, got 3"),
     ({"num_experts": 4, "top_k": 2, "moe_intermediate_size": 8}, "`num_experts` does not go with `memory_tokens`, got 4"),
     ({"rotary": wse.RotarySpec(skipped_layers=(1,))}, "`skipped_layers of rotary` does not go with `memory_tokens`, got (1,)"),
     ({"sliding_window": 4, "sliding_layers": (0,)}, "`sliding_window` does not go with `add_chunked_attn_mask`"),

@@ -60,15 +60,17 @@ class Workload:
         prompts: tuple[int, ...], new_tokens: int, prefill_chunk: int | None, *, probe: bool = False, memory: MemoryTokens | None = None
     ) -> Workload:
         """Prompts of these lengths in chunks, then `new_tokens` one by one, memory tokens between them; raises as `check_prompt_tokens`."""
-        capacity, step = tuple(n + new_tokens for n in prompts), 1
-        if memory is not None:
-            capacity, prompts = tuple(map(memory.length, capacity)), tuple(map(memory.length, prompts))
-            step += memory.num_memory_tokens_per_chunk
+        capacity, steps = tuple(n + new_tokens for n in prompts), (1,) * len(prompts)
+        if memory is not None:  # none before the last new token, which is not taken in any more
+            given, prompts = prompts, tuple(map(memory.length, prompts))
+            capacity = tuple(memory.length(n + max(new_tokens - 1, 0)) + min(new_tokens, 1) for n in given)
+            between = [end - n - new_tokens for end, n in zip(capacity, prompts, strict=True)]
+            steps = tuple(1 + min(n, memory.num_memory_tokens_per_chunk) for n in between)
         check_prompt_tokens(sum(prompts))
         passes = list(dict.fromkeys(tuple(chunk) for chunk in prompt_chunks(prompts, prefill_chunk)))
-        for n in dict.fromkeys((1, step)) if new_tokens > 1 else ():
-            passes.append(tuple((i, n) for i in range(len(prompts))))
-        return Workload(capacity=capacity, passes=tuple(passes), prompts=prompts, step=step, probe=probe)
+        for sizes in dict.fromkeys(((1,) * len(prompts), steps)) if new_tokens > 1 else ():
+            passes.append(tuple(enumerate(sizes)))
+        return Workload(capacity=capacity, passes=tuple(passes), prompts=prompts, step=max(steps), probe=probe)
 
 
 def prompt_chunks(lengths: tuple[int, ...], chunk: int | None) -> Iterator[list[tuple[int, int]]]:
@@ -362,16 +364,15 @@ def _max_context(
     options: EngineOptions,
 ) -> int:  # fmt: skip
     """Longest capacity for which the planned prompt chunk and the decode step still fit; what is beyond the planned prompt is generated."""
-    prompt, most = spec.sequence_length(prompt_tokens), 1
+    prompt, memory = spec.sequence_length(prompt_tokens), spec.memory_tokens
     chunk = min(prefill_chunk or prompt, prompt)
-    if spec.memory_tokens is not None:
-        most += spec.memory_tokens.num_memory_tokens_per_chunk
 
     def fits(n_tokens: int, options: EngineOptions) -> bool:
         length = spec.sequence_length(n_tokens)
-        sizes = dict.fromkeys((1, min(most, length), min(chunk, length)))  # the quicker ones to refuse first
+        step = 1 if memory is None else 1 + min(length - n_tokens, memory.num_memory_tokens_per_chunk)
+        sizes = dict.fromkeys((1, step, min(chunk, length)))  # the quicker ones to refuse first
         passes = tuple(tuple((i, n) for i in range(batch)) for n in sizes)
-        work = Workload(capacity=(length,) * batch, passes=passes, prompts=(min(prompt, length),) * batch, step=most)
+        work = Workload(capacity=(length,) * batch, passes=passes, prompts=(min(prompt, length),) * batch, step=step)
         try:
             settle(spec, wafer_spec, rows, cols, work, options)
         except SramOverflowError:

@@ -217,6 +217,8 @@ class AttentionPattern:
             return n
         longest = max(layout.chunk or 1 for layout in self.layouts)
         last = np.arange(max(n - longest, 0), n, dtype=np.int64)
+        if len(self.layouts) == 1:  # within a chunk it only grows: up to the last query, or to the end of the chunk before
+            last = np.unique([max(n - 1 - n % longest, 0), n - 1])
         ends = self.ranges(last)
         return int(np.add.reduceat(ends.ranges[:, 1] - ends.ranges[:, 0], ends.first[:-1]).max())
 

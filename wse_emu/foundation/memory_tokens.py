@@ -12,6 +12,11 @@ from wse_emu.foundation.errors import InputError, SpecError
 
 Ints = NDArray[np.int64]
 
+MAX_CHUNK = 1 << 20
+"""Most tokens of a chunk, and most chunks of a context."""
+MAX_PER_CHUNK = 1 << 12
+"""Most memory tokens behind one chunk: they go through the model together."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryTokens:
@@ -25,7 +30,7 @@ class MemoryTokens:
     Raises
     ------
     SpecError
-        If a size is below 1, the id below 0, or a switch no boolean.
+        If a size is below 1 or beyond `MAX_CHUNK` and `MAX_PER_CHUNK`, the id is below 0, or a switch is no boolean.
 
     References
     ----------
@@ -48,6 +53,9 @@ class MemoryTokens:
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise SpecError(f"memory tokens: `{name}` must be an integer >= {least}, got {value!r}")
+        for name, most in (("attn_memory_chunk_size", MAX_CHUNK), ("num_memory_tokens_per_chunk", MAX_PER_CHUNK)):
+            if getattr(self, name) > most:
+                raise SpecError(f"memory tokens: `{name}` must be at most {most}, got {getattr(self, name)}")
         for name in ("add_qkv_memory_weights", "add_extra_embedding", "add_chunked_attn_mask"):
             if type(getattr(self, name)) is not bool:
                 raise SpecError(f"memory tokens: `{name}` must be True or False, got {getattr(self, name)!r}")

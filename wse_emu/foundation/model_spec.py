@@ -15,7 +15,7 @@ from wse_emu.foundation.clamped_experts import ClampedExperts
 from wse_emu.foundation.errors import SpecError
 from wse_emu.foundation.indexer import Indexer
 from wse_emu.foundation.latent_attention import LatentAttention
-from wse_emu.foundation.memory_tokens import MemoryTokens
+from wse_emu.foundation.memory_tokens import MAX_CHUNK, MemoryTokens
 from wse_emu.foundation.norm_spec import NormSpec, QkNorm
 from wse_emu.foundation.query_temperature import QueryTemperature
 from wse_emu.foundation.rope_scaling import RopeScaling
@@ -209,6 +209,9 @@ class ModelSpec:
             raise SpecError(f"memory tokens: `memory_token_id` must lie in 0..{self.vocab_size - 1}, got {memory.memory_token_id}")
         if not memory.add_chunked_attn_mask:
             return
+        if self.context_length > MAX_CHUNK * memory.attn_memory_chunk_size:
+            rule = f"at least {-(-self.context_length // MAX_CHUNK)} for a context of {self.context_length} tokens"
+            raise SpecError(f"memory tokens: `attn_memory_chunk_size` must be {rule}, got {memory.attn_memory_chunk_size}")
         for name in ("sliding_window", "chunk_size"):
             if getattr(self, name) is not None:
                 raise SpecError(f"`{name}` does not go with `add_chunked_attn_mask`, which is the pattern of all layers")

@@ -69,8 +69,11 @@ def rotate(x: Floats, angles: NDArray[np.float64], factor: float | NDArray[np.fl
 
 def are_memory(memory: MemoryTokens, pos: Ints) -> NDArray[np.bool_]:
     """Whether tokens at these positions, (T,), are memory tokens: a chunk of others, then they, over and over."""
-    once = [False] * memory.attn_memory_chunk_size + [True] * memory.num_memory_tokens_per_chunk
-    return np.resize(np.array(once, np.bool_), int(pos.max()) + 1)[pos]
+    n, found = int(pos.max()) + 1, list[bool]()
+    while len(found) < n:
+        found += [False] * min(memory.attn_memory_chunk_size, n - len(found))
+        found += [True] * min(memory.num_memory_tokens_per_chunk, n - len(found))
+    return np.array(found, np.bool_)[pos]
 
 
 def temperature(tuned: QueryTemperature, pos: Ints) -> NDArray[np.float64]:
