@@ -181,7 +181,7 @@ class Plan:
     stream_bytes_prefill: int
     """Weight bytes streamed for the prompt, if its tokens choose as many experts as they can."""
     stream_bytes_token: int
-    """Weight bytes streamed for one decode step, likewise; those of memory tokens are not among them."""
+    """Weight bytes streamed for one decode step, likewise; where there are memory tokens, for one that takes them in."""
     chunk: int
     """Most columns of one streamed piece of a matrix."""
     kv_bytes: int
@@ -321,7 +321,7 @@ def smallest_square(spec: ModelSpec, wafer_spec: WaferSpec, work: Workload, opti
 def _pass_bytes(
     spec: ModelSpec, prompt_tokens: int, batch: int, prefill_chunk: int | None, options: EngineOptions, config: Mapping[str, Any] | None
 ) -> tuple[int, int]:  # fmt: skip
-    """Weight bytes of all forward passes of a prompt, and of the first decode step after it that takes in no memory token."""
+    """Weight bytes of all forward passes of a prompt, and of a decode step after it, of one with memory tokens where there are any."""
     keeps_inputs, memory = options.kv == "recompute", spec.memory_tokens  # what is made again of inputs streams once there are any
     length = spec.sequence_length(prompt_tokens)
 
@@ -334,13 +334,15 @@ def _pass_bytes(
 
     starts = range(0, length, prefill_chunk or length)
     chunks = Counter(alike(n, start) for start, ((_, n),) in zip(starts, prompt_chunks((length,), prefill_chunk), strict=True))
-    of_prompt = sum(times * _stream_bytes(spec, n, options, config, earlier) for (n, earlier), times in chunks.items())
-    next_one = length if memory is None else memory.length(prompt_tokens + 1) - 1
-    n, earlier = alike(1, next_one)
-    return of_prompt, _stream_bytes(spec, n, options, config, earlier)
+    of_prompt = sum(times * _stream_bytes(spec, n, earlier, options, config) for (n, earlier), times in chunks.items())
+    if memory is None:
+        return of_prompt, _stream_bytes(spec, *alike(1, length), options, config)
+    chunks_done = -(-prompt_tokens // memory.attn_memory_chunk_size)
+    full = memory.length(chunks_done * memory.attn_memory_chunk_size)
+    return of_prompt, _stream_bytes(spec, *alike(1 + memory.num_memory_tokens_per_chunk, full), options, config)
 
 
-def _stream_bytes(spec: ModelSpec, n_tokens: int, options: EngineOptions, config: Mapping[str, Any] | None, earlier: int) -> int:
+def _stream_bytes(spec: ModelSpec, n_tokens: int, earlier: int, options: EngineOptions, config: Mapping[str, Any] | None) -> int:
     """Weight bytes of one forward pass over `n_tokens` that follow `earlier` ones, from the ledger of a dry run.
 
     It runs one layer of each kind on one boundless core.
