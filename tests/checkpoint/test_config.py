@@ -141,7 +141,7 @@ def test_sizes_have_no_default(name: str) -> None:
         ({"attention_bias": 1}, "`attention_bias` must be true or false"),
         ({"mlp_bias": True}, "`mlp_bias` must be false"),
         ({"tie_word_embeddings": "yes"}, "`tie_word_embeddings` must be true or false"),
-        ({"quantization_config": {"bits": 4}}, "`quantization_config` is not supported"),
+        ({"quantization_config": {"bits": 4}}, "`quantization_config`: `quant_method` must be 'fp8' for this family; or use a float32"),
         ({"layer_types": ["sliding_attention"] * 3}, "`layer_types` must name 'full_attention' only"),
         ({"layer_types": ["full_attention"] * 2}, "`layer_types` must name full_attention or sliding_attention for each of 3 layers"),
         ({"rope_scaling": {"type": "proportional", "factor": 2.0}}, "`rope_scaling`: rope_type 'proportional' is not supported; known are"),

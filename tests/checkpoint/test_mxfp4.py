@@ -90,7 +90,8 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     for i, (change, message) in enumerate([
         ({UP + "_scales": good[UP + "_scales"][:, :-1]}, r"gate_up_proj: blocks must have shape \(experts, out, in / 32, 16\)"),
         ({UP + "_scales": good[UP + "_scales"].astype(np.float32)}, "gate_up_proj_scales is stored as float32; MXFP4 is bytes, U8"),
-        ({UP + "_scales": None}, r"are missing: model\.layers\.0\.mlp\.experts\.gate_up_proj"),
+        ({UP + "_scales": None}, r"gate_up_proj_blocks is there, but .*gate_up_proj_scales is missing; MXFP4 is a pair of both"),
+        ({DOWN + "_blocks": None}, r"down_proj_scales is there, but .*down_proj_blocks is missing"),
         ({DOWN + n: good[DOWN + n][:, :-1] for n in ("_blocks", "_scales")}, r"down_proj has shape \(3, 192, 31\), config\.json asks for"),
     ]):  # fmt: skip
         with pytest.raises(CheckpointError, match=message):
@@ -99,9 +100,9 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         assert isinstance(opened.tensors, Mxfp4Tensors)
         with pytest.raises(CheckpointError, match=r"down_proj_scales\[1\]: output 5 of those read, block 1: 255 stands for no number"):
             opened.tensors.read(DOWN)
-    with pytest.raises(ConfigError, match="`quantization_config` is not supported"):
-        parse_config({**CONFIG, "quantization_config": {"quant_method": "fp8"}})
-    with pytest.raises(ConfigError, match="`quantization_config` is not supported"):
+    with pytest.raises(ConfigError, match="`quant_method` must be 'mxfp4' or 'fp8' for this family; or use a float32"):
+        parse_config({**CONFIG, "quantization_config": {"quant_method": "awq"}})
+    with pytest.raises(ConfigError, match="`quant_method` must be 'fp8' for this family"):
         parse_config({**CONFIG, "model_type": "mixtral"})
 
 

@@ -96,6 +96,33 @@ RULES = {
     },
 }  # fmt: skip
 """What sets each family apart from a Llama, once."""
+EVERY_FAMILY: dict[str, dict[str, Any]] = {
+    **RULES, "mixtral": MIXTRAL, "qwen3_moe": QWEN3_MOE,
+    "mistral": {**SHAPE, "model_type": "mistral", "intermediate_size": 14, "sliding_window": 3},
+    "qwen3": {
+        **SHAPE, "model_type": "qwen3", "intermediate_size": 14, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1,
+    },
+    "dots1": {
+        **SHAPE, "model_type": "dots1", "intermediate_size": 14, "moe_intermediate_size": 9, "n_routed_experts": 6,
+        "num_experts_per_tok": 3, "n_group": 3, "topk_group": 2, "n_shared_experts": 1, "first_k_dense_replace": 1, "sliding_window": None,
+    },
+    "hunyuan_v1_moe": {
+        **SHAPE, "model_type": "hunyuan_v1_moe", "intermediate_size": 9, "num_experts": 4, "moe_topk": 2,
+        "rope_scaling": {"type": "dynamic", "alpha": 9.0},
+    },
+    "ernie4_5_moe": {
+        **SHAPE, "model_type": "ernie4_5_moe", "intermediate_size": 14, "moe_intermediate_size": 9, "moe_num_experts": 4, "moe_k": 2,
+        "moe_num_shared_experts": 1,
+    },
+    "minimax_m2": {
+        **SHAPE, "model_type": "minimax_m2", "intermediate_size": 9, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 4,
+    },
+    "deepseek_v2": {
+        **{k: v for k, v in RULES["deepseek_v3"].items() if k != "rope_scaling"}, "model_type": "deepseek_v2", "q_lora_rank": None,
+        "topk_method": "group_limited_greedy",
+    },
+}  # fmt: skip
+"""One small model of every family."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "partly rotated": (
         "llama",

@@ -11,7 +11,7 @@ import pytest
 
 import wse_emu as wse
 from wse_emu.checkpoint import open_checkpoint, published_names, random_checkpoint, save_checkpoint
-from wse_emu.checkpoint.fp8 import fp8_block
+from wse_emu.checkpoint.fp8_config import fp8_format
 from wse_emu.checkpoint.safetensors_file import SafetensorsFile
 from wse_emu.checkpoint.stored import bytes_by_config
 from wse_emu.engine.plan import plan_model
@@ -53,8 +53,10 @@ def test_all_matrices_together_are_the_bytes_of_their_files(kind: str, tmp_path:
             assert disk(name) == sizes[name] // 2 + sizes[name] // 32
             assert disk("layers.0.w_o") == 4 * sizes["layers.0.w_o"]
         if kind == "fp8":
-            name, block = "layers.1.experts.2.w_down", fp8_block(checkpoint.config, "")
-            assert block is not None
+            name, form = "layers.1.experts.2.w_down", fp8_format(checkpoint.config, "")
+            assert form is not None
+            assert form.block is not None
+            block = form.block
             assert disk(name) == sizes[name] + 4 * math.ceil(20 / block[0]) * math.ceil(9 / block[1])
             assert disk("lm_head") == 4 * sizes["lm_head"]
         if kind == "bfloat16":

@@ -15,6 +15,7 @@ from wse_emu.checkpoint.families import FAMILIES, family_of
 from wse_emu.checkpoint.family import Family, MoeRules
 from wse_emu.checkpoint.fields import ABSENT, Fields
 from wse_emu.checkpoint.files import read_bytes
+from wse_emu.checkpoint.fp8_config import fp8_format
 from wse_emu.checkpoint.jsonfile import parse_object
 from wse_emu.checkpoint.rope import read_rope, rope_config
 from wse_emu.checkpoint.wrapped import language_config
@@ -73,8 +74,12 @@ def _refuse_unsupported(fields: Fields, family: Family) -> None:
         if fields.given(name) and fields.boolean(name, False):
             raise fields.fail(name, "must be false; this family's biases are not supported")
     quantization = fields.object("quantization_config")
-    if quantization is not None and quantization.get("quant_method", None) not in family.quant_methods:
-        raise fields.fail("quantization_config", "is not supported; use a float32, float16 or bfloat16 checkpoint")
+    if quantization is None:
+        return
+    if quantization.get("quant_method", None) not in family.quant_methods:
+        methods = " or ".join(map(repr, family.quant_methods))
+        raise quantization.fail("quant_method", f"must be {methods} for this family; or use a float32, float16 or bfloat16 checkpoint")
+    fp8_format(fields.values, fields.where)
 
 
 def _activation(fields: Fields, family: Family) -> Activation:

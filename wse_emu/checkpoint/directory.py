@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from wse_emu.checkpoint.config import read_published
 from wse_emu.checkpoint.families import FAMILIES
 from wse_emu.checkpoint.files import read_bytes
-from wse_emu.checkpoint.fp8 import Fp8Tensors, fp8_block, fp8_powers
+from wse_emu.checkpoint.fp8 import Fp8Tensors
+from wse_emu.checkpoint.fp8_config import fp8_format
 from wse_emu.checkpoint.jsonfile import parse_object
 from wse_emu.checkpoint.mxfp4 import Codes, Mxfp4Tensors, is_mxfp4
 from wse_emu.checkpoint.names import own_head, stored_shapes
@@ -91,7 +92,7 @@ class DirectoryTensors:
     def read(self, name: str) -> NDArray[np.float32]:
         """Whole tensor, float32, C-contiguous, read-only."""
         file, entry = self._entry(name)
-        return file.read_rows(name, 0, entry.shape[0] if entry.shape else 1)
+        return file.read_rows(name, 0, entry.shape[0] if entry.shape else 1).reshape(entry.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Entries ``start:stop`` of the first axis, float32, C-contiguous, read-only."""
@@ -186,7 +187,9 @@ def _check_against_spec(path: Path, spec: ModelSpec, tensors: TensorSource) -> t
         if tensors.shape(name) != shape:
             raise CheckpointError(f"{path}: {name} has shape {tensors.shape(name)}, config.json asks for {shape}")
         if tensors.dtype(name) not in READABLE.values():
-            raise CheckpointError(f"{path}: {name} is stored as {tensors.dtype(name)}; readable are {', '.join(READABLE.values())}")
+            coded = "; in FP8 where `quantization_config` of config.json says so" if tensors.dtype(name) == "F8_E4M3" else ""
+            rule = f"readable are {', '.join(READABLE.values())}{coded}"
+            raise CheckpointError(f"{path}: {name} is stored as {tensors.dtype(name)}; {rule}")
         left.discard(name)
 
     for name, shape in stored_shapes(spec).items():
@@ -256,9 +259,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             ignored = language.left_out
         if is_mxfp4(config):
             tensors = Mxfp4Tensors(stored, str(directory))
-        block = fp8_block(config, str(directory / "config.json"))
-        if block is not None:
-            tensors = Fp8Tensors(stored, block, str(directory), powers=fp8_powers(config))
+        form = fp8_format(config, str(directory / "config.json"))
+        if form is not None:
+            tensors = coded = Fp8Tensors(stored, form, str(directory))
+            ignored = (*ignored, *coded.left_out)
         ignored = tuple(sorted((*ignored, *_check_against_spec(directory, spec, tensors))))
         digest = hashlib.sha256(tensors.fingerprint.encode())
         for name in _IDENTITY_FILES:

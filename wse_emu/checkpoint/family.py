@@ -99,7 +99,7 @@ class Family:
     names: Names = field(default_factory=lambda: LLAMA)
     ignored: tuple[str, ...] = ()
     """Patterns of tensors that transformers ignores too."""
-    quant_methods: tuple[str, ...] = ()
-    """What ``quantization_config`` may say."""
+    quant_methods: tuple[str, ...] = ("fp8",)
+    """What ``quant_method`` of ``quantization_config`` may say."""
     predicts_further: bool = False
     """Whether there may be layers behind the last one, which predict further tokens: transformers leaves them out."""

@@ -1,9 +1,11 @@
 """FP8: matrices of numbers of eight bits (e4m3), a scale for every block of rows and columns; read as the numbers that they stand for.
 
 A matrix ``X.weight`` (out, in) of type F8_E4M3 comes with ``X.weight_scale_inv`` (out / 128, in / 128), rounded up where blocks at the
-edges are partial; scales are floating-point numbers, or exponents of type F8_E8M0. An element is its code's number times the scale of its
-block, the product rounded to float32: what transformers makes of it where blocks divide the matrix. At partial edges blocks keep their size
-here; transformers takes those of another size, or none.
+edges are partial; scales are floating-point numbers, or exponents: of type F8_E8M0, or bytes (U8). Without blocks there is one scale for a
+matrix. Of experts in one tensor, the last two axes are matrices. An element is its code's number times the scale of its block, the product
+rounded to float32: what transformers makes of it where blocks divide the matrix. At partial edges blocks keep their size here, as in
+transformers' products; its dequantisation takes blocks of another size, or none. The type of a stored tensor says whether it is in FP8:
+what is stored in full is read as it is. Scales of activations (``activation_scale``) are not used: activations here are not in FP8.
 
 References
 ----------
@@ -13,20 +15,20 @@ technical report", 2024, section 3.3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from wse_emu.checkpoint.fp8_config import Fp8Format
 from wse_emu.checkpoint.mxfp4 import Codes
-from wse_emu.foundation.arguments import show
-from wse_emu.foundation.errors import CheckpointError, ConfigError
+from wse_emu.foundation.errors import CheckpointError
 
 _SCALES = "_scale_inv"
+_ACTIVATION = "activation_scale"
 _STORED = "F8_E4M3"
-_POWERS = "F8_E8M0"
-"""Type of scales that are stored as exponents."""
+_POWERS = ("F8_E8M0", "U8")
+"""Types of scales that are stored as exponents."""
 
 
 def _numbers() -> NDArray[np.float32]:
@@ -45,70 +47,55 @@ POWERS = np.append(np.ldexp(1.0, np.arange(-127, 128)), np.nan).astype(np.float3
 """Code of a scale of type F8_E8M0 to the power of two that it stands for; 255 stands for none."""
 
 
-def fp8_block(config: Mapping[str, Any], where: str) -> tuple[int, int] | None:
-    """Rows and columns that share a scale, where a config.json says that matrices are stored in FP8; None where it does not.
-
-    Raises
-    ------
-    ConfigError
-        If it says so of another form of it.
-    """
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, Mapping) or quantization.get("quant_method") != "fp8":
-        return None
-    for name, values in (("fmt", ("e4m3",)), ("scale_fmt", ("float", "ue8m0")), ("expert_dtype", ("fp8",))):
-        if quantization.get(name, values[0]) not in values:
-            raise ConfigError(
-                f"{where}: `quantization_config`: `{name}` must be {' or '.join(map(repr, values))}, got {show(quantization[name])}"
-            )
-    block = quantization.get("weight_block_size", [128, 128])
-    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and 1 <= n <= 1 << 20 for n in block):
-        raise ConfigError(f"{where}: `quantization_config`: `weight_block_size` must be two positive integers, got {show(block)}")
-    return block[0], block[1]
-
-
-def fp8_powers(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json says that scales are powers of two."""
-    quantization = config.get("quantization_config")
-    return isinstance(quantization, Mapping) and quantization.get("scale_fmt") == "ue8m0"
-
-
 class Fp8Tensors:
     """Tensors of a source, matrices of codes and their scales as one matrix of their numbers; a `TensorSource`.
 
     Parameters
     ----------
     source : Codes
-    block : tuple of int
-        Rows and columns that share a scale.
+    form : Fp8Format
     where : str
         What to call it in messages.
-    powers : bool
-        Whether every scale must be a power of two (``ue8m0``).
 
     Raises
     ------
     CheckpointError
-        If scales are missing, or do not fit their matrix; on reading, if one is no power of two where it must be.
+        If scales are missing, or do not fit their matrix; if nothing is stored in FP8, or what config.json says is stored in full; on
+        reading, if a scale is no power of two where it must be.
     """
 
-    def __init__(self, source: Codes, block: tuple[int, int], where: str, *, powers: bool = False) -> None:
-        self._source, self._block, self._where, self._powers = source, block, where, powers
+    def __init__(self, source: Codes, form: Fp8Format, where: str) -> None:
+        self._source, self._form, self._where = source, form, where
         names = set(source.names())
         self._coded = {name for name in names if source.dtype(name) == _STORED}
+        if not self._coded:
+            rule = "config.json says that matrices are stored in FP8, but none is"
+            raise CheckpointError(f"{where}: {rule}; if they are stored in full, take out `quantization_config`")
         for name in sorted(self._coded):
             self._check(name, names)
-        self._names = sorted(names - {name + _SCALES for name in self._coded})
+        stems = {name.removesuffix("weight") if name.endswith(".weight") else name + "_" for name in self._coded}
+        self.left_out = tuple(sorted(names & {stem + _ACTIVATION for stem in stems}))
+        """Scales of activations, which are not used."""
+        self._names = sorted(names - {name + _SCALES for name in self._coded} - set(self.left_out))
 
     def _check(self, name: str, names: set[str]) -> None:
         shape = self._source.shape(name)
+        if name.removesuffix(".weight") in self._form.kept:
+            rule = "but by config.json (`modules_to_not_convert`) it is stored in full"
+            raise CheckpointError(f"{self._where}: {name} is stored as {_STORED}, {rule}; one of the two is wrong")
         if name + _SCALES not in names:
             raise CheckpointError(f"{self._where}: {name} is stored as {_STORED}, but its scales {name + _SCALES} are missing")
         scales = self._source.shape(name + _SCALES)
-        expected = tuple(-(-n // b) for n, b in zip(shape, self._block, strict=False))
-        if len(shape) != 2 or scales != expected:
-            rule = f"one scale for every {self._block[0]} x {self._block[1]} elements of a matrix"
+        block = self._form.block
+        if len(shape) < 2 or scales not in self._grids(shape):
+            rule = "one scale for every matrix" if block is None else f"one scale for every {block[0]} x {block[1]} elements of a matrix"
             raise CheckpointError(f"{self._where}: {name} has shape {shape} and scales of shape {scales}; {rule}")
+
+    def _grids(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """Shapes that the scales of a matrix of that shape may have."""
+        if self._form.block is None:
+            return ((*shape[:-2], 1, 1), shape[:-2], *([(1,)] if len(shape) == 2 else []))
+        return ((*shape[:-2], *(-(-n // b) for n, b in zip(shape[-2:], self._form.block, strict=True))),)
 
     @property
     def fingerprint(self) -> str:
@@ -137,15 +124,18 @@ class Fp8Tensors:
 
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Entries ``start:stop`` of the first axis, float32, C-contiguous, read-only."""
-        return self.read_part(name, (slice(start, stop), slice(None))) if name in self._coded else self._source.read_rows(name, start, stop)
+        if name not in self._coded:
+            return self._source.read_rows(name, start, stop)
+        return self.read_part(name, (slice(start, stop), *[slice(None)] * (len(self.shape(name)) - 1)))
 
     def read_part(self, name: str, key: tuple[int | slice, ...]) -> NDArray[np.float32]:
-        """Elements that `key` selects, float32, read-only; of a matrix in FP8 two slices."""
+        """Elements that `key` selects, float32, read-only; of a matrix in FP8 two slices, behind what selects among matrices."""
         if name not in self._coded:
             return self._source.read_part(name, key)
-        outs, ins = (np.arange(n)[k] for n, k in zip(self.shape(name), key, strict=True))
-        scales = self._scales(name + _SCALES)[np.ix_(outs // self._block[0], ins // self._block[1])]
-        if self._powers and (np.frexp(scales)[0] != 0.5).any():
+        shape = self.shape(name)
+        outs, ins = (np.arange(n)[k] // b for n, k, b in zip(shape[-2:], key[-2:], self._form.block or shape[-2:], strict=True))
+        scales = self._scales(name, key[:-2])[..., outs[:, None], ins]
+        if self._form.powers and (np.frexp(scales)[0] != 0.5).any():
             other = scales[np.frexp(scales)[0] != 0.5][0]
             raise CheckpointError(f"{self._where}: {name + _SCALES}: with `scale_fmt` 'ue8m0' scales are powers of two, got {other}")
         with np.errstate(all="ignore"):  # what is not finite is named by whoever asked
@@ -153,12 +143,16 @@ class Fp8Tensors:
         values.flags.writeable = False
         return values
 
-    def _scales(self, name: str) -> NDArray[np.float32]:
-        """All scales of a matrix."""
-        if self._source.dtype(name) != _POWERS:
-            return self._source.read(name)
-        scales: NDArray[np.float32] = POWERS[self._source.read_codes(name, (slice(None), slice(None)))]
-        return scales
+    def _scales(self, name: str, lead: tuple[int | slice, ...]) -> NDArray[np.float32]:
+        """All scales of the matrices that `lead` selects, on two axes behind the others."""
+        scales, shape = name + _SCALES, self._source.shape(name + _SCALES)
+        if len(shape) < len(self.shape(name)):  # one for each matrix
+            return self._source.read(scales).reshape(*self.shape(name)[:-2], 1, 1)[lead]
+        whole = (*lead, slice(None), slice(None))
+        if self._source.dtype(scales) not in _POWERS:
+            return self._source.read_part(scales, whole)
+        powers: NDArray[np.float32] = POWERS[self._source.read_codes(scales, whole)]
+        return powers
 
     def close(self) -> None:
         """Let go of the source."""

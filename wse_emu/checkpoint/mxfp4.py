@@ -61,14 +61,18 @@ class Mxfp4Tensors:
     Raises
     ------
     CheckpointError
-        If blocks and scales do not fit each other.
+        If blocks come without scales or the reverse, or do not fit each other.
     """
 
     def __init__(self, source: Codes, where: str) -> None:
         self._source, self._where = source, where
         names = set(source.names())
-        stems = {n.removesuffix("_blocks") for n in names if n.endswith("_blocks")}
-        self._shapes = {stem: self._shape_of(stem) for stem in sorted(stems) if stem + "_scales" in names}
+        stems = {n.removesuffix(suffix) for n in names for suffix in _SUFFIXES if n.endswith(suffix)}
+        for stem in sorted(stems):
+            for there, other in (_SUFFIXES, _SUFFIXES[::-1]):
+                if stem + other not in names:
+                    raise CheckpointError(f"{where}: {stem}{there} is there, but {stem}{other} is missing; MXFP4 is a pair of both")
+        self._shapes = {stem: self._shape_of(stem) for stem in sorted(stems)}
         self._names = sorted((names - {stem + suffix for stem in self._shapes for suffix in _SUFFIXES}) | set(self._shapes))
 
     def _shape_of(self, stem: str) -> tuple[int, ...]:

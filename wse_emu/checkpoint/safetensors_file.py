@@ -123,13 +123,13 @@ class SafetensorsFile:
         return TensorEntry(dtype, tuple(shape), data_start + begin, end - begin)
 
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        """Entries ``start:stop`` of the first axis as float32, read-only."""
+        """Entries ``start:stop`` of the first axis as float32, read-only; a single number is one entry."""
         entry = self.entries[name]
         if entry.dtype not in READABLE:
             raise CheckpointError(f"{self.path}: {name!r} is stored as {entry.dtype}; readable are {', '.join(READABLE)}")
-        if not entry.shape or not 0 <= start <= stop <= entry.shape[0]:
+        rows, *below = entry.shape or (1,)
+        if not 0 <= start <= stop <= rows:
             raise CheckpointError(f"{self.path}: {name!r} has shape {entry.shape}, rows {start}:{stop} asked")
-        below = entry.shape[1:]
         return self._widened(name, self._stored(name, start * math.prod(below), (stop - start, *below)))
 
     def read_part(self, name: str, key: tuple[int | slice, ...]) -> NDArray[np.float32]:

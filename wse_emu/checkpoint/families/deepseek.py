@@ -79,5 +79,5 @@ DEEPSEEK_V3 = Family(
         routing=grouped_sigmoid_routing(normalized=True, n_group=8, topk_group=4, scale=2.5), routing_config=grouped_sigmoid_config,
         dense=first_ones(3), dense_config=first_config,
     ),
-    read=_read_v3, write=_write_v3, names=LATENT_NAMES, predicts_further=True, quant_methods=("fp8",),
+    read=_read_v3, write=_write_v3, names=LATENT_NAMES, predicts_further=True,
 )  # fmt: skip

@@ -104,11 +104,11 @@ def _experts(n_group: int, topk_group: int) -> MoeRules:
 DEEPSEEK_V32 = Family(
     model_type="deepseek_v32", architecture="DeepseekV32ForCausalLM", num_kv_heads=128, head_dim=64, head_dim_field="qk_rope_head_dim",
     max_position_embeddings=163_840, bos_token_id=0, eos_token_id=1, windows=_every_layer, window_config=no_window, moe=_experts(8, 4),
-    read=_read_v32, write=_write, names=_NAMES, predicts_further=True, quant_methods=("fp8",),
+    read=_read_v32, write=_write, names=_NAMES, predicts_further=True,
 )  # fmt: skip
 
 GLM_MOE_DSA = Family(
     model_type="glm_moe_dsa", architecture="GlmMoeDsaForCausalLM", num_kv_heads=64, head_dim=64, head_dim_field="qk_rope_head_dim",
     max_position_embeddings=202_752, rms_norm_eps=1e-5, bos_token_id=0, eos_token_id=1, windows=_every_layer, window_config=no_window,
-    moe=_experts(1, 1), read=_read_glm, write=_write_glm, names=_NAMES, predicts_further=True, quant_methods=("fp8",),
+    moe=_experts(1, 1), read=_read_glm, write=_write_glm, names=_NAMES, predicts_further=True,
 )  # fmt: skip
