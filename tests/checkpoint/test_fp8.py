@@ -236,10 +236,9 @@ def test_names_of_modules_are_read_as_transformers_reads_them() -> None:
 
 def test_a_scale_for_each_matrix_and_scales_of_activations(tmp_path: Path) -> None:
     """`weight_block_size` null; scales of activations go with FP8 arithmetic, which is not done here, and are named."""
-    says = {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}
+    says, attention = {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}, ("w_q", "w_k", "w_v", "w_o")
     for family, shape in (("llama", ()), ("llama", (1,)), ("llama", (1, 1)), ("granitemoe", (4,)), ("granitemoe", (4, 1, 1))):
         config = EVERY_FAMILY[family] | {"quantization_config": says}
-        attention = ("w_q", "w_k", "w_v", "w_o")
         stored, plain = twins(config, block=(1 << 20, 1 << 20), kept=lambda role: in_full(role) or role.endswith(attention))
         in_fp8 = [name for name in plain if name + "_scale_inv" in stored]
         for name in in_fp8:
