@@ -1428,6 +1428,25 @@ def _row_products(smoke: bool) -> Case:
     return Case(ours, peers, (right,), (bound,), Work(macs=2 * t * n, bytes=2 * a.nbytes), parallel=False)
 
 
+@CASES.add("sigmoid_backward")
+def _sigmoid_backward(smoke: bool) -> Case:
+    x = 2 * normal(int(np.prod(_block(smoke))), 1)
+    d, out = normal(len(x), seed=1), np.empty_like(x)
+
+    def ours() -> F32:
+        ffn_backward.sigmoid_backward(x, d, out)
+        return out[:, 0]
+
+    def by_formula(v: Any) -> Any:
+        s = 1 / (1 + np.exp(-v))
+        return d * (s * (1 - s))
+
+    wide = x[:, 0].astype(np.float64)
+    # 1 - s loses where s is near 1.
+    bound = relative(by_formula(wide), 30) + 8 * U * np.abs(d)
+    return Case(ours, {"numpy": lambda: by_formula(x[:, 0])}, (by_formula(wide),), (bound,), Work(bytes=3 * x.nbytes), parallel=False)
+
+
 @CASES.add("keep_rows")
 def _keep_rows(smoke: bool) -> Case:
     x = normal(*_block(smoke))

@@ -181,6 +181,23 @@ def add_bias_products(a: NDArray[np.float32], bias: NDArray[np.float32], out: ND
 
 
 @kernel()
+def sigmoid_backward(x: NDArray[np.float32], d: NDArray[np.float32], dx: NDArray[np.float32]) -> None:
+    """``dx[i, 0] = d[i] * s (1 - s)`` with ``s = sigmoid(x[i, 0])``: gradient of the gate of shared experts.
+
+    Parameters
+    ----------
+    x : ndarray, (m, 1), float32
+        Argument of the sigmoid.
+    d : ndarray, (m,), float32
+        Gradient of its value.
+    dx : ndarray, (m, 1), float32
+        Written.
+    """
+    for i in range(x.shape[0]):
+        dx[i, 0] = d[i] * (sigmoid32(x[i, 0]) * sigmoid32(-x[i, 0]))
+
+
+@kernel()
 def keep_rows(rows: NDArray[np.int64], x: NDArray[np.float32]) -> None:
     """Set all rows of `x`, (t, n) float32, to +0 but those listed in `rows`, (m,) int64, ascending: the mask after all was computed."""
     n = 0

@@ -41,6 +41,8 @@ def test_options_say_the_rule() -> None:
         ({"load_balancing_loss_coef": -0.1}, "`load_balancing_loss_coef` must be a number >= 0"),
         ({"load_balancing_loss_coef": 0.1, "routing_algorithm": "hash"}, "must be 0 with `routing_algorithm` 'hash'"),
         ({"load_balancing_loss_coef": 0.1, "routing_algorithm": "uniform"}, "must be 0 with `routing_algorithm` 'uniform'"),
+        ({"load_balancing_loss_coef": 0.1, "router_selection_nonlinearity": "sinkhorn"}, "must be 0 with `router_selection_nonlinearity`"),
+        ({"expert_weighting_nonlinearity": "sinkhorn"}, "would leave the router without a gradient"),
         ({"num_experts": 4, "null_expert_bias": 1.0, "expert_weighting_normalization": False}, "`null_expert_bias` needs"),
         ({"num_experts": 4, "null_expert_bias": 1.0, "routing_algorithm": "hash"}, "`null_expert_bias` needs `routing"),
         ({"moe_implementation": "forge_experimental"}, "`moe_implementation` must be one of functional, experimental, optimized"),

@@ -21,6 +21,7 @@ from wse_kernels.ffn_backward import (
     keep_rows,
     put_in_slots,
     row_products,
+    sigmoid_backward,
     swiglu_backward,
 )
 from wse_kernels.fma import fma
@@ -121,6 +122,18 @@ def test_sums_along_rows_and_columns_are_in_order(m: int, n: int, seed: int) -> 
         np.testing.assert_array_equal(out, more)
         (plain(add_column_sums) if as_is else add_column_sums)(a, total)
         np.testing.assert_array_equal(total[0], sums)
+
+
+@pytest.mark.nojit
+def test_the_gate_of_shared_experts_sends_back_its_slope() -> None:
+    rng = np.random.default_rng(0)
+    x, d = (rng.standard_normal((50, 1)) * 8).astype(F), rng.standard_normal(50).astype(F)
+    wide = x[:, 0].astype(np.float64)
+    exact = d / (1 + np.exp(wide)) / (1 + np.exp(-wide))
+    for body in (sigmoid_backward, plain(sigmoid_backward)):
+        out = np.empty_like(x)
+        body(x, d, out)
+        np.testing.assert_allclose(out[:, 0], exact, rtol=13 * 2.0**-24)
 
 
 @pytest.mark.nojit

@@ -1,1 +1,1 @@
-"""Looking at models: which layers bear sparse attention."""
+"""Looking at models: which layers bear sparse attention, and what trains a router."""

@@ -58,6 +58,12 @@ class MoEConfig:
             raise SpecError(f"`load_balancing_loss_coef` must be 0 with `router_selection_nonlinearity` 'sinkhorn', got {coef!r}")
         if self.moe_implementation not in get_args(Implementation):
             raise SpecError(f"`moe_implementation` must be one of {', '.join(get_args(Implementation))}, got {self.moe_implementation!r}")
+        weighting: str = self.expert_weighting_nonlinearity
+        if weighting == "sinkhorn":
+            raise SpecError(
+                "`expert_weighting_nonlinearity` 'sinkhorn' would leave the router without a gradient, for its scores are detached: use "
+                "'softmax' or 'sigmoid'"
+            )
         for name, known in (("router_selection_nonlinearity", SelectionNonlinearity), ("expert_weighting_nonlinearity", Nonlinearity)):
             if getattr(self, name) not in get_args(known):
                 raise SpecError(f"`{name}` must be one of {', '.join(get_args(known))}, got {getattr(self, name)!r}")
