@@ -127,10 +127,10 @@ def test_sizes_have_no_default(name: str) -> None:
     ("change", "message"),
     [
         (
-            {"architectures": ["GPT2LMHeadModel"]},
+            {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"},
             r"unknown architecture 'GPT2LMHeadModel'; known are LlamaForCausalLM .*MixtralForCausalLM",
         ),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "unknown architecture"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architecture 'LlamaForSequenceClassification' has another head"),
         ({"architectures": []}, "`architectures` must be a list of names"),
         ({"architectures": "LlamaForCausalLM"}, "`architectures` must be a list of names"),
         ({"architectures": ["MixtralForCausalLM"]}, "`model_type` must be 'mixtral'"),

@@ -210,7 +210,6 @@ def test_deepseek_keeps_latents_and_scales_scores_by_mscale() -> None:
     assert (second.routing.n_group, second.routing.group_score, second.routing.expert_weighting_normalization) == (4, "max", False)
     assert parse_config({**DEEPSEEK_V2, "topk_method": "greedy"}).routing.n_group == 1
     for change, message in (
-        ({"head_dim": 10}, "`head_dim` must be `qk_rope_head_dim` \\(12\\) where it is given"),
         ({"kv_lora_rank": 9}, "`kv_lora_rank` must be an even integer >= 2, got 9"),
         ({"qk_rope_head_dim": 5, "head_dim": 5}, "`head_dim` must be even"),
         ({"num_key_value_heads": 2}, "`num_key_value_heads` must be `num_attention_heads` \\(4\\) with `latent`, got 2"),

@@ -1,6 +1,6 @@
 """Hugging Face directories, untrusted by default: config.json to `ModelSpec`, tensor names per family, safetensors."""
 
-from wse_emu.checkpoint.config import MAX_PARAMETERS, parse_config, read_config, to_config
+from wse_emu.checkpoint.config import MAX_PARAMETERS, parse_config, read_config, to_config, unread_fields
 from wse_emu.checkpoint.directory import open_checkpoint
 from wse_emu.checkpoint.names import PublishedTensor, published_names, published_tensors
 from wse_emu.checkpoint.random_weights import random_checkpoint
@@ -22,4 +22,5 @@ __all__ = [
     "read_config",
     "save_checkpoint",
     "to_config",
+    "unread_fields",
 ]

@@ -93,10 +93,7 @@ def _activation(fields: Fields, family: Family) -> Activation:
 def _head_dim(fields: Fields, family: Family, hidden: int, heads: int) -> int:
     name = family.head_dim_field
     if name != "head_dim":
-        dim = fields.integer(name, family.head_dim)
-        if fields.given("head_dim") and fields.integer("head_dim") != dim:
-            raise fields.fail("head_dim", f"must be `{name}` ({dim}) where it is given")
-        return dim
+        return fields.integer(name, family.head_dim)
     if fields.given("head_dim"):
         return fields.integer("head_dim")
     if family.head_dim is not None and "head_dim" not in fields.values:
@@ -300,6 +297,26 @@ def read_published(path: Path) -> tuple[dict[str, Any], ModelSpec]:
     data = read_bytes(generation_file, limit=MAX_CONFIG_BYTES, error=ConfigError)
     generation = None if data is None else parse_object(data, where=str(generation_file), error=ConfigError)
     return config, parse_config(config, generation=generation, where=str(file))
+
+
+def unread_fields(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Fields of a config.json that ask for what the family's modelling code in transformers does not do: it ignores them, as happens here.
+
+    Parameters
+    ----------
+    config : mapping
+        One that `parse_config` accepts; of a model that also sees, the language model's.
+
+    Returns
+    -------
+    tuple of str
+        Each as "`use_cla` (True) of config.json".
+    """
+    fields = Fields(config, "config.json")
+    says = {name: fields.get(name, None) for name in family_of(fields).unread}
+    allowed = {name: (None, *values) for name, values in family_of(fields).unread.items()}
+    other = [n for n, value in says.items() if not all(v in allowed[n] for v in (value if isinstance(value, list) else [value]))]
+    return tuple(f"`{name}` ({show(says[name])}) of config.json" for name in other)
 
 
 def to_config(spec: ModelSpec) -> dict[str, Any]:

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from wse_emu.checkpoint.config import read_published
+from wse_emu.checkpoint.config import read_published, unread_fields
 from wse_emu.checkpoint.families import FAMILIES
 from wse_emu.checkpoint.files import read_bytes
 from wse_emu.checkpoint.fp8 import Fp8Tensors
 from wse_emu.checkpoint.fp8_config import fp8_format
 from wse_emu.checkpoint.jsonfile import parse_object
 from wse_emu.checkpoint.mxfp4 import Codes, Mxfp4Tensors, is_mxfp4
-from wse_emu.checkpoint.names import own_head, stored_shapes
+from wse_emu.checkpoint.names import is_unused_expert, own_head, stored_shapes
 from wse_emu.checkpoint.safetensors_file import READABLE, SafetensorsFile, TensorEntry
 from wse_emu.checkpoint.source import Checkpoint, TensorSource
 from wse_emu.checkpoint.wrapped import LanguageTensors, is_wrapped, language_config
@@ -205,7 +205,7 @@ def _check_against_spec(path: Path, spec: ModelSpec, tensors: TensorSource) -> t
     if spec.tie_word_embeddings and head.name in left:
         check(head.name, head.shape)
     ignored = {n for n in left if any(re.fullmatch(pattern, n) for pattern in (*_IGNORED, *FAMILIES[spec.family].ignored))}
-    ignored |= {n for n in left if _layer_of(spec, n) >= spec.num_layers}
+    ignored |= {n for n in left if _layer_of(spec, n) >= spec.num_layers or is_unused_expert(spec, n)}
     extra = sorted(left - ignored)
     if extra:
         raise CheckpointError(f"{path}: tensors that config.json does not promise: {_list(extra)}; is it another architecture?")
@@ -263,7 +263,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         if form is not None:
             tensors = coded = Fp8Tensors(stored, form, str(directory))
             ignored = (*ignored, *coded.left_out)
-        ignored = tuple(sorted((*ignored, *_check_against_spec(directory, spec, tensors))))
+        ignored = unread_fields(config) + tuple(sorted((*ignored, *_check_against_spec(directory, spec, tensors))))
         digest = hashlib.sha256(tensors.fingerprint.encode())
         for name in _IDENTITY_FILES:
             content = read_bytes(directory / name, limit=MAX_INDEX_BYTES, error=CheckpointError)

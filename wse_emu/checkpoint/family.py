@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from wse_emu.checkpoint.dense_layers import never
@@ -60,7 +61,7 @@ class Family:
     head_dim: int | None = None
     """Default; None follows from ``hidden_size``."""
     head_dim_field: str = "head_dim"
-    """Field that holds it; where that is another one, ``head_dim`` itself may only say the same."""
+    """Field that holds it; where that is another one, transformers does not look at ``head_dim``."""
     max_position_embeddings: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e4
@@ -99,6 +100,8 @@ class Family:
     names: Names = field(default_factory=lambda: LLAMA)
     ignored: tuple[str, ...] = ()
     """Patterns of tensors that transformers ignores too."""
+    unread: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    """Fields that transformers does not look at, each with the values that say what it computes; others are named."""
     quant_methods: tuple[str, ...] = ("fp8",)
     """What ``quant_method`` of ``quantization_config`` may say."""
     predicts_further: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -209,6 +210,30 @@ def _in_layer(
 def published_names(spec: ModelSpec) -> dict[str, PublishedTensor]:
     """`published_tensors` as a dictionary from role to tensor."""
     return dict(published_tensors(spec))
+
+
+def is_unused_expert(spec: ModelSpec, name: str) -> bool:
+    """Whether a tensor belongs to the experts, the router or the shared experts of a layer that is dense: transformers leaves it out."""
+    names = FAMILIES[spec.family].names
+    before, _, behind = _plain(names["layer"]).partition("{n}")
+    number, _, rest = name.removeprefix(before).partition(behind)
+    if not name.startswith(before) or not number.isdecimal() or len(number) > 9:
+        return False
+    layer = int(number)
+    if layer >= spec.num_layers or spec.is_moe_layer(layer) or FAMILIES[spec.family].moe is None:
+        return False
+    own = {_below(names[role]) for role, _ in layer_roles(spec, layer)}
+    others = {_below(entry) for role, entry in names.items() if role.startswith(_MIXTURE)} - own
+    return any(re.fullmatch(re.escape(other).replace(re.escape("{e}"), r"\d+"), rest) for other in others)
+
+
+_MIXTURE = ("experts.", "shared.", "router", "e_score_correction_bias")
+"""How roles begin that a dense layer has not."""
+
+
+def _below(entry: str | Part) -> str:
+    """Name of a tensor below its layer."""
+    return entry if isinstance(entry, str) else entry.name
 
 
 def stored_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:

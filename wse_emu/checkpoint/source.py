@@ -62,7 +62,10 @@ class Checkpoint:
     fingerprint: str
     """Text that changes when any file that was read changes (config, generation config, tensors, tokenizer)."""
     ignored: tuple[str, ...] = ()
-    """Tensors of the directory that transformers leaves out too, such as layers that predict further tokens; sorted."""
+    """Tensors of the directory that transformers leaves out too, such as layers that predict further tokens; sorted.
+
+    Before them, fields of config.json that it does not look at and that say other than what it computes.
+    """
     path: Path | None = None
     """Directory; None for random weights."""
     tokenizer_path: Path | None = None

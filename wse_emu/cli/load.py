@@ -130,7 +130,7 @@ def load(request: Request, placing: Placing, *, new_tokens: int, verify: bool, q
 
 
 def left_out(names: Sequence[str]) -> str:
-    """What to say of tensors that transformers leaves out too."""
+    """What to say of tensors, and of fields of config.json, that transformers leaves out too."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return f"left out, as transformers does: {', '.join(names[:_SHOWN])}{more}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 from wse_emu.cli import options
 from wse_emu.cli.describe import JSON_SCHEMA, model_entry
@@ -37,11 +38,15 @@ def plan(
     Names what lies on the worst core, how much would be streamed, what keys and values take and how long a sequence may be. Reads
     config.json only.
     """
-    from wse_emu.checkpoint import read_config
+    from wse_emu.checkpoint import read_config, unread_fields
+    from wse_emu.cli.load import left_out
     from wse_emu.cli.tables import console, sram_table
     from wse_emu.foundation.units import bytes_text
 
     config, spec = read_config(model)
+    unread = unread_fields(config)
+    if unread:
+        print(left_out(unread), file=sys.stderr)
     spec = options.sparse(spec, window, sinks, dense_layers)
     from wse_emu.engine.options import EngineOptions
     from wse_emu.engine.plan import plan_model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from wse_emu.checkpoint.dense_layers import first_config, first_ones
@@ -61,6 +63,11 @@ LATENT_NAMES = named(
 )  # fmt: skip
 """Names that they share."""
 
+UNREAD: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)}
+)
+"""What transformers does not look at in DeepSeek-V3 and its kin: their rule is fixed."""
+
 DEEPSEEK_V2 = Family(
     model_type="deepseek_v2", architecture="DeepseekV2ForCausalLM", head_dim=64, head_dim_field="qk_rope_head_dim",
     max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, windows=full, window_config=no_window,
@@ -69,6 +76,7 @@ DEEPSEEK_V2 = Family(
         routing_config=greedy_softmax_config, dense=first_ones(0), dense_config=first_config,
     ),
     read=_read_v2, write=latent_config, names=LATENT_NAMES,
+    unread=MappingProxyType({"scoring_func": ("softmax",), "norm_topk_prob": (False,), "moe_layer_freq": (1,)}),
 )  # fmt: skip
 
 DEEPSEEK_V3 = Family(
@@ -79,5 +87,5 @@ DEEPSEEK_V3 = Family(
         routing=grouped_sigmoid_routing(normalized=True, n_group=8, topk_group=4, scale=2.5), routing_config=grouped_sigmoid_config,
         dense=first_ones(3), dense_config=first_config,
     ),
-    read=_read_v3, write=_write_v3, names=LATENT_NAMES, predicts_further=True,
+    read=_read_v3, write=_write_v3, names=LATENT_NAMES, predicts_further=True, unread=UNREAD,
 )  # fmt: skip

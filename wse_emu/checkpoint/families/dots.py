@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from wse_emu.checkpoint.dense_layers import first_config, first_ones
+from wse_emu.checkpoint.families.deepseek import UNREAD
 from wse_emu.checkpoint.family import Family, MoeRules
 from wse_emu.checkpoint.fields import ABSENT, Fields
 from wse_emu.checkpoint.naming import ffn_names, named
@@ -27,4 +28,5 @@ DOTS1 = Family(
         routing_config=grouped_sigmoid_config, dense=first_ones(0), dense_config=first_config,
     ),
     read=_read, write=n_shared_config("n_shared_experts"), names=named(**ffn_names("shared.", "mlp.shared_experts.")),
+    unread=UNREAD,
 )  # fmt: skip

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from wse_emu.checkpoint.dense_layers import first_ones
-from wse_emu.checkpoint.families.deepseek import LATENT_NAMES, latent_config, latent_fields
+from wse_emu.checkpoint.families.deepseek import LATENT_NAMES, UNREAD, latent_config, latent_fields
 from wse_emu.checkpoint.family import Family, MoeRules
 from wse_emu.checkpoint.fields import Fields
 from wse_emu.checkpoint.routers import grouped_sigmoid_config, grouped_sigmoid_routing
@@ -93,6 +94,9 @@ _NAMES = {
 }  # fmt: skip
 
 
+_UNREAD = MappingProxyType({**UNREAD, "rope_interleave": (True,)})
+
+
 def _experts(n_group: int, topk_group: int) -> MoeRules:
     return MoeRules(
         count="n_routed_experts", default_num_experts=256, default_top_k=8, width="moe_intermediate_size",
@@ -104,11 +108,12 @@ def _experts(n_group: int, topk_group: int) -> MoeRules:
 DEEPSEEK_V32 = Family(
     model_type="deepseek_v32", architecture="DeepseekV32ForCausalLM", num_kv_heads=128, head_dim=64, head_dim_field="qk_rope_head_dim",
     max_position_embeddings=163_840, bos_token_id=0, eos_token_id=1, windows=_every_layer, window_config=no_window, moe=_experts(8, 4),
-    read=_read_v32, write=_write, names=_NAMES, predicts_further=True,
+    read=_read_v32, write=_write, names=_NAMES, predicts_further=True, unread=_UNREAD,
 )  # fmt: skip
 
 GLM_MOE_DSA = Family(
     model_type="glm_moe_dsa", architecture="GlmMoeDsaForCausalLM", num_kv_heads=64, head_dim=64, head_dim_field="qk_rope_head_dim",
     max_position_embeddings=202_752, rms_norm_eps=1e-5, bos_token_id=0, eos_token_id=1, windows=_every_layer, window_config=no_window,
     moe=_experts(1, 1), read=_read_glm, write=_write_glm, names=_NAMES, predicts_further=True,
+    unread=MappingProxyType({**_UNREAD, "indexer_rope_interleave": (True,)}),
 )  # fmt: skip

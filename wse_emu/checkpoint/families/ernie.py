@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 from wse_emu.checkpoint.dense_layers import interval_config, outside_interval
@@ -40,5 +41,5 @@ ERNIE4_5_MOE = Family(
         e_score_correction_bias=Part(name="mlp.moe_statics.e_score_correction_bias", one_row=True),
         **ffn_names("shared.", "mlp.shared_experts."),
     ),
-    ignored=(".*mtp.*",),
+    ignored=(".*mtp.*",), unread=MappingProxyType({"moe_gate": ("topk",), "moe_use_aux_free": (True,)}),
 )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from wse_emu.checkpoint.dense_layers import first_config, first_ones
+from wse_emu.checkpoint.families.deepseek import UNREAD
 from wse_emu.checkpoint.family import Family, MoeRules
 from wse_emu.checkpoint.fields import Fields
 from wse_emu.checkpoint.naming import ffn_names, named
@@ -34,5 +35,5 @@ GLM4_MOE = Family(
         routing=grouped_sigmoid_routing(normalized=True), routing_config=grouped_sigmoid_config, dense=first_ones(1),
         dense_config=first_config,
     ),
-    read=_read, write=_write, names=named(**ffn_names("shared.", "mlp.shared_experts.")), predicts_further=True,
+    read=_read, write=_write, names=named(**ffn_names("shared.", "mlp.shared_experts.")), predicts_further=True, unread=UNREAD,
 )  # fmt: skip

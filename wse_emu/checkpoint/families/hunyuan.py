@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 from wse_emu.checkpoint.family import Family, MoeRules
@@ -29,6 +30,12 @@ HUNYUAN_V1_MOE = Family(
         routing=fixed_routing(MIXTRAL_ROUTING), routing_config=fixed_routing_config,
     ),
     read=_read,
+    unread=MappingProxyType(
+        {
+            "use_cla": (False,), "use_mla": (False,), "use_qk_norm": (True,), "norm_topk_prob": (True,), "num_shared_expert": (1,),
+            "use_mixed_mlp_moe": (True,), "moe_layer_num_skipped": (0,),
+        }
+    ),
     names=named(
         q_norm="self_attn.query_layernorm.weight", k_norm="self_attn.key_layernorm.weight", router="mlp.gate.wg.weight",
         **ffn_names("shared.", "mlp.shared_mlp."),

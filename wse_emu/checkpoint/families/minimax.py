@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 from wse_emu.checkpoint.family import Family, MoeRules
@@ -32,7 +33,14 @@ MINIMAX_M2 = Family(
         ),
         routing_config=fixed_routing_config,
     ),
+    ignored=(r"(model\.)?mtp\..*",),
     read=_read, write=_write,
+    unread=MappingProxyType(
+        {
+            "use_routing_bias": (True,), "scoring_func": ("sigmoid",), "use_qk_norm": (True,), "qk_norm_type": ("per_layer",),
+            "shared_intermediate_size": (0,),
+        }
+    ),
     names=named(
         router="block_sparse_moe.gate.weight", e_score_correction_bias="block_sparse_moe.e_score_correction_bias",
         **ffn_names("experts.", "block_sparse_moe.experts.{e}.", gate="w1", up="w3", down="w2"),

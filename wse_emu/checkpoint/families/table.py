@@ -39,32 +39,46 @@ ARCHITECTURES: Mapping[str, str] = MappingProxyType({family.architecture: family
 """Architecture (``architectures`` of config.json) to family (``model_type``)."""
 
 
+_OTHER_HEADS = (
+    "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice", "MaskedLM", "RewardModel", "RewardModeling",
+    "Embedding", "TextEncoding",
+)  # fmt: skip
+"""What an architecture's name ends with whose head does not predict the next token."""
+
+
 def family_of(fields: Fields) -> Family:
-    """Family that a config.json names, by ``architectures`` or else by ``model_type``.
+    """Family that a config.json names, by ``model_type``, as transformers does, or else by ``architectures``.
+
+    A released file may call its architecture as its own code did (``PhiMoEForCausalLM``).
 
     Raises
     ------
     ConfigError
-        If it names none that is known, or two; the message lists the known ones.
+        If it names none that is known, or two, or one with another kind of head; the message lists the known ones.
     """
     known = ", ".join(f"{a} ({f})" for a, f in ARCHITECTURES.items())
     model_type = fields.get("model_type", None)
     architectures = fields.get("architectures", None)
-    if architectures is not None:
-        if not isinstance(architectures, list) or not architectures or not all(isinstance(a, str) for a in architectures):
-            raise fields.fail("architectures", "must be a list of names")
-        unknown = [a for a in architectures if a not in ARCHITECTURES]
-        if unknown:
-            raise ConfigError(f"{fields.where}: unknown architecture {show(unknown[0])}; known are {known}")
-        families = {ARCHITECTURES[a] for a in architectures}
-        if len(families) > 1:
-            raise fields.fail("architectures", "must name one family")
-        family = families.pop()
-        if model_type is not None and model_type != family:
-            raise fields.fail("model_type", f"must be {family!r} for architecture {architectures[0]}")
-        return FAMILIES[family]
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    if architectures is None:
         if model_type is None:
             raise ConfigError(f"{fields.where}: neither `architectures` nor `model_type` is there; known architectures are {known}")
-        raise ConfigError(f"{fields.where}: unknown `model_type` {show(model_type)}; known architectures are {known}")
-    return FAMILIES[model_type]
+        architectures = []
+    elif not isinstance(architectures, list) or not architectures or not all(isinstance(a, str) for a in architectures):
+        raise fields.fail("architectures", "must be a list of names")
+    for name in architectures:
+        if name.endswith(_OTHER_HEADS):
+            raise ConfigError(f"{fields.where}: architecture {show(name)} has another head than a language model's; known are {known}")
+    families = {ARCHITECTURES[a] for a in architectures if a in ARCHITECTURES}
+    if len(families) > 1:
+        raise fields.fail("architectures", "must name one family")
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        if families - {model_type}:
+            raise fields.fail("model_type", f"must be {families.pop()!r} for architecture {architectures[0]}")
+        return FAMILIES[model_type]
+    if model_type is None and families:
+        return FAMILIES[families.pop()]
+    if families:
+        raise fields.fail("model_type", f"must be {families.pop()!r} for architecture {architectures[0]}")
+    if architectures:
+        raise ConfigError(f"{fields.where}: unknown architecture {show(architectures[0])}; known are {known}")
+    raise ConfigError(f"{fields.where}: unknown `model_type` {show(model_type)}; known architectures are {known}")
