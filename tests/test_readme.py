@@ -159,7 +159,8 @@ def test_command_line_page_has_every_key_of_every_document(
     for keys, commands in re.findall(r"^\| (`[a-z_`, ]+`) \| ([a-z, ]+) \|", text.partition("## JSON documents")[2], flags=re.MULTILINE):
         for command in listed if commands == "all" else commands.split(", "):
             listed[command] += re.findall(r"`([a-z_]+)`", keys)
-    words = {"run": ["--max-new-tokens", "1", "--no-verify"], "verify": [], "plan": [str(shipped_model())], "sparsify": [], "cache": []}
+    words = {"run": ["--max-new-tokens", "1", "--no-verify"], "verify": [], "plan": [str(shipped_model())], "cache": []}
+    words["sparsify"] = ["--prompt", "Return the object", "--rows", "4"]
     for command, more in words.items():
         assert invoke([command, *more, "--json"]) == 0
         document = json.loads(capsys.readouterr().out)
@@ -167,6 +168,26 @@ def test_command_line_page_has_every_key_of_every_document(
         assert f"## JSON documents (schema {document['schema']})" in text
         if command == "plan":
             assert ", ".join(f"`{key}`" for key in document["plan"]) in text
+
+
+@pytest.mark.slow
+def test_published_sizes_of_keys_and_values_are_what_plan_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llama-3.1-8B, dense and with 25 and 28 of its 32 layers sparse."""
+    monkeypatch.chdir(tmp_path)
+    config = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    config |= {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rope_theta": 500000.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    page = DOCS / "number-formats.md"
+    (said,) = (text for language, text in blocks(page) if language == "console")
+    sizes = []
+    for command, answer in re.findall(r"^\$ wse-emu (.*)\n(.*)$", said, flags=re.MULTILINE):
+        assert invoke(command.split()) == 0
+        assert f"\n{answer}\n" in capsys.readouterr().out
+        sizes += re.findall(r"\((.*? GB)", answer)
+    assert sizes == ["2.1475 GB", "1.3757 GB", "1.2751 GB"]
+    assert re.findall(r"^\| 16 bits.*\| (.*?) \|$", page.read_text(encoding="utf-8"), flags=re.MULTILINE) == sizes
 
 
 def test_command_line_page_has_every_exit_code() -> None:

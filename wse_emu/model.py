@@ -255,6 +255,22 @@ class WaferModel:
             assert self._wafer is not None
             return self._wafer
 
+    def with_attention(self, attention: Attention, dense_layers: Sequence[int] = ()) -> WaferModel:
+        """The same model with other patterns of attention: on the same wafer, with the same weights, which are let go of but once.
+
+        Parameters
+        ----------
+        attention, dense_layers
+            As `from_pretrained` takes `attention` and `dense_attention_layers`.
+
+        Raises
+        ------
+        SpecError
+            If there is not one pattern for each layer, or a layer is not there.
+        """
+        spec = self.spec.with_attention(attention, dense_layers)
+        return WaferModel(self.checkpoint, self.store, self._wafer, None, self.prefill_chunk, self.options, spec)
+
     def close(self) -> None:
         """Let go of the weights."""
         self.store.close()

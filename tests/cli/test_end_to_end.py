@@ -57,8 +57,9 @@ def test_tensors_that_are_left_out_are_named_once(checkpoint: Path, tmp_path: Pa
     err = capsys.readouterr().err
     assert err.count("inv_freq") == 4
     assert f"left out, as transformers does: {', '.join(names[:4])} and 1 more\n" in err
-    code, _, err = run(capsys, *words)
+    code, document, err = run(capsys, *words)
     assert (code, err) == (0, "")
+    assert sorted(document["ignored"]) == names
 
 
 def test_zero_weights_stay_behind_when_asked_to_and_change_nothing(
@@ -268,6 +269,10 @@ def test_plan_for_people_names_the_worst_core(capsys: pytest.CaptureFixture[str]
     out = capsys.readouterr().out
     assert "SRAM of the worst core" in out
     assert "weights streamed for the prompt" in out
+    # 4 layers, 96 tokens, 4 heads of 16: keys and values of 4 bytes
+    assert "\nkeys and values at the end: 196,608 bytes (196.6080 kB, 192.0 KiB)\n" in out
+    assert invoke(["plan", str(shipped_model()), "--prompt-tokens", "64", "--window", "9", "--sparse-layers", "0-2"]) == 0
+    assert "\nattention window 9: layers 0-2\nattention all keys: layers 3\n" in capsys.readouterr().out
 
 
 def test_run_on_too_small_a_grid_is_exit_three(capsys: pytest.CaptureFixture[str]) -> None:

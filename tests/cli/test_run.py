@@ -58,6 +58,7 @@ class StandInModel:
         self.new = request.tokenizer.encode(CONTINUATION)
         self.wafer = StandInWafer()
         self.passed = passed
+        self.checkpoint = SimpleNamespace(ignored=("model.layers.9.eh_proj.weight",))
         self.asked: dict[str, Any] = {}
         self.wafer.ledger.record(Event(None, "earlier", "stream", "w", bytes=1))
 
@@ -142,6 +143,7 @@ def test_json_is_one_document_and_nothing_else(stand_in: list[StandInModel], cap
     assert document["generated"]["ids"] == model.new[:2]
     assert CONTINUATION.startswith(document["generated"]["text"])
     assert document["prompt"] == {"text": "Sort", "ids": model.asked["request"].ids}
+    assert document["ignored"] == ["model.layers.9.eh_proj.weight"]
     assert document["wafer"]["rows"] == 4
     assert document["wafer"]["sram"] == {
         "worst_core": [2, 3],

@@ -168,7 +168,7 @@ def test_ids_that_no_reader_should_follow(text: str, tmp_path: Path) -> None:
 
 
 def test_ids_without_an_end_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens_module, "_MAX_IDS_BYTES", 1000)
+    monkeypatch.setattr(tokens_module, "_MAX_TEXT_CHARACTERS", 1000)
     with pytest.raises(InputError, match="--ids /dev/zero: more than 1000 characters"):
         read_ids(Path("/dev/zero"))
 

@@ -7,11 +7,11 @@ from collections import Counter
 from typing import Any
 
 from wse_emu.checkpoint.files import Named
-from wse_emu.foundation.errors import CheckpointError, ConfigError
+from wse_emu.foundation.errors import WseError
 
 
-def parse_object(data: bytes, *, where: str, error: Named) -> dict[str, Any]:
-    """JSON object from UTF-8 bytes; duplicate keys, NaN and infinities are refused, as is any other top-level value."""
+def parse_json(data: bytes, *, where: str, error: type[WseError]) -> Any:
+    """JSON from UTF-8 bytes; duplicate keys, NaN and infinities are refused."""
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out = dict(pairs)
@@ -24,11 +24,16 @@ def parse_object(data: bytes, *, where: str, error: Named) -> dict[str, Any]:
         raise error(f"{where}: {text} is not a JSON number")
 
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant)
-    except (ConfigError, CheckpointError):
+        return json.loads(data.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant)
+    except WseError:
         raise
     except (ValueError, RecursionError) as e:
         raise error(f"{where}: not valid JSON: {e}") from e
+
+
+def parse_object(data: bytes, *, where: str, error: Named) -> dict[str, Any]:
+    """JSON object as `parse_json` reads it; any other top-level value is refused."""
+    value = parse_json(data, where=where, error=error)
     if not isinstance(value, dict):
         raise error(f"{where}: must hold a JSON object, holds {type(value).__name__}")
     return value

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from wse_emu.cli.patterns import layers_text
+from wse_emu.foundation.pattern_json import pattern_text, pattern_to_json
 from wse_emu.foundation.precision import FLOAT32, Precision
 from wse_emu.foundation.units import counted
 
@@ -12,7 +14,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from wse_emu.cli.load import Request
+    from wse_emu.foundation.attention_pattern import AttentionPattern
     from wse_emu.foundation.model_spec import ModelSpec
+    from wse_emu.model import WaferModel
     from wse_emu.sampling import Sampler
     from wse_emu.wafer.sram import SramMap
     from wse_emu.wafer.wafer import Wafer
@@ -28,12 +32,21 @@ def header(request: Request, wafer: Wafer, precision: Precision = FLOAT32) -> st
     if spec.is_moe:
         shape += f", {counted(spec.num_experts, 'expert')}, top {spec.top_k}"
     cores = f"{wafer.rows} x {wafer.cols} = {counted(wafer.rows * wafer.cols, 'core')} of {wafer.spec.name}"
+    attention = "".join(f"\nattention {line}" for line in attention_lines(spec))
     stored = "" if precision == FLOAT32 else f", stored in {precision}"
     return (
         f"model     {request.path.resolve().name}: {spec.family}, {spec.n_params:,} parameters\n"
         f"          {shape}\n"
-        f"wafer     {cores}, executor {wafer.executor}{stored}"
+        f"wafer     {cores}, executor {wafer.executor}{stored}{attention}"
     )
+
+
+def attention_lines(spec: ModelSpec) -> list[str]:
+    """Patterns that a model was given, each with its layers; none where it is as its checkpoint says."""
+    layers: dict[AttentionPattern, list[int]] = {}
+    for layer, pattern in enumerate(spec.patterns):
+        layers.setdefault(pattern, []).append(layer)
+    return [f"{pattern_text(pattern)}: layers {layers_text(having)}" for pattern, having in layers.items()]
 
 
 def sampling_text(sampler: Sampler) -> str:
@@ -47,12 +60,13 @@ def sampling_text(sampler: Sampler) -> str:
 
 def model_entry(path: Path, spec: ModelSpec) -> dict[str, Any]:
     """Entry ``model`` of a ``--json`` document."""
-    return {"path": str(path), "family": spec.family, "n_params": spec.n_params, "spec": asdict(spec)}
+    fields = {**asdict(replace(spec, patterns=())), "patterns": [pattern_to_json(pattern) for pattern in spec.patterns]}
+    return {"path": str(path), "family": spec.family, "n_params": spec.n_params, "spec": fields}
 
 
-def what_and_where(request: Request, wafer: Wafer, lies: SramMap | None, precision: Precision = FLOAT32) -> dict[str, Any]:
+def what_and_where(request: Request, model: WaferModel, lies: SramMap | None, precision: Precision = FLOAT32) -> dict[str, Any]:
     """Entries of a ``--json`` document that say which model ran on which prompt and where; `lies` on the fullest core."""
-    sram = None
+    sram, wafer = None, model.wafer
     if lies is not None:
         sram = {
             "worst_core": [lies.row, lies.col],
@@ -62,6 +76,7 @@ def what_and_where(request: Request, wafer: Wafer, lies: SramMap | None, precisi
         }
     return {
         "model": model_entry(request.path, request.spec),
+        "ignored": list(model.checkpoint.ignored),
         "precision": {"dtype": precision.dtype, "kv_dtype": precision.kv, "precision_opt_level": precision.precision_opt_level},
         "wafer": {"name": wafer.spec.name, "rows": wafer.rows, "cols": wafer.cols, "executor": wafer.executor, "sram": sram},
         "prompt": {"text": request.text, "ids": request.ids},

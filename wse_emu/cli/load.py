@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from wse_emu.cli.options import OTHER_PROMPT, SHIPPED_PROMPT, Growth, Placing, grid, shipped_model
-from wse_emu.cli.tokens import CheckpointTokenizer, encode, load_tokenizer, read_ids
+from wse_emu.cli.tokens import CheckpointTokenizer, encode, load_tokenizer, read_ids, read_text
 from wse_emu.foundation.arguments import show
 from wse_emu.foundation.errors import CheckpointError, InputError, SramOverflowError
 
@@ -40,27 +40,39 @@ class Request(NamedTuple):
     tokenizer: CheckpointTokenizer | None
 
 
-def read_request(model: Path | None, prompt: str | None, ids: Path | None) -> Request:
-    """Resolve MODEL, ``--prompt`` and ``--ids``; reads config.json and tokenizer.json, no weights.
+def read_request(
+    model: Path | None, prompt: str | None, ids: Path | None, text_file: Path | None = None, fallback: Callable[[], str] | None = None
+) -> Request:
+    """Resolve MODEL, ``--prompt``, ``--ids`` and ``--text``; reads config.json and tokenizer.json, no weights.
+
+    Where none of them is given, the text is that of `fallback`, as far as the model has positions for it; or else a few words.
 
     Raises
     ------
     InputError
-        If both `prompt` and `ids` are given, or the ids do not fit the model's vocabulary.
+        If more than one of them is given, or the ids do not fit the model's vocabulary.
     ConfigError, CheckpointError
         If the checkpoint cannot be read.
     """
     from wse_emu.checkpoint import read_config
 
-    if prompt is not None and ids is not None:
-        raise InputError("`--prompt` and `--ids` both say where to start; give one of them")
+    given = [name for name, value in (("--prompt", prompt), ("--ids", ids), ("--text", text_file)) if value is not None]
+    if len(given) > 1:
+        raise InputError(f"`{given[0]}` and `{given[1]}` both say where to start; give one of them")
     path = shipped_model() if model is None else model
     _, spec = read_config(path)
     if path.is_file():
         raise CheckpointError(f"{path}: a file; weights and tokenizer lie in its directory, {path.absolute().parent}: give that")
     tokenizer = load_tokenizer(path)
+    text: str | None = None
     if ids is not None:
-        text, tokens = None, read_ids(ids)
+        tokens = read_ids(ids)
+    elif text_file is not None:
+        text = read_text(text_file, where=f"--text {text_file}")
+        tokens = encode(tokenizer, text, path, "--text")
+    elif prompt is None and fallback is not None:
+        text = fallback()
+        tokens = encode(tokenizer, text, path)[: spec.context_length]
     else:
         text = prompt if prompt is not None else (SHIPPED_PROMPT if model is None else OTHER_PROMPT)
         tokens = encode(tokenizer, text, path)
@@ -71,7 +83,9 @@ def read_request(model: Path | None, prompt: str | None, ids: Path | None) -> Re
 
 
 def load(request: Request, placing: Placing, *, new_tokens: int, verify: bool, quiet: bool) -> WaferModel:
-    """Put the model on a wafer that holds it with the prompt and `new_tokens` more; with `verify`, all of them in one forward pass.
+    """Put the model, with the request's patterns, on a wafer that holds it with the prompt and `new_tokens` more.
+
+    With `verify`, all of them in one forward pass.
 
     Raises
     ------
@@ -116,6 +130,7 @@ def load(request: Request, placing: Placing, *, new_tokens: int, verify: bool, q
             max_tokens=n_prompt + new_tokens,
             stream_experts=placing.stream_experts.value,
             prefill_chunk=placing.prefill_chunk,
+            attention=request.spec.patterns or None,
             dtype=placing.precision.dtype,
             kv_dtype=placing.precision.kv_dtype,
             precision_opt_level=placing.precision.precision_opt_level,

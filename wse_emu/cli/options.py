@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple, cast
+from typing import Annotated, NamedTuple, cast
 
 import typer
 
 from wse_emu.foundation.precision import FLOAT32, Precision, PrecisionOptLevel
 from wse_emu.foundation.wafer_spec import WSE2, WSE3, WaferSpec
-
-if TYPE_CHECKING:
-    from wse_emu.foundation.model_spec import ModelSpec
 
 SHIPPED_MODEL = "pydoc-moe-8x2"
 SHIPPED_PROMPT = "If the argument"
@@ -153,13 +150,6 @@ PromptTokens = Annotated[
 ]
 NewTokens = Annotated[int, typer.Option("--new-tokens", metavar="N", min=0, help="Tokens to generate after it.")]
 Batch = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Sequences at once.")]
-Window = Annotated[
-    int | None, typer.Option("--window", metavar="N", min=1, help="Sliding window of so many keys in every layer, whatever the model says.")
-]
-Sinks = Annotated[int, typer.Option("--sinks", metavar="N", min=0, help="With --window: the first so many keys are seen by all, too.")]
-DenseLayers = Annotated[
-    str | None, typer.Option("--dense-layers", metavar="LIST", help="With --window: layers that see every key, as 0,5,31.")
-]
 Clear = Annotated[bool, typer.Option("--clear", help="Remove everything listed; it is made again when needed.")]
 
 
@@ -175,24 +165,20 @@ def grid(rows: int | None, cols: int | None) -> tuple[int | None, int | None]:
     return (rows or cols), (cols or rows)
 
 
-def sparse(spec: ModelSpec, window: int | None, sinks: int, dense_layers: str | None) -> ModelSpec:
-    """The model with that window, sinks and dense layers, where any is asked for."""
-    from wse_emu.foundation.attention_pattern import AttentionPattern
-    from wse_emu.foundation.errors import InputError
-
-    if window is None:
-        if sinks or dense_layers is not None:
-            raise InputError("--sinks and --dense-layers go with --window")
-        return spec
-    try:
-        dense = [int(word) for word in (dense_layers or "").split(",") if word]
-    except ValueError as error:
-        raise InputError(f"--dense-layers must be numbers between commas, got {dense_layers!r}") from error
-    return spec.with_attention(AttentionPattern(window=window, sinks=sinks), dense)
-
-
 def shipped_model() -> Path:
     """Directory of the model that ships with the package."""
     from importlib.resources import files
 
     return Path(str(files("wse_emu") / "data" / SHIPPED_MODEL))
+
+
+def held_out_text() -> str:
+    """A text of some 256 tokens that the shipped model was not trained on."""
+    import json
+
+    from wse_emu.cli.tokens import load_tokenizer
+
+    directory = shipped_model()
+    tokenizer = load_tokenizer(directory)
+    assert tokenizer is not None  # it ships
+    return tokenizer.decode(json.loads((directory / "heldout.json").read_text(encoding="utf-8"))["ids"][0])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import sys
 
-from wse_emu.cli import options
-from wse_emu.cli.describe import JSON_SCHEMA, model_entry
+from wse_emu.cli import options, patterns
+from wse_emu.cli.describe import JSON_SCHEMA, attention_lines, model_entry
 from wse_emu.cli.exits import Exit
 from wse_emu.cli.options import Growth, Keeping, NumberFormat, WaferName
+from wse_emu.cli.patterns import PatternOptions
 
 DEFAULT_PROMPT_TOKENS = 512
 """Tokens of a prompt where none are given; fewer where the model has not so many positions."""
@@ -28,9 +29,14 @@ def plan(
     precision_opt_level: options.OptLevel = 0,
     kv_growth: options.KvGrowth = Growth.SHIFT,
     kv: options.Kv = Keeping.STORE,
-    window: options.Window = None,
-    sinks: options.Sinks = 0,
-    dense_layers: options.DenseLayers = None,
+    window: patterns.Window = None,
+    sinks: patterns.Sinks = 0,
+    attention_chunk_size: patterns.ChunkSize = None,
+    columns: patterns.Columns = None,
+    fixed: patterns.Fixed = None,
+    attention: patterns.Attention = None,
+    dense_layers: patterns.DenseLayers = None,
+    sparse_layers: patterns.SparseLayers = None,
     as_json: options.Json = False,
 ) -> int:
     """Say whether and where a model fits.
@@ -41,13 +47,14 @@ def plan(
     from wse_emu.checkpoint import read_config, unread_fields
     from wse_emu.cli.load import left_out
     from wse_emu.cli.tables import console, sram_table
-    from wse_emu.foundation.units import bytes_text
+    from wse_emu.foundation.units import bytes_text, decimal_bytes_text
 
     config, spec = read_config(model)
     unread = unread_fields(config)
-    if unread:
+    if unread and not as_json:
         print(left_out(unread), file=sys.stderr)
-    spec = options.sparse(spec, window, sinks, dense_layers)
+    chosen = PatternOptions(window, sinks, attention_chunk_size, columns, fixed, attention, dense_layers, sparse_layers)
+    spec = chosen.applied(spec)
     from wse_emu.engine.options import EngineOptions
     from wse_emu.engine.plan import plan_model
 
@@ -69,21 +76,23 @@ def plan(
     code = Exit.OK if made.fits else Exit.DOES_NOT_FIT
     if as_json:
         asked = {
-            "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "prefill_chunk": prefill_chunk, "window": window,
-            "sinks": sinks, "dense_layers": dense_layers, "dtype": dtype, "kv_dtype": kv_dtype or dtype,
+            "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "prefill_chunk": prefill_chunk,
+            **chosen._asdict(), "dtype": dtype, "kv_dtype": kv_dtype or dtype,
             "precision_opt_level": precision_opt_level, "kv_growth": kv_growth, "kv": kv,
         }  # fmt: skip
-        document = {"schema": JSON_SCHEMA, "command": "plan", "model": model_entry(model, spec), "wafer": wafer.spec.name, **asked}
-        print(json.dumps({**document, "plan": made.to_dict()}))
+        document = {"schema": JSON_SCHEMA, "command": "plan", "model": model_entry(model, spec), "ignored": unread}
+        print(json.dumps({**document, "wafer": wafer.spec.name, **asked, "plan": made.to_dict()}))
         return code
     print(f"model   {spec.family}, {spec.n_params:,} parameters; {batch} x ({prompt_tokens} + {new_tokens}) tokens")
+    for line in attention_lines(spec):
+        print(f"attention {line}")
     print(f"wafer   {made.rows} x {made.cols} cores of {wafer.spec.name}")
     title = f"SRAM of the worst core {made.worst_core}"
     console().print(sram_table(title, made.blocks, made.peak_bytes, wafer.spec.sram_bytes_per_core))
     print()
     print(f"weights streamed for the prompt: {bytes_text(made.stream_bytes_prefill)}")
     print(f"weights streamed for each further token, at worst: {bytes_text(made.stream_bytes_token)}")
-    print(f"keys and values at the end: {bytes_text(made.kv_bytes)}")
+    print(f"keys and values at the end: {made.kv_bytes:,} bytes ({decimal_bytes_text(made.kv_bytes)}, {bytes_text(made.kv_bytes)})")
     print(f"longest sequence on this grid: {made.max_context:,} tokens")
     print(made.message)
     return code

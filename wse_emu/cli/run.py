@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wse_emu.cli import options
+from wse_emu.cli import options, patterns
 from wse_emu.cli.describe import JSON_SCHEMA, header, sampling_text, what_and_where
 from wse_emu.cli.exits import Exit
 from wse_emu.cli.load import Request, load, read_request
 from wse_emu.cli.options import Executor, Growth, Keeping, NumberFormat, Placing, StreamExperts, WaferName
+from wse_emu.cli.outputs import check_output_file, writing
+from wse_emu.cli.patterns import PatternOptions
 from wse_emu.cli.tokens import TextStream
-from wse_emu.foundation.errors import StoreError
 from wse_emu.foundation.precision import FLOAT32, Precision
 from wse_emu.foundation.units import counted
 from wse_emu.sampling import Sampler
@@ -68,7 +67,7 @@ class Outcome:
         return {
             "schema": JSON_SCHEMA,
             "command": "run",
-            **what_and_where(self.request, self.model.wafer, self.sram, self.precision),
+            **what_and_where(self.request, self.model, self.sram, self.precision),
             "sampling": asdict(self.sampler),
             "generated": {"text": self.text, "ids": self.ids},
             "ledger": {"by": ["stage", "kind"], "totals": self.totals},
@@ -98,6 +97,14 @@ def run(
     kv_growth: options.KvGrowth = Growth.SHIFT,
     kv: options.Kv = Keeping.STORE,
     skip_zero_weights: options.SkipZeros = False,
+    window: patterns.Window = None,
+    sinks: patterns.Sinks = 0,
+    attention_chunk_size: patterns.ChunkSize = None,
+    columns: patterns.Columns = None,
+    fixed: patterns.Fixed = None,
+    attention: patterns.Attention = None,
+    dense_layers: patterns.DenseLayers = None,
+    sparse_layers: patterns.SparseLayers = None,
     verify: options.Verify = True,
     as_json: options.Json = False,
     ledger: options.LedgerFile = None,
@@ -112,7 +119,8 @@ def run(
     for option, file in (("--ledger", ledger), ("--trace", trace), ("--report", report)):
         if file is not None:
             check_output_file(option, file)
-    request = read_request(model, prompt, ids)
+    chosen = PatternOptions(window, sinks, attention_chunk_size, columns, fixed, attention, dense_layers, sparse_layers)
+    request = chosen.of(read_request(model, prompt, ids))
     precision = options.precision(dtype, kv_dtype, precision_opt_level)
     placing = Placing(rows, cols, wafer, executor, stream_experts, prefill_chunk, precision, kv_growth, kv, skip_zero_weights)
     started = time.perf_counter()
@@ -183,35 +191,6 @@ def generate(outcome: Outcome, max_new_tokens: int, *, echo: bool) -> None:
     outcome.text = None if stream is None else "".join(pieces)
     outcome.totals = model.wafer.ledger.totals(by=("stage", "kind"), start=before)
     outcome.sram = model.wafer.sram.high_water_map
-
-
-def check_output_file(option: str, file: Path) -> None:
-    """Refuse, before anything runs, a file whose folder is not there or that is a folder itself.
-
-    Raises
-    ------
-    StoreError
-        Saying which.
-    """
-    if file.is_dir():
-        raise StoreError(f"{option} {file}: cannot be written (Is a directory)")
-    if not file.absolute().parent.is_dir():
-        raise StoreError(f"{option} {file}: cannot be written (there is no directory {file.absolute().parent})")
-
-
-@contextmanager
-def writing(option: str, file: Path) -> Iterator[None]:
-    """Name the option of a file that the block cannot write.
-
-    Raises
-    ------
-    StoreError
-        If it cannot be written.
-    """
-    try:
-        yield
-    except OSError as e:
-        raise StoreError(f"{option} {file}: cannot be written ({e.strerror or e})") from e
 
 
 def write_trace(outcome: Outcome, file: Path) -> None:

@@ -14,7 +14,7 @@ from wse_emu.foundation.errors import CheckpointError, InputError
 
 TOKENIZER_FILE = "tokenizer.json"
 _MAX_TOKENIZER_BYTES = 64 << 20
-_MAX_IDS_BYTES = 64 << 20
+_MAX_TEXT_CHARACTERS = 64 << 20
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -76,8 +76,8 @@ def load_tokenizer(checkpoint: Path) -> CheckpointTokenizer | None:
     return None if data is None else CheckpointTokenizer(data, file)
 
 
-def encode(tokenizer: CheckpointTokenizer | None, text: str, checkpoint: Path) -> list[int]:
-    """Token ids of `text`, special tokens as tokenizer.json's template adds them.
+def encode(tokenizer: CheckpointTokenizer | None, text: str, checkpoint: Path, option: str = "--prompt") -> list[int]:
+    """Token ids of `text`, which `option` gave, special tokens as tokenizer.json's template adds them.
 
     Raises
     ------
@@ -89,11 +89,32 @@ def encode(tokenizer: CheckpointTokenizer | None, text: str, checkpoint: Path) -
     if tokenizer is None:
         raise InputError(f"{checkpoint} has no {TOKENIZER_FILE}, so it takes token ids: use --ids FILE")
     if any("\ud800" <= c <= "\udfff" for c in text):  # bytes of the command line that were no text
-        raise InputError("`--prompt` is not valid UTF-8; write the text in it, or give token ids with --ids FILE")
+        raise InputError(f"`{option}` is not valid UTF-8; write the text in it, or give token ids with --ids FILE")
     ids = tokenizer.encode(text)
     if not ids:
-        raise InputError("`--prompt` gives no token; write at least one character")
+        raise InputError(f"`{option}` gives no token; write at least one character")
     return ids
+
+
+def read_text(file: Path, *, where: str) -> str:
+    """Text of a file; ``-`` is stdin.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read as text in UTF-8, or is longer than any text of a prompt.
+    """
+    try:
+        if str(file) == "-":
+            text = sys.stdin.read(_MAX_TEXT_CHARACTERS + 1)
+        else:
+            with open(file, encoding="utf-8") as f:  # perhaps a pipe
+                text = f.read(_MAX_TEXT_CHARACTERS + 1)
+    except (OSError, ValueError) as e:
+        raise InputError(f"{where}: cannot be read as text ({e})") from e
+    if len(text) > _MAX_TEXT_CHARACTERS:
+        raise InputError(f"{where}: more than {_MAX_TEXT_CHARACTERS} characters; give what one prompt needs")
+    return text
 
 
 def read_ids(file: Path) -> list[int]:
@@ -104,17 +125,8 @@ def read_ids(file: Path) -> list[int]:
     InputError
         If the file cannot be read or holds anything else; the first such item is named.
     """
-    where = "--ids -" if str(file) == "-" else f"--ids {file}"
-    try:
-        if str(file) == "-":
-            text = sys.stdin.read(_MAX_IDS_BYTES + 1)
-        else:
-            with open(file, encoding="utf-8") as f:  # perhaps a pipe
-                text = f.read(_MAX_IDS_BYTES + 1)
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{where}: cannot be read as text ({e})") from e
-    if len(text) > _MAX_IDS_BYTES:
-        raise InputError(f"{where}: more than {_MAX_IDS_BYTES} characters; give the token ids of one prompt")
+    where = f"--ids {file}"
+    text = read_text(file, where=where)
     items: list[Any]
     try:
         if text.lstrip().startswith("["):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
-from wse_emu.cli import options
+from wse_emu.cli import options, patterns
 from wse_emu.cli.describe import JSON_SCHEMA, header, what_and_where
 from wse_emu.cli.exits import Exit
 from wse_emu.cli.load import load, read_request
 from wse_emu.cli.options import Executor, NumberFormat, Placing, WaferName
+from wse_emu.cli.patterns import PatternOptions
 
 
 def verify(
@@ -24,13 +25,22 @@ def verify(
     kv_dtype: options.KvDtype = None,
     precision_opt_level: options.OptLevel = 0,
     skip_zero_weights: options.SkipZeros = False,
+    window: patterns.Window = None,
+    sinks: patterns.Sinks = 0,
+    attention_chunk_size: patterns.ChunkSize = None,
+    columns: patterns.Columns = None,
+    fixed: patterns.Fixed = None,
+    attention: patterns.Attention = None,
+    dense_layers: patterns.DenseLayers = None,
+    sparse_layers: patterns.SparseLayers = None,
     as_json: options.Json = False,
 ) -> int:
     """Compare every stage with the dense reference.
 
     Runs the prompt through the wafer and holds every stage of every layer against a dense float64 forward pass.
     """
-    request = read_request(model, prompt, ids)
+    chosen = PatternOptions(window, sinks, attention_chunk_size, columns, fixed, attention, dense_layers, sparse_layers)
+    request = chosen.of(read_request(model, prompt, ids))
     precision = options.precision(dtype, kv_dtype, precision_opt_level)
     placing = Placing(
         rows, cols, wafer, executor, prefill_chunk=prefill_chunk, precision=precision, skip_zero_weights=skip_zero_weights
@@ -40,7 +50,7 @@ def verify(
         print(header(request, loaded.wafer, placing.precision), flush=True)
     report = loaded.verify([request.ids])
     if as_json:
-        where = what_and_where(request, loaded.wafer, loaded.wafer.sram.high_water_map, placing.precision)
+        where = what_and_where(request, loaded, loaded.wafer.sram.high_water_map, placing.precision)
         print(json.dumps({"schema": JSON_SCHEMA, "command": "verify", **where, "verification": report.to_dict()}))
     else:
         print(f"\n{report}")

@@ -381,7 +381,9 @@ def _max_context(
             return False
         return True
 
-    longest = spec.context_length
+    longest, described = spec.context_length, [n for pattern in spec.patterns if (n := pattern.n_positions) is not None]
+    if described:
+        longest = _last(0, longest, lambda n: spec.sequence_length(n) <= min(described), step=1)
     finest = options if options.chunk is not None else replace(options, chunk=CHUNKS[-1])
     length = _last(0, longest, lambda n: fits(n, finest), step=rows)
     if finest is options or length == longest or not fits(length + 1, options):

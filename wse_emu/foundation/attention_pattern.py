@@ -187,6 +187,15 @@ class AttentionPattern:
         return self.window is None and self.chunk is None and self.block_size is None and self.mask is None
 
     @property
+    def n_positions(self) -> int | None:
+        """How many positions blocks, or a mask given as an array, describe; None is any number."""
+        if self.heads:
+            return min((n for layout in self.layouts if (n := layout.n_positions) is not None), default=None)
+        if isinstance(self.mask, MaskArray):
+            return len(self.mask.values)
+        return None if self.block_size is None else self.block_size * len(self.blocks)
+
+    @property
     def layouts(self) -> tuple[AttentionPattern, ...]:
         """The different patterns of its heads, in the order of their first heads; itself alone where all heads have one."""
         return tuple(dict.fromkeys(self.heads)) or (self,)

@@ -307,6 +307,21 @@ class ModelSpec:
             patterns[layer] = FULL
         return replace(self, patterns=tuple(patterns))
 
+    def with_sparse_layers(self, attention: AttentionPattern, layers: Sequence[int]) -> ModelSpec:
+        """The same model with another pattern of attention in some layers; the others stay as they are.
+
+        Raises
+        ------
+        SpecError
+            If `layers` names a layer that is not there.
+        """
+        patterns = [self.pattern(layer) for layer in range(self.num_layers)]
+        for layer in layers:
+            if type(layer) is not int or not 0 <= layer < self.num_layers:
+                raise SpecError(f"`layers` must name layers in 0..{self.num_layers - 1}, got {layer!r}")
+            patterns[layer] = attention
+        return self.with_attention(patterns)
+
     @property
     def context_length(self) -> int:
         """Longest sequence the model is meant for: its positions, or what a rotary scaling makes of the original ones.

@@ -1,4 +1,4 @@
-"""Numbers for people: bytes with a binary unit, counts with their noun."""
+"""Numbers for people: bytes with a binary or a decimal unit, counts with their noun."""
 
 from __future__ import annotations
 
@@ -13,6 +13,16 @@ def bytes_text(n: int) -> str:
         return f"{n} bytes"
     power = min((n.bit_length() - 1) // 10, 4)
     return f"{n / 1024**power:.1f} {('', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def decimal_bytes_text(n: int) -> str:
+    """Bytes with a decimal unit and four places, as published sizes have it.
+
+    >>> decimal_bytes_text(2_147_483_648), decimal_bytes_text(1500), decimal_bytes_text(999)
+    ('2.1475 GB', '1.5000 kB', '999 bytes')
+    """
+    power = min((len(str(n)) - 1) // 3, 4)
+    return f"{n / 1000**power:.4f} {('', 'kB', 'MB', 'GB', 'TB')[power]}" if power else f"{n} bytes"
 
 
 def counted(n: int, noun: str, plural: str | None = None) -> str:
