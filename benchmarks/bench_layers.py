@@ -46,6 +46,7 @@ from wse_emu.layers.rotary import ROTATE_QK, place_rotary
 from wse_emu.layers.router import RouterWeights, report_chosen, route
 from wse_emu.layers.stream import StreamedHeads
 from wse_emu.layers.tiles import move_tokens
+from wse_emu.layers.weight_gradient import weight_gradient
 from wse_emu.wafer.placement import Split, TokenBands
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_kernels.attention_mesh import mesh_attention, mesh_store_kv
@@ -290,6 +291,22 @@ def _matmul(layer: Layer) -> Case:
     peers = {"numpy": lambda: x @ w, **torch_call(lambda t, a, b: a @ b, x, w)}
     work = Work(macs=layer.n_tokens * w.size, bytes=x.nbytes + w.nbytes + 4 * layer.n_tokens * n_out, tokens=layer.n_tokens)
     return Case(ours, peers, (x.astype(np.float64) @ w,), (linear_bound(x, w.T),), work, look=gathered)
+
+
+@both("weight_gradient")
+def _weight_gradient(layer: Layer) -> Case:
+    """Gradient of the weights of a product; the peers' is one product."""
+    wafer, x, n_out = layer.wafer(), layer.x, layer.heads.qkv.total
+    dy = normal(layer.n_tokens, n_out, seed=1)
+    placed, placed_dy = put(wafer, x), room(wafer, layer.n_tokens, layer.heads.qkv)
+    wafer.inject(placed_dy, dy)
+
+    def ours() -> Any:
+        return weight_gradient(wafer, placed, placed_dy, layer.bands, "gradient")
+
+    peers = {"numpy": lambda: x.T @ dy, **torch_call(lambda t, a, b: a.T @ b, x, dy)}
+    work = Work(macs=x.size * n_out, bytes=x.nbytes + dy.nbytes + 4 * x.shape[1] * n_out, tokens=layer.n_tokens)
+    return Case(ours, peers, (x.astype(np.float64).T @ dy,), (linear_bound(x.T, dy.T),), work)
 
 
 @both("matmul_by_kind")
