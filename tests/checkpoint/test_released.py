@@ -66,8 +66,12 @@ def test_what_transformers_does_not_look_at_changes_nothing_and_is_named(
     named = f"`{field}` ({said!r}) of config.json"
     assert unread_fields(told) == (named,)
     (tmp_path / "config.json").write_text(json.dumps(told))
-    assert invoke(["plan", str(tmp_path / "config.json"), "--prompt-tokens", "4", "--rows", "2", "--cols", "2", "--json"]) == 0
+    words = ["plan", str(tmp_path / "config.json"), "--prompt-tokens", "4", "--rows", "2", "--cols", "2"]
+    assert invoke(words) == 0
     assert capsys.readouterr().err == f"left out, as transformers does: {named}\n"
+    assert invoke([*words, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert (json.loads(out)["ignored"], err) == ([named], "")
 
 
 def test_another_head_dim_beside_rotary_ones_is_not_looked_at() -> None:
