@@ -13,12 +13,14 @@ import pytest
 from numpy.typing import NDArray
 
 import wse_emu as wse
-from wse_emu.checkpoint import open_checkpoint, published_names
+from wse_emu.checkpoint import Checkpoint, open_checkpoint, published_names
 from wse_emu.checkpoint.families import FAMILIES
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.rope_scaling import ROPE_KINDS
 from wse_emu.foundation.routing_rule import RoutingRule
 from wse_emu.reference import DenseReference
+
+from .checkpoint import test_fp8
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 CHECKPOINTS = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
@@ -122,17 +124,59 @@ def test_greedy_tokens_are_those_of_transformers(name: str, grid: str, cache: Pa
         np.testing.assert_array_equal(actual, expected, err_msg=case)
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
-def test_every_stage_of_every_family_is_verified(family: str, cache: Path) -> None:
-    name = next(name for name in CHECKPOINTS if name.startswith(family + "-"))
-    report = model_of(name, "7x5", cache).verify(golden_of(name)["t17.input_ids"])
+FIRST = {next(name for name in CHECKPOINTS if name.startswith(family + "-")) for family in FAMILIES}
+QUANTIZED = ("deepseek_v3-fp8", "gpt_oss-mxfp4")
+VERIFIED = [pytest.param(name, marks=() if name in FIRST or name in QUANTIZED else pytest.mark.slow) for name in CHECKPOINTS]
+"""One file of every family by default, and one of every format of weights that is not a plain one."""
+
+
+@pytest.mark.parametrize("name", VERIFIED)
+def test_every_stage_of_every_file_is_verified(name: str, cache: Path) -> None:
+    golden, model = golden_of(name), model_of(name, "7x5", cache)
+    report = model.verify(golden["t17.input_ids"])
+    assert report.passed, report
+    generated = golden["t17.generated"][:, :20]
+    report = model.verify(generated, n_prompt=17)  # a prompt, then tokens from the cache
     assert report.passed, report
 
 
-def test_the_readme_names_every_family() -> None:
+def test_every_cell_of_the_readme_is_a_test() -> None:
+    """Of every family: every format that its row names is one of a golden file or of a test of FP8, and every "yes" covers all of them."""
+    in_fp8 = test_fp8.test_a_model_of_another_family_in_fp8_is_the_model_of_its_numbers
+    own = (test_forward_is_that_of_transformers, test_greedy_tokens_are_those_of_transformers, test_every_stage_of_every_file_is_verified)
+    tests = {kind: (of_files, in_fp8) for kind, of_files in zip(("prefill", "decode", "verify"), own, strict=True)}
+    stored: dict[str, dict[str, list[str]]] = {family: {} for family in FAMILIES}
+    for name in CHECKPOINTS:
+        with open_checkpoint(GOLDEN / name) as checkpoint:
+            stored[checkpoint.spec.family].setdefault(format_of(checkpoint), []).append(name)
+    for family in parameters(in_fp8):
+        stored[family].setdefault("FP8", []).append(family)
+    expected = []
+    for family, formats in stored.items():
+        names = {name for of_format in formats.values() for name in of_format}
+        cells = ["yes" if names <= set().union(*map(parameters, run)) else "no" for run in tests.values()]
+        expected.append([family, ", ".join(sorted(formats, key=ORDER.index)), *cells])
     text = (GOLDEN.parents[1] / "README.md").read_text(encoding="utf-8")
-    rows = [line for line in text.splitlines() if line.endswith("| yes | yes | yes |")]
-    assert [row.strip("| ").split()[0] for row in rows] == list(FAMILIES)
+    head, rule, *rows = text.partition("| family | stored as |")[2].partition("\n\n")[0].splitlines()
+    assert [cell.strip() for cell in head.strip("| ").split("|")] == list(tests)
+    assert set(rule) == {"|", "-"}
+    assert [[cell.strip() for cell in row.strip("|").split("|")] for row in rows] == expected
+
+
+ORDER = ("float32", "bfloat16", "float16", "FP8", "MXFP4")
+
+
+def format_of(checkpoint: Checkpoint) -> str:
+    """How a checkpoint's weights are stored, in the README's words."""
+    quantized = checkpoint.config.get("quantization_config", {}).get("quant_method")
+    return {"fp8": "FP8", "mxfp4": "MXFP4", None: checkpoint.config["torch_dtype"]}[quantized]
+
+
+def parameters(test: Any) -> set[str]:
+    """First parameter of every run of a test, slow ones included."""
+    (mark,) = (mark for mark in test.pytestmark if mark.name == "parametrize")
+    values = (getattr(value, "values", (value,)) for value in mark.args[1])
+    return {value[0] for value in values}
 
 
 def stages_of(reference: DenseReference, golden: Golden, case: str) -> dict[Any, NDArray[Any]]:

@@ -182,7 +182,7 @@ def test_matrices_of_every_family_may_be_in_fp8(family: str, tmp_path: Path) -> 
         assert {name: by_config(name) for name in plain} == {name: opened.tensors.stored_bytes(name) for name in plain}
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("minimax_m2", "granitemoe", "llama4_text")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("minimax_m2", "qwen3_moe", "granitemoe", "llama4_text")]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "deepseek_v32", "glm_moe_dsa", *SLOW])
