@@ -82,6 +82,8 @@ def test_blocks_and_any_mask(size, n_blocks, random) -> None:
     mask = visible(np.zeros_like(q), q, pattern)
     assert [np.flatnonzero(row).tolist() for row in mask] == expected
     allowed = [i * 100 + j for i, row in enumerate(blocks) for j in row]
+    assert AttentionPattern(block_size=size, blocks=[list(row) for row in blocks]) == pattern
+    assert keys_of(pattern, q[::-2]) == expected[::-2]
     same = AttentionPattern(mask=lambda q, k: np.isin(q // size * 100 + k // size, allowed))
     assert keys_of(same, q) == expected
     assert keys_of(same, q[::-1]) == expected[::-1]
@@ -111,6 +113,7 @@ def test_merged_ranges_hold_the_same_keys(spans) -> None:
         ({"block_size": 4, "blocks": ((0,),), "window": 3}, "`block_size` stands alone, got `window` too"),
         ({"block_size": 4, "blocks": ((0,), (0,))}, "`blocks[1]` must name blocks 0..1 in ascending order, its own among them, got (0,)"),
         ({"block_size": 4, "blocks": ((0,), (0, 1, 2))}, "`blocks[1]` must name blocks 0..1"),
+        ({"block_size": 4, "blocks": (0, (0, 1))}, "`blocks[0]` must name blocks 0..0 in ascending order, its own among them, got 0"),
         ({"mask": 3}, "`mask` must be a function of query and key positions, or an array of booleans, got 3"),
         ({"mask": np.ones((2, 3), bool)}, "as many keys as queries, got bool of shape (2, 3); give one pattern for each head as `heads`"),
         ({"mask": np.ones((2, 2))}, "must hold booleans (queries, keys), as many keys as queries, got float64 of shape (2, 2)"),
@@ -138,6 +141,38 @@ def test_a_mask_given_as_an_array_is_that_of_its_entries() -> None:
     assert pattern != AttentionPattern(mask=values)
     with pytest.raises(wse.SpecError, match="`mask` describes 9 positions, there is a query at position 9"):
         pattern.ranges(np.array([3, 9]))
+
+
+@given(st.integers(1, 12), st.integers(1, 6), st.randoms(use_true_random=False))
+def test_listed_keys_are_those_of_the_list(n, topk, random) -> None:
+    indices = np.array([[random.randint(-1, n + 2) for _ in range(topk)] for _ in range(n)])
+    lengths = np.array([random.randint(0, topk) for _ in range(n)])
+    expected = [sorted({int(k) for k in row[:length] if 0 <= k <= q}) for q, (row, length) in enumerate(zip(indices, lengths, strict=True))]
+    pattern = AttentionPattern.listed(indices, lengths)
+    t = np.arange(n)
+    assert [np.flatnonzero(row).tolist() for row in visible(np.zeros_like(t), t, pattern)] == expected
+    some = np.array([q for q in range(n) if expected[q]] * 2, np.int64)
+    if some.size:
+        assert keys_of(pattern, some) == [expected[q] for q in some]
+    for q in (q for q in range(n) if not expected[q]):
+        with pytest.raises(wse.SpecError, match=f"`indices` list no key for the query at position {q}"):
+            pattern.ranges(np.array([q]))
+    with pytest.raises(wse.SpecError, match=f"`indices` lists keys of {n} queries, there is one at position {n}"):
+        pattern.ranges(np.array([n]))
+    assert pattern == AttentionPattern.listed(np.array(indices), lengths.copy())
+    assert (pattern == AttentionPattern.listed(indices)) == (expected == [sorted({int(k) for k in indices[q] if 0 <= k <= q}) for q in t])
+
+
+def test_lists_of_keys_that_are_none_are_refused() -> None:
+    for indices, lengths, rule in (
+        (np.zeros((2, 2)), None, "`indices` must be integers (queries, topk), got float64 of shape (2, 2)"),
+        (np.zeros((2, 2, 1), int), None, "got int64 of shape (2, 2, 1); give one pattern for each head as `heads`"),
+        (np.full((2, 2), -2), None, "`indices` must be positions or -1, got -2"),
+        (np.zeros((2, 2), int), [1], "`topk_length` must be integers (2,), got int64 of shape (1,)"),
+        (np.zeros((2, 2), int), [1, 3], "`topk_length` must lie in 0..2, got 1 to 3"),
+    ):
+        with pytest.raises(wse.SpecError, match=re.escape(rule)):
+            AttentionPattern.listed(indices, lengths)
 
 
 @given(st.lists(numbers(), min_size=1, max_size=4), st.integers(0, 50), st.integers(1, 20))
@@ -187,6 +222,10 @@ def test_masks_that_are_none_are_refused() -> None:
         AttentionPattern(mask=lambda q, k: (q != 2) & (k >= 0)).ranges(q)
     with pytest.raises(wse.SpecError, match=r"must give booleans of shape \(4, 4\), got int64 of shape \(4, 4\)"):
         AttentionPattern(mask=lambda q, k: q * k).ranges(q)
+    for other in (np.ones((3, 4), bool), np.ones((4, 2), bool), np.ones((2, 4, 4), bool)):
+        with pytest.raises(wse.SpecError, match=rf"must give booleans of shape \(4, 4\), got bool of shape {re.escape(str(other.shape))}"):
+            AttentionPattern(mask=lambda q, k, other=other: other).ranges(q)
+    assert AttentionPattern(mask=lambda q, k: np.True_).ranges(q).n_admitted == 10
     with pytest.raises(wse.SpecError, match=r"describes 1 blocks of 2 queries, there is one at position 2"):
         AttentionPattern(block_size=2, blocks=((0,),)).ranges(q)
 
@@ -205,7 +244,7 @@ def test_layers_of_a_model_take_patterns_and_some_stay_dense() -> None:
         spec.with_attention(AttentionPattern(heads=(FULL, sparse, FULL)))
     with pytest.raises(wse.SpecError, match="`attention` must be one pattern or one for each of 3 layers, got 2"):
         spec.with_attention([FULL, sparse])
-    with pytest.raises(wse.SpecError, match=r"`attention\[1\]` must be an AttentionPattern, got 4"):
+    with pytest.raises(wse.SpecError, match=r"`attention\[1\]` must be an AttentionPattern \(of a mask: `mask=...`\), got 4"):
         spec.with_attention([FULL, 4, FULL])
     with pytest.raises(wse.SpecError, match=r"`dense_layers` must name layers in 0\.\.2, got 3"):
         spec.with_attention(sparse, (3,))

@@ -472,11 +472,16 @@ class WaferModel:
         SpecError
             If `dtype` or `max_shard_bytes` is not one of those.
         SaveError
-            If `path` is taken, the file system refuses or has too little space.
+            If `path` is taken, the file system refuses or has too little space; if the model's attention or routing is not what a
+            config.json of its family can say.
         CheckpointError
             If a value is not finite, or is beyond the largest value of `dtype`; it is named.
         """
-        return save_checkpoint(self.checkpoint, path, dtype=dtype, max_shard_bytes=max_shard_bytes, overwrite=overwrite, progress=progress)
+        spec, published = self.spec, self.checkpoint.spec
+        if all(spec.pattern(layer) == published.pattern(layer) for layer in range(spec.num_layers)):
+            spec = replace(spec, patterns=published.patterns)
+        checkpoint = replace(self.checkpoint, spec=spec)
+        return save_checkpoint(checkpoint, path, dtype=dtype, max_shard_bytes=max_shard_bytes, overwrite=overwrite, progress=progress)
 
     # ---- where it runs
 

@@ -15,6 +15,8 @@ import wse_emu as wse
 from wse_emu.checkpoint import parse_config
 from wse_emu.engine.options import CHUNKS, EngineOptions
 from wse_emu.engine.plan import Plan, Workload, _last, peak_sram, plan_model, prompt_chunks, sequences_of, settle, smallest_square
+from wse_emu.foundation.attention_pattern import FULL, AttentionPattern
+from wse_emu.foundation.precision import Precision
 
 MOE = wse.ModelSpec(
     family="mixtral", vocab_size=150, hidden_size=24, intermediate_size=20, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -336,20 +338,45 @@ def test_where_a_mid_size_mixture_fits(side: int, prefill_chunk: int | None, fit
 
 
 @pytest.mark.slow
-def test_deepseek_v3_is_planned_on_the_full_wafer_in_seconds() -> None:
+@pytest.mark.parametrize("prompt_tokens", [512, 4096])
+def test_deepseek_v3_is_planned_on_the_full_wafer_in_seconds(prompt_tokens: int) -> None:
     spec = parse_config(
         {
             "model_type": "deepseek_v3", "vocab_size": 129_280, "hidden_size": 7168, "intermediate_size": 18_432, "num_hidden_layers": 61,
             "num_attention_heads": 128, "num_key_value_heads": 128, "moe_intermediate_size": 2048, "max_position_embeddings": 163_840,
+            "rope_scaling": {
+                "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
         }
     )  # fmt: skip
     assert spec.n_params == 671_026_419_200
     begin = time.process_time()
-    plan = plan_model(spec, rows=1170, cols=755, prompt_tokens=512, new_tokens=32)
+    plan = plan_model(spec, rows=1170, cols=755, prompt_tokens=prompt_tokens, new_tokens=32)
     assert time.process_time() - begin < 5
     assert plan.fits, plan.message
-    assert plan.kv_bytes == 61 * 544 * (512 + 64) * 4
-    assert plan.max_context > 80_000, "work blocks of a group of heads, not of all 128, bound what keys and values leave"
+    assert plan.kv_bytes == 61 * (prompt_tokens + 32) * (512 + 64) * 4
+    if prompt_tokens == 512:
+        assert plan.max_context > 80_000, "work blocks of a group of heads, not of all 128, bound what keys and values leave"
+
+
+@pytest.mark.parametrize(("n_sparse", "gigabytes"), [(0, 2.1475), (28, 1.2751), (25, 1.3757)])
+def test_llama_8b_is_planned_on_the_full_wafer_in_seconds(n_sparse: int, gigabytes: float) -> None:
+    """32 layers, 16,384 tokens in 16 bits, some layers with a window of 8,192 behind 512 sinks: the published sizes of keys and values."""
+    spec = parse_config(
+        {
+            "model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131_072, "rope_theta": 5e5,
+        }
+    )  # fmt: skip
+    pattern = AttentionPattern(window=8192, sinks=512)
+    spec = spec.with_attention([pattern if layer < n_sparse else FULL for layer in range(32)])
+    begin = time.process_time()
+    options, n_tokens = EngineOptions(precision=Precision(dtype="bfloat16")), 16_384 + (512 if n_sparse else 0)
+    plan = plan_model(spec, rows=1170, cols=755, prompt_tokens=n_tokens, new_tokens=0, options=options)
+    assert time.process_time() - begin < 5
+    assert plan.fits, plan.message
+    assert round(plan.kv_bytes / 1e9, 4) == gigabytes
 
 
 def test_mixtral_8x7b_is_planned_on_the_full_wafer_in_seconds() -> None:

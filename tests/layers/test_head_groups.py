@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import wse_emu as wse
 from wse_emu.engine.inference import _heads
-from wse_emu.foundation.key_ranges import keys_below
 from wse_emu.layers import attention as attention_module
 from wse_emu.layers import index_keys
 from wse_emu.layers.attention import _tile_size
-from wse_emu.layers.attention_plan import _counts
 from wse_emu.layers.heads import HeadLayout
 from wse_emu.layers.index_keys import index_heads
 
@@ -102,17 +100,3 @@ def test_work_blocks_of_a_group_fit_the_room(n_kv: int, q: int, head_dim: int, n
     assert most == q or n == 1
     assert 1 <= most <= q
     assert _tile_size(heads, max(1, keys - 1), None)[2] <= words
-
-
-@settings(max_examples=60)
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.lists(st.integers(0, 30), min_size=1, max_size=8))
-def test_keys_between_edges(sizes: list[int], edges: list[int]) -> None:
-    ends = np.cumsum(np.array(sizes) + 1)
-    wanted = np.array([[end - size, end] for end, size in zip(ends.tolist(), sizes, strict=True) if size]).reshape(-1, 2)
-    if not len(wanted):
-        return
-    at = np.sort(np.array(edges))
-    keys = np.concatenate([np.arange(*each) for each in wanted])
-    expected = [int(((keys >= a) & (keys < b)).sum()) for a, b in zip(at[:-1].tolist(), at[1:].tolist(), strict=True)]
-    assert _counts(wanted, at).tolist() == expected
-    assert np.diff(keys_below(wanted, at)).tolist() == expected

@@ -14,7 +14,7 @@ from wse_emu.engine.inference import Engine
 from wse_emu.engine.options import EngineOptions
 from wse_emu.engine.plan import kv_bytes, plan_model, sequences_of
 from wse_emu.foundation.attention_pattern import FULL, AttentionPattern
-from wse_emu.foundation.key_ranges import keys_below, keys_of, n_keys_of
+from wse_emu.foundation.key_ranges import keys_below, keys_of, merged, n_keys_of
 from wse_emu.foundation.precision import Precision
 from wse_emu.layers.heads import HeadLayout
 from wse_emu.layers.kv_cache import KVCache
@@ -41,11 +41,11 @@ def test_what_is_kept_is_what_later_queries_need(pattern: AttentionPattern, star
     """Key by key, for 40 queries more; and no more of them than are reserved."""
     queries = np.arange(start, start + 40)
     seen = pattern.ranges(queries)
-    needed = set(keys_of(seen.union(0, 40)).tolist())
+    needed = set(keys_of(merged(seen.ranges)).tolist())
     kept = set(keys_of(pattern.held_after(start)).tolist())
     assert {k for k in needed if k < start} <= kept <= set(range(start))
     during = keys_of(pattern.held_during(start, n)).tolist()
-    assert set(keys_of(seen.union(0, n)).tolist()) <= set(during)
+    assert set(keys_of(merged(seen.ranges[: seen.first[n]])).tolist()) <= set(during)
     assert set(keys_of(pattern.held_after(start + n)).tolist()) <= set(during)
     assert {k for k in during if k < start} <= kept
     assert [n_keys_of(pattern.held_after(m)) <= pattern.most_held(start) for m in range(1, start + 1)] == [True] * start

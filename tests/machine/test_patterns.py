@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import wse_emu as wse
 from wse_emu.foundation.attention_pattern import FULL, AttentionPattern
+from wse_kernels.sparse_attention import flash_mla_sparse_fwd
 
 from .models import CONFIGS, make_model
 from .test_executors import assert_same, everything, prompt_of
@@ -24,6 +25,9 @@ PATTERNS = {
     "everything": AttentionPattern(chunk=3, sinks=1, column_spacing=5, column_width=2),
     "blocks": AttentionPattern(block_size=4, blocks=((0,), (1,), (0, 2), (0, 1, 3), (2, 4), (5,), (0, 6))),
     "mask": AttentionPattern(mask=lambda q, k: ((q * 7 + k * 5) % 3 == 0) | (q == k)),
+    "listed": AttentionPattern.listed(
+        np.stack([np.arange(64), np.arange(64) // 2, np.arange(64) * 7 % 11, np.full(64, -1)], axis=1), np.arange(64) % 4 + 1
+    ),
     "heads that share keys differ": AttentionPattern(
         heads=(AttentionPattern(window=2), FULL, AttentionPattern(chunk=3), AttentionPattern(window=2, sinks=1))
     ),
@@ -98,6 +102,30 @@ def test_heads_with_patterns_of_their_own_in_other_families(family) -> None:
     assert models[0].verify(ids, attention_mask=mask).passed
 
 
+def test_listed_keys_are_flash_mlas_result() -> None:
+    """One layer's own queries, keys and values, as FlashMLA's form takes them; its sums have another order."""
+    n, config = 24, CONFIGS["mixtral"]
+    rng = np.random.default_rng(4)
+    indices = np.where(rng.random((n, 6)) < 0.2, -1, rng.integers(0, n, (n, 6)))
+    indices[:, 0] = np.arange(n)
+    model = model_of(AttentionPattern.listed(indices), 3, 4, changes={"num_hidden_layers": 1})
+    record = model.record(rng.integers(0, config["vocab_size"], n))
+    group, dim = config["num_attention_heads"] // config["num_key_value_heads"], config["head_dim"]
+    q, k, v = (record.stages[0, name] for name in ("q_rope", "k_rope", "v"))
+    causal = [sorted({int(k) for k in row if 0 <= k <= i}) for i, row in enumerate(indices)]
+    listed = np.array([row + [-1] * (6 - len(row)) for row in causal], np.int32)[:, None]
+    # Roundings: a multiply-add for each element of a head and for each key, exponentials and a division; of numbers as large as these.
+    bound = (dim + 6 + 8) * 2.0**-24
+    for head in range(config["num_attention_heads"]):
+        own_k, own_v = k[:, head // group], v[:, head // group]
+        query = np.concatenate([np.zeros((n, dim), np.float32), q[:, head]], axis=1)[:, None]  # values are the first elements of a row
+        out, maximum, _ = flash_mla_sparse_fwd(query, np.concatenate([own_v, own_k], axis=1)[:, None], listed, dim**-0.5, dim)
+        sizes = np.abs(q[:, head]) @ np.abs(own_k).T
+        np.testing.assert_allclose(record.stages[0, "attn_max"][:, head], maximum[:, 0], rtol=0, atol=bound * sizes.max())
+        context = record.stages[0, "attn_context"].reshape(n, -1, dim)[:, head]
+        np.testing.assert_allclose(context, out[:, 0], rtol=0, atol=bound * (1 + 2 * sizes.max()) * np.abs(own_v).max())
+
+
 def test_work_falls_for_the_heads_that_admit_less() -> None:
     """Of four heads one is dense: its multiply-adds are a quarter of all, and the rest are the windows'."""
     ids = np.random.default_rng(0).integers(0, 150, 128)
@@ -160,3 +188,11 @@ def test_work_and_traffic_fall_with_the_admitted_keys() -> None:
     assert sparse["bytes"] < 0.35 * dense["bytes"]
     columns = attention_work(model_of(AttentionPattern(window=32, column_spacing=64, column_width=1), 32, 4, changes=changes), ids)
     assert sparse["partial_scores"] < columns["partial_scores"] < 1.4 * sparse["partial_scores"]
+
+
+def test_a_pattern_that_config_json_cannot_say_is_not_lost_in_silence(tmp_path) -> None:
+    with pytest.raises(wse.SaveError, match=r"config\.json of a mixtral model cannot say this model's `patterns`"):
+        model_of(AttentionPattern(window=5), 2, 2).save(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    model_of(FULL, 2, 2).save(tmp_path / "model")
+    assert (tmp_path / "model" / "config.json").exists()

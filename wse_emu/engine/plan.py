@@ -117,6 +117,7 @@ def peak_sram(spec: ModelSpec, wafer_spec: WaferSpec, rows: int, cols: int, work
         If it does not fit, with a map of the worst core at that moment.
     """
     wafer = Wafer(wafer_spec, rows=rows, cols=cols, executor="dry")
+    wafer.counts_visits = False
     engine = shape_engine(wafer, kinds_of_layers(spec)[0], options)
     n_moe = len(engine.spec.moe_layers)
     kinds = [_kind(spec, i) for i in range(spec.num_layers)]
@@ -349,6 +350,7 @@ def _stream_bytes(spec: ModelSpec, n_tokens: int, earlier: int, options: EngineO
     """
     roomy = replace(WSE3, sram_bytes_per_core=1 << 48)
     wafer = Wafer(roomy, rows=1, cols=1, executor="dry")
+    wafer.counts_visits = False
     few, n_alike = kinds_of_layers(spec)
     disk = None if config is None else DiskBytes(bytes_by_config(config, few), few)
     engine = shape_engine(wafer, few, options, disk_bytes=disk)

@@ -11,10 +11,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from wse_emu.foundation.errors import SpecError
 from wse_emu.foundation.key_ranges import Ints, KeyRanges, merged, within
+from wse_emu.foundation.listed_keys import ListedKeys
 from wse_emu.foundation.mask_array import MaskArray
 
 MaskFunction = Callable[[Ints, Ints], NDArray[np.bool_]]
@@ -56,6 +57,10 @@ class AttentionPattern:
     def __post_init__(self) -> None:
         if isinstance(self.mask, np.ndarray):
             object.__setattr__(self, "mask", MaskArray(self.mask))
+        if isinstance(self.blocks, list | tuple):
+            object.__setattr__(self, "blocks", tuple(tuple(seen) if isinstance(seen, list) else seen for seen in self.blocks))
+        if isinstance(self.heads, list):
+            object.__setattr__(self, "heads", tuple(self.heads))
         for name in ("window", "chunk", "column_spacing", "column_width", "block_size"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
@@ -92,7 +97,8 @@ class AttentionPattern:
         if len(alone) > 1 or (alone and others):
             raise SpecError(f"attention pattern: `{alone[0]}` stands alone, got {', '.join(f'`{n}`' for n in alone[1:] + others)} too")
         for i, seen in enumerate(self.blocks):
-            if i not in seen or any(type(b) is not int or not 0 <= b <= i for b in seen) or list(seen) != sorted(set(seen)):
+            of_ints = isinstance(seen, tuple) and all(type(b) is int and 0 <= b <= i for b in seen)
+            if not of_ints or i not in seen or list(seen) != sorted(set(seen)):
                 raise SpecError(
                     f"attention pattern: `blocks[{i}]` must name blocks 0..{i} in ascending order, its own among them, got {seen}"
                 )
@@ -157,6 +163,24 @@ class AttentionPattern:
             raise SpecError(f"fixed pattern: `num_verts` must divide the number of heads ({num_heads}), got {num_verts}")
         one = [AttentionPattern.fixed(local_attn_ctx=local_attn_ctx, vert_size=vert_size, subset=i) for i in range(num_verts)]
         return AttentionPattern(heads=tuple(one[h % num_verts] for h in range(num_heads)))
+
+    @staticmethod
+    def listed(indices: ArrayLike, topk_length: ArrayLike | None = None) -> AttentionPattern:
+        """Keys listed for every query, as FlashMLA takes them (see `wse_kernels.sparse_attention.flash_mla_sparse_fwd`).
+
+        Parameters
+        ----------
+        indices : integers, (queries, topk)
+            Positions of the keys that the query at each position admits, in any order; -1 is none, and what is not causal is cut off.
+        topk_length : integers, (queries,), optional
+            Only so many of each query's entries count; all by default.
+
+        Raises
+        ------
+        SpecError
+            If they are no such integers; when a query has no key, or is beyond those that are listed.
+        """
+        return AttentionPattern(mask=ListedKeys(indices, topk_length))
 
     @staticmethod
     def memory(*, attn_memory_chunk_size: int, num_memory_tokens_per_chunk: int) -> AttentionPattern:
@@ -245,6 +269,8 @@ class AttentionPattern:
         """
         if self.heads:
             return KeyRanges.joined([layout.ranges(positions) for layout in self.layouts])
+        if isinstance(self.mask, ListedKeys):
+            return self.mask.ranges(positions)
         if self.mask_function is not None:
             return _from_mask(self.mask_function, positions)
         if self.block_size is not None:
@@ -283,17 +309,23 @@ class AttentionPattern:
         return np.bincount(owner, minlength=len(low)).astype(np.int64), cut[keep].astype(np.int64)
 
     def _block_ranges(self, positions: Ints, size: int) -> KeyRanges:
-        first, out = [0], []
-        for q in positions.tolist():
-            if q // size >= len(self.blocks):
-                raise SpecError(
-                    f"attention pattern: `blocks` describes {len(self.blocks)} blocks of {size} queries, there is one at position {q}"
-                )
-            listed = np.array([[b * size, (b + 1) * size] for b in self.blocks[q // size]], np.int64)
-            listed[:, 1] = np.minimum(listed[:, 1], q + 1)
-            out.append(merged(listed))
-            first.append(first[-1] + len(out[-1]))
-        return KeyRanges(np.array(first, np.int64), np.concatenate(out) if out else np.zeros((0, 2), np.int64))
+        block = positions // size
+        if block.max(initial=-1) >= len(self.blocks):
+            beyond = int(positions[block >= len(self.blocks)][0])
+            raise SpecError(
+                f"attention pattern: `blocks` describes {len(self.blocks)} blocks of {size} queries, there is one at position {beyond}"
+            )
+        kinds = sorted(set(block.tolist()))
+        listed = [merged(np.array([[b * size, (b + 1) * size] for b in self.blocks[i]], np.int64)) for i in kinds]
+        counts = np.array([len(ranges) for ranges in listed], np.int64)
+        kind = np.searchsorted(kinds, block)
+        first = np.concatenate([[0], np.cumsum(counts[kind])]).astype(np.int64)
+        if not kinds:
+            return KeyRanges(first, np.zeros((0, 2), np.int64))
+        before = np.cumsum(counts) - counts
+        ranges = np.concatenate(listed)[np.repeat(before[kind], counts[kind]) + within(counts[kind])]
+        ranges[first[1:] - 1, 1] = positions + 1  # its own block is the last
+        return KeyRanges(first, ranges)
 
 
 FULL = AttentionPattern()
@@ -312,7 +344,8 @@ def _from_mask(mask: MaskFunction, positions: Ints) -> KeyRanges:
     for at in range(0, len(positions), step):
         q = positions[at : at + step, None]
         seen: Any = np.asarray(mask(q, keys))
-        if seen.dtype != np.bool_ or np.broadcast_shapes(seen.shape, (len(q), n_keys)) != (len(q), n_keys):
+        fits = seen.ndim <= 2 and all(n in (1, whole) for n, whole in zip(seen.shape[::-1], (n_keys, len(q)), strict=False))
+        if seen.dtype != np.bool_ or not fits:
             raise SpecError(
                 f"attention pattern: `mask` must give booleans of shape {(len(q), n_keys)}, got {seen.dtype} of shape {seen.shape}"
             )

@@ -41,10 +41,6 @@ class KeyRanges(NamedTuple):
         first = np.concatenate([[0], np.cumsum([len(ranges) for ranges in each])]).astype(np.int64)
         return KeyRanges(first, np.concatenate(each) if each else np.zeros((0, 2), np.int64))
 
-    def union(self, begin: int, end: int) -> Ints:
-        """Keys that some of the queries begin to end admit, as (n, 2) ranges, ascending and apart."""
-        return merged(self.ranges[self.first[begin] : self.first[end]])
-
 
 def merged(ranges: Ints) -> Ints:
     """Ranges (n, 2) in any order, overlapping or touching, as ascending ones that neither overlap nor touch."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from wse_emu.foundation.activations import ACTIVATIONS, Activation
-from wse_emu.foundation.arguments import MAX_FLOAT32, MIN_FLOAT32
+from wse_emu.foundation.arguments import MAX_FLOAT32, MIN_FLOAT32, show
 from wse_emu.foundation.attention_pattern import FULL, AttentionPattern
 from wse_emu.foundation.biases import Biases
 from wse_emu.foundation.clamped_experts import ClampedExperts
@@ -298,7 +298,7 @@ class ModelSpec:
         patterns = [attention] * self.num_layers if isinstance(attention, AttentionPattern) else list(attention)
         for i, pattern in enumerate(patterns):
             if not isinstance(pattern, AttentionPattern):
-                raise SpecError(f"`attention[{i}]` must be an AttentionPattern, got {pattern!r}")
+                raise SpecError(f"`attention[{i}]` must be an AttentionPattern (of a mask: `mask=...`), got {show(pattern)}")
         if len(patterns) != self.num_layers:
             raise SpecError(f"`attention` must be one pattern or one for each of {self.num_layers} layers, got {len(patterns)}")
         for layer in dense_layers:

@@ -87,7 +87,7 @@ def attention(
         _streamed(wafer, sink, heads, bands) as sinks,
         wafer.working((attention, heads, rows_per_core, softmax), lambda: _work(wafer, heads, rows_per_core, softmax)),
     ):
-        plans = _plans(cache, layer, sequences, bands, pattern, chosen, softmax)
+        plans = _plans(cache, layer, sequences, bands, pattern, chosen, softmax) if wafer.counts_visits else ()
         events: list[Event] = []
         for plan in plans:
             if wafer.cores is not None:

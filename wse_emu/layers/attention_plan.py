@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from wse_emu.foundation.attention_pattern import AttentionPattern
-from wse_emu.foundation.key_ranges import KeyRanges, keys_below
+from wse_emu.foundation.key_ranges import KeyRanges, keys_below, merged, within
 from wse_emu.layers.attention_kernels import (
     ACCUMULATE,
     CAP_SCORES,
@@ -25,7 +25,7 @@ from wse_emu.layers.kv_cache import KVCache, Sequences
 from wse_emu.wafer import costs
 from wse_emu.wafer.ledger import Event
 from wse_emu.wafer.moves import CHAIN_ADD
-from wse_emu.wafer.placement import Ints, TokenBands
+from wse_emu.wafer.placement import Ints, Split, TokenBands
 
 
 @dataclass(frozen=True)
@@ -113,35 +113,57 @@ def plan_attention(
 def _visits(
     cache: KVCache, sequences: Sequences, bands: TokenBands, admitted: KeyRanges, held: tuple[Ints, ...], tile_tokens: int
 ) -> Visits:
-    split = bands.split
-    tiles: list[tuple[int, int, int, int]] = []
-    first_visit, key_rows, n_keys = [0], [], []
+    tiles, visited = [], []
     for s in range(sequences.n_new.size):
         first, n = int(sequences.first_token[s]), int(sequences.n_new[s])
         starts = cache.split(int(sequences.slot[s]), held[s]).offsets
-        at = first
-        while at < first + n:
-            row = int(split.owner[at])
-            stop = min(int(split.stops[row]), first + n, at + tile_tokens)
-            counts = _counts(keys_below(held[s], admitted.union(at, stop)), starts)
-            visited = np.flatnonzero(counts)
-            tiles.append((s, at, stop - at, row))
-            first_visit.append(first_visit[-1] + visited.size)
-            key_rows.append(visited)
-            n_keys.append(counts[visited])
-            at = stop
-    sequence, token, n_tokens, row_of_tile = np.array(tiles, np.int64).T
-    return Visits(
-        sequence, token, n_tokens, row_of_tile, np.array(first_visit, np.int64), np.concatenate(key_rows), np.concatenate(n_keys)
-    )
+        begin, row = _tiles(bands.split, first, n, tile_tokens)
+        count = np.diff(begin, append=first + n)
+        tiles.append((np.full(begin.size, s), begin, count, row))
+        visited += [
+            _visited(admitted, held[s], starts, np.append(begin, first + n)[at : at + _MOST_TILES + 1])
+            for at in range(0, begin.size, _MOST_TILES)
+        ]
+    sequence, token, n_tokens, row_of_tile = (np.concatenate(of) for of in zip(*tiles, strict=True))
+    n_visits, key_row, n_keys = (np.concatenate(of) for of in zip(*visited, strict=True))
+    return Visits(sequence, token, n_tokens, row_of_tile, np.concatenate([[0], np.cumsum(n_visits)]), key_row, n_keys)
 
 
-def _counts(wanted: Ints, edges: Ints) -> Ints:
-    """How many of some keys, (m, 2) ranges of indices, lie between each edge and the next."""
-    if len(wanted) == 1:  # as everywhere without sinks and columns, and far cheaper
-        clipped: Ints = np.diff(edges.clip(*wanted[0].tolist()))
-        return clipped
-    return np.diff(keys_below(wanted, edges))
+_MOST_TILES = 1024
+"""Tiles whose visits are found at one time; they may be as many for each as there are rows of cores."""
+
+
+def _tiles(split: Split, first: int, n: int, tile_tokens: int) -> tuple[Ints, Ints]:
+    """First tokens of a sequence's tiles, each of at most `tile_tokens` on one row, and their rows."""
+    if n == 1:
+        return np.array([first]), split.owner[first : first + 1]
+    token, row = np.arange(first, first + n), split.owner[first : first + n]
+    begins = (token - np.maximum(split.starts[row], first)) % tile_tokens == 0
+    return token[begins], row[begins]
+
+
+def _visited(admitted: KeyRanges, held: Ints, starts: Ints, edges: Ints) -> tuple[Ints, Ints, Ints]:
+    """Rows that some tiles visit: how many each, then which and with how many keys, tile by tile.
+
+    Tile i has the tokens ``edges[i]`` to ``edges[i + 1]``; row r of cores holds the kept keys ``starts[r]`` to ``starts[r + 1]``.
+    """
+    of_tile = admitted.first[edges]
+    ranges = admitted.ranges[of_tile[0] : of_tile[-1]]
+    # Keys that some token of a tile admits: tiles are set so far apart that their ranges do not meet.
+    apart = int(ranges[:, 1].max()) + 1
+    tile = np.repeat(np.arange(edges.size - 1), np.diff(of_tile))
+    union = merged(ranges + (tile * apart)[:, None])
+    tile = union[:, 0] // apart
+    low, high = keys_below(held, (union - (tile * apart)[:, None]).reshape(-1)).reshape(-1, 2).T
+    # Rows that each range crosses, and its keys on each.
+    above, below = np.searchsorted(starts, low, side="right") - 1, np.searchsorted(starts, high, side="left")
+    n_rows = below - above
+    row, of_range = np.repeat(above, n_rows) + within(n_rows), np.repeat(np.arange(tile.size), n_rows)
+    keys = np.minimum(high[of_range], starts[row + 1]) - np.maximum(low[of_range], starts[row])
+    row, tile, keys = row[keys > 0], tile[of_range][keys > 0], keys[keys > 0]
+    # Several ranges of a tile may meet on a row.
+    new = np.flatnonzero(np.diff(tile * starts.size + row, prepend=-1))
+    return np.bincount(tile[new], minlength=edges.size - 1), row[new], np.add.reduceat(keys, new)
 
 
 def _events(groups: QueryGroups, n_rows: int, bands: TokenBands, admitted: KeyRanges, visits: Visits) -> list[Event]:

@@ -99,6 +99,8 @@ class Wafer:
         """The arenas of the isolated and interpreted executors."""
         if executor in ("isolated", "interpreted"):
             self.cores = Cores(spec, self.rows, self.cols, interpreted=executor == "interpreted")
+        self.counts_visits = True
+        """Whether attention says what its tiles of queries visit and send; not where SRAM alone is asked for."""
         self._colors: dict[str, int] = {}
         """Colors that the routes of each kind of move take, of the moves seen so far."""
         self._plans: dict[tuple[Any, ...], _LaunchPlan] = {}
