@@ -114,7 +114,8 @@ def choose_keys(
     order = np.zeros(taken.shape if probe else (0, 0), np.int32)
     with wafer.working((choose_keys, heads, rows_per_core), lambda: _work(wafer, heads, words, rows_per_core)):
         if not wafer.counts_visits:
-            return ChosenKeys(np.zeros((bands.n_tokens, 0), np.bool_), None)
+            nothing = np.zeros((bands.n_tokens, 0), np.float32)
+            return ChosenKeys(nothing.astype(np.bool_), nothing if probe else None)
         (groups,) = query_groups(heads, FULL, largest)
         (plan,) = cache.attention_plans(
             sequences, FULL, lambda: (plan_attention(cache, layer, sequences, bands, FULL, tile_tokens, groups),)
