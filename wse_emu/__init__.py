@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     )
     from wse_emu.foundation.indexer import Indexer
     from wse_emu.foundation.latent_attention import LatentAttention
+    from wse_emu.foundation.memory_tokens import MemoryTokens
     from wse_emu.foundation.model_spec import ModelSpec
     from wse_emu.foundation.norm_spec import NormSpec, QkNorm
     from wse_emu.foundation.query_temperature import QueryTemperature
@@ -67,6 +68,7 @@ _HOME = {
     "wse_emu.foundation.model_spec": ("ModelSpec",),
     "wse_emu.foundation.indexer": ("Indexer",),
     "wse_emu.foundation.latent_attention": ("LatentAttention",),
+    "wse_emu.foundation.memory_tokens": ("MemoryTokens",),
     "wse_emu.foundation.norm_spec": ("NormSpec", "QkNorm"),
     "wse_emu.foundation.query_temperature": ("QueryTemperature",),
     "wse_emu.foundation.rotary_spec": ("RotarySpec",),
@@ -99,6 +101,7 @@ __all__ = [
     "InputError",
     "KernelError",
     "LatentAttention",
+    "MemoryTokens",
     "ModelOutput",
     "ModelSpec",
     "NormSpec",

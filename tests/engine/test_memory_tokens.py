@@ -16,7 +16,7 @@ from wse_emu.checkpoint import parse_config, published_names, to_config
 from wse_emu.engine.plan import plan_model
 from wse_emu.equivalence import verify_record
 from wse_emu.foundation.attention_pattern import AttentionPattern
-from wse_emu.foundation.memory_tokens import MemoryTokens, is_memory, positions_with_memory
+from wse_emu.foundation.memory_tokens import is_memory, positions_with_memory
 
 CHUNK, PER = 3, 2
 MEMORY = {
@@ -35,9 +35,9 @@ MASK = np.array([[1] * 9, [0] * 5 + [1] * 4])
 
 
 def model_of(
-    rows: int = 4, cols: int = 3, executor: str = "batched", *, memory: dict[str, Any] | None = None, **options: Any
+    rows: int = 4, cols: int = 3, executor: str = "batched", *, memory: dict[str, Any] | None = None, biased: bool = True, **options: Any
 ) -> wse.WaferModel:
-    config = {**CONFIG, "memory_tokens": {**MEMORY, **(memory or {})}}
+    config = {**CONFIG, "attention_bias": biased, "memory_tokens": {**MEMORY, **(memory or {})}}
     return wse.from_config(config, seed=2, wafer=wse.Wafer(wse.WSE3, rows=rows, cols=cols, executor=executor), **options)
 
 
@@ -90,10 +90,10 @@ def test_neighbours_and_padding_change_no_bit_and_what_is_generated_is_what_the_
 
 
 @pytest.mark.parametrize(
-    ("dtype", "level"), [("float32", 0), ("bfloat16", 0), ("float16", 2), ("cb16", 1)]
-)  # fmt: skip
-def test_every_stage_is_verified_in_all_formats(dtype: Any, level: Any) -> None:
-    model = model_of(dtype=dtype, precision_opt_level=level)
+    ("dtype", "level", "biased"), [("float32", 0, True), ("bfloat16", 0, False), ("float16", 2, True), ("cb16", 1, True)]
+)
+def test_every_stage_is_verified_in_all_formats(dtype: Any, level: Any, biased: bool) -> None:
+    model = model_of(dtype=dtype, precision_opt_level=level, biased=biased)
     generated = model.generate(IDS, 5, attention_mask=MASK)
     mask = np.concatenate([MASK, np.ones((2, 5), int)], axis=1)
     report = model.verify(generated, mask, n_prompt=9)
@@ -134,7 +134,7 @@ def record() -> Any:
 def test_verification_finds_mistakes(record: Any, mistake: str) -> None:
     fields, swapped, stage = MISTAKES[mistake]
     model = model_of(1, 1, "dry")
-    spec = dataclasses.replace(model.spec, memory_tokens=MemoryTokens(**{**MEMORY, **fields}))
+    spec = dataclasses.replace(model.spec, memory_tokens=wse.MemoryTokens(**{**MEMORY, **fields}))
     names = {t.name: t.name for t in published_names(model.spec).values()}
     if swapped is not None:
         wrong, right = (published_names(model.spec)[role].name for role in swapped)
@@ -191,6 +191,17 @@ def test_a_token_meets_its_own_weights_only_and_others_stay_at_home() -> None:
     assert [any(".memory." in name for name in names) for names in streamed] == [True, False, False]
 
 
+def test_weights_of_memory_tokens_become_resident_with_them_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = model_of(), list[str]()
+    monkeypatch.setattr(model.store, "prepare", asked.extend)
+    model(IDS[0, :CHUNK])
+    assert not any(".memory." in name for name in asked)
+    model(IDS[0, : CHUNK + 1])
+    assert sorted({name for name in asked if ".memory." in name}) == sorted(
+        f"layers.{layer}.memory.{name}" for layer in (0, 1) for name in ("w_qkv", "b_qkv", "w_o", "b_o")
+    )
+
+
 def test_a_plan_is_what_a_run_takes() -> None:
     for options in ({}, {"prefill_chunk": 4}):
         model = model_of(memory={"add_chunked_attn_mask": False}, **options)  # all keys are kept: as many in every pass
@@ -204,6 +215,10 @@ def test_a_plan_is_what_a_run_takes() -> None:
         assert plan.stream_bytes_prefill == sum(prompt)
         assert plan.stream_bytes_token == streamed[len(prompt) + 1] > streamed[len(prompt)]  # the ninth token fills a chunk
     assert plan.max_context == 64
+    model = model_of(memory={"add_chunked_attn_mask": False, "num_memory_tokens_per_chunk": 9})
+    plan = plan_model(model.spec, rows=4, cols=3, prompt_tokens=3, new_tokens=2)
+    model.generate(IDS[0, :3], 2)  # the step takes in more tokens than the prompt had
+    assert plan.peak_bytes == model.wafer.sram.high_water_bytes
     many = dataclasses.replace(spec.memory_tokens, attn_memory_chunk_size=9, num_memory_tokens_per_chunk=500)
     few = {"rows": 1, "cols": 1, "prompt_tokens": 8, "new_tokens": 2}  # the ninth token still belongs to the first chunk
     assert plan_model(dataclasses.replace(spec, memory_tokens=many), **few).fits
@@ -247,7 +262,7 @@ def test_a_saved_model_is_the_same(tmp_path: Path, dtype: Any) -> None:
 
 def test_config_json_says_it_in_the_names_of_modelzoo() -> None:
     spec = parse_config(CONFIG)
-    assert spec.memory_tokens == MemoryTokens(**MEMORY)
+    assert spec.memory_tokens == wse.MemoryTokens(**MEMORY)
     assert to_config(spec)["memory_tokens"] == MEMORY
     assert parse_config(to_config(spec)) == spec
     for nothing in ({}, {"attn_memory_chunk_size": None, "num_memory_tokens_per_chunk": None, "add_extra_embedding": True}):
@@ -305,7 +320,7 @@ def test_a_pattern_of_their_own_may_be_said_twice_and_without_the_mask_any_may_b
 
 
 def test_lengths_positions_and_places_agree() -> None:
-    memory = MemoryTokens(attn_memory_chunk_size=CHUNK, num_memory_tokens_per_chunk=PER, memory_token_id=9)
+    memory = wse.MemoryTokens(attn_memory_chunk_size=CHUNK, num_memory_tokens_per_chunk=PER, memory_token_id=9)
     for n in range(1, 14):
         whole = memory.insert(np.arange(100, 100 + n))
         assert len(whole) == memory.length(n)

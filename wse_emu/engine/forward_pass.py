@@ -111,6 +111,8 @@ class ForwardPass:
         """Where the residual stream lies."""
         self.kinds = _ONE_KIND if len(self.spec.weight_sets) == 1 else kinds_of(self.spec, sequences.positions, bands.split)
         """Which tokens go through which projections."""
+        self.needs_memory_weights = len(self.spec.weight_sets) > 1 and (self.kinds[-1][0] != "" or self.options.kv == "recompute")
+        """Whether memory tokens are among them, or may be among those whose keys are made again."""
         self.tables: dict[bool, tuple[PlacedTensor, PlacedTensor]] = {}
         """Rotary cosines and sines, of the layers that turn locally and of the others."""
         self.factors: PlacedTensor | None = None

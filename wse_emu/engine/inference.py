@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Literal
 
@@ -213,7 +213,8 @@ def _execute(run: ForwardPass, token_ids: Ints, wanted: Ints, stream: LayerStrea
         last = layer + 1 == spec.num_layers
         then = weights.head_names if last else weights.layer_names(layer + 1)
         with stream.layer(weights.layer_names(layer), then):
-            attention_block(run, x)
+            with stream.layer(weights.memory_names(layer)) if run.needs_memory_weights else nullcontext():
+                attention_block(run, x)
             ffn_block(run, x, stream)
         run.note_hidden(x)
     run.give_up_keys()

@@ -43,13 +43,17 @@ class ModelWeights:
         self._layer_names: dict[int, tuple[str, ...]] = {}
 
     def layer_names(self, layer: int) -> tuple[str, ...]:
-        """Tensors of a layer that are needed whatever is chosen."""
+        """Tensors of a layer that are needed whatever is chosen, and whichever tokens there are."""
         names = self._layer_names.get(layer)
         if names is None:
-            every = self.options.stream_experts == "all"
-            names = tuple(w.name for w in layer_weights(self.spec, layer) if every or ".experts." not in w.name)
+            left_out = (".memory.",) if self.options.stream_experts == "all" else (".memory.", ".experts.")
+            names = tuple(w.name for w in layer_weights(self.spec, layer) if not any(part in w.name for part in left_out))
             self._layer_names[layer] = names
         return names
+
+    def memory_names(self, layer: int) -> tuple[str, ...]:
+        """Tensors of a layer that memory tokens alone go through."""
+        return tuple(w.name for w in layer_weights(self.spec, layer) if ".memory." in w.name)
 
     @cached_property
     def head_names(self) -> tuple[str, ...]:

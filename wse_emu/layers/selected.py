@@ -50,13 +50,16 @@ def run_only(
     """
     split = next(iter(tensors.values())).placement.axis1[1]
     rows = np.flatnonzero(tokens.counts)
+    runs = int(rows.size * split.used.size)
     with wafer.sram.code(kernel.name, kernel.code_bytes):
         if wafer.cores is not None:
+            runs = 0
             for row in rows.tolist():
                 places = tokens.local_rows(bands, row)
                 for col in split.used.tolist():
                     blocks = {name: tensor.held[row, col] for name, tensor in {**tensors, **others}.items()}
                     wafer.cores.run(kernel, (row, col), {**blocks, "rows": places})
+                    runs += 1
         elif not wafer.is_dry:
             for col in split.used.tolist():
                 panels = {name: panel(tensor, col, bands.n_tokens) for name, tensor in tensors.items()}
@@ -64,7 +67,7 @@ def run_only(
                 kernel.body(*({**panels, "rows": tokens.rows}[name] for name in kernel.params))
             for name in kernel.inout:
                 tensors[name].settle()
-    wafer.record(Event(None, "", "launch", kernel.name, count=int(rows.size * split.used.size)))
+    wafer.record(Event(None, "", "launch", kernel.name, count=runs))
 
 
 def panel(tensor: PlacedTensor, col: int, n_rows: int) -> Any:
