@@ -8,12 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from wse_emu.checkpoint import Checkpoint, open_checkpoint
 from wse_emu.foundation.clamped_experts import ClampedExperts
 from wse_emu.foundation.routing_rule import ROUTING_PRESETS, RoutingRule
 from wse_emu.foundation.shared_experts import SharedExperts
-from wse_emu.layers.mixture_gradients import Decision
+from wse_emu.layers.mixture_gradients import Decision, Rules
+from wse_emu.layers.mixture_gradients import mixture_gradients as on_kernels
+from wse_emu.reference.ffn import experts_ffn
 from wse_emu.reference.ffn_gradients import mixture_gradients
 from wse_emu.reference.tensors import Expert
+from wse_emu.reference.weights import PublishedWeights
 
 from ..reference.blocks import Block, spec_of
 from .test_mixture_gradients import IMPLEMENTATIONS, gradients, mixture
@@ -95,3 +99,38 @@ def test_gradients_on_the_kernels_are_those_of_transformers(name: str, way: str)
 )
 def test_the_golden_file_tells_mistakes_apart(name: str, mistake: dict[str, object]) -> None:
     assert against(name, replace(RULES[name][0], **mistake)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "llama4_text", "granitemoe", "dbrx", "ernie4_5_moe", "phimoe", "minimax_m2"],
+)
+def test_layers_of_checkpoints_have_gradients_as_their_tensors_are_published(family: str) -> None:
+    """A layer of a checkpoint of each family, some tokens: the kernels against the dense gradients, and those against differences."""
+    with open_checkpoint(GOLDEN.parent / f"{family}-float32") as source:
+        gradients_of(source)
+
+
+def gradients_of(source: Checkpoint) -> None:
+    weights, rng = PublishedWeights(source.spec, source.tensors.read, np.dtype(np.float64)), np.random.default_rng(0)
+    spec, layer = source.spec, source.spec.moe_layers[-1]
+    x, d_out, along = (rng.standard_normal((9, spec.hidden_size)).astype(np.float32).astype(np.float64) for _ in range(3))
+
+    def forward(x: np.ndarray, replay: np.ndarray | None) -> dict[str, np.ndarray]:
+        return dict(experts_ffn(weights, layer, x, np.arange(9), replay, together=np.zeros(9, np.int64)))
+
+    stages = forward(x, None)
+    ids, share, logits = (stages[name] for name in ("topk_ids", "topk_weights", "router_logits"))
+    exact = mixture_gradients(weights, layer, x, ids, share, d_out, logits)
+    ends = [forward(x + s * along, ids)["ffn_out"] for s in (1e-6, -1e-6)]
+    difference = ((ends[0] - ends[1]) * d_out).sum() / 2e-6
+    assert (exact.x * along).sum() == pytest.approx(difference, rel=1e-6, abs=1e-6 * np.abs(exact.x).max())
+    tensors = {key: weights.layer(layer, *key) for key in exact.weights}
+    assert all(exact.weights[key].shape == value.shape for key, value in tensors.items())
+    rules = Rules(routing=spec.routing, activation=spec.activation, clamped=spec.clamped_experts)
+    decision = Decision(ids, share.astype(np.float32), logits.astype(np.float32))
+    ours = on_kernels(x.astype(np.float32), mixture(tensors, spec.num_experts), rules, decision, d_out.astype(np.float32))
+    np.testing.assert_allclose(ours.x, exact.x, atol=4e-6 * np.abs(exact.x).max())
+    right = mixture(exact.weights, spec.num_experts).arrays()
+    for name, value in ours.weights.arrays().items():
+        np.testing.assert_allclose(value, right[name], atol=4e-6 * np.abs(right[name]).max(), err_msg=name)

@@ -24,11 +24,10 @@ from wse_emu.wafer.placement import Ints, Split, TokenBands
 from wse_emu.wafer.tensor import PlacedTensor
 from wse_emu.wafer.wafer import Wafer
 from wse_kernels.ffn_backward import add_weight_gradient
+from wse_kernels.matmul import STORE, mesh_matmul
+from wse_kernels.matmul_parts import WEIGHT_TILE_COLS
 
 F32 = NDArray[np.float32]
-
-_AT_ONCE = 128
-"""Columns of the host's sum at a time."""
 
 ADD_WEIGHT_GRADIENT = Kernel(
     body=add_weight_gradient,
@@ -109,15 +108,21 @@ def _whole(
 
 
 def _batched(x: PlacedTensor, dy: PlacedTensor, bands: TokenBands, take: Selection | None, compact: Selection | None, out: F32) -> None:
-    """All rows' tokens at once, in their order; some columns at a time, whose sums the CPU's cache holds."""
+    """All rows' tokens at once, in their order: the product of one column of cores that has all tokens for its k, the same bits."""
     selection = take or compact
     m = bands.n_tokens if selection is None else selection.n_tokens
+    if m == 0:
+        return
     whole_x, whole_dy = _rows_of(x, bands.n_tokens if compact is None else m), _rows_of(dy, m)
-    rows = np.arange(m) if take is None else take.rows
-    for at in range(0, out.shape[1], _AT_ONCE):
-        some = np.zeros((out.shape[0], min(_AT_ONCE, out.shape[1] - at)), np.float32)
-        add_weight_gradient(whole_x, rows, np.ascontiguousarray(whole_dy[:, at : at + _AT_ONCE]), some)
-        out[:, at : at + _AT_ONCE] = some
+    n_in, n_out = out.shape
+    turned = np.ascontiguousarray((whole_x if take is None else whole_x[take.rows]).T)
+    tiles = np.concatenate([whole_dy[:, at : at + WEIGHT_TILE_COLS].reshape(-1) for at in range(0, n_out, WEIGHT_TILE_COLS)])
+    tiles.flags.writeable = False  # as all weights: one compiled specialisation
+    all_rows = np.arange(n_in)
+    mesh_matmul(
+        turned.reshape(-1), n_in, np.array([0, m]), all_rows, tiles, 0, m, n_out,
+        out.reshape(-1), n_in, np.array([0, n_out]), all_rows, np.zeros(1, np.float32), STORE,
+    )  # fmt: skip
 
 
 def _rows_of(tensor: PlacedTensor, m: int) -> F32:
