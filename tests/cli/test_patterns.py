@@ -43,7 +43,7 @@ W = AttentionPattern(window=4, sinks=1)
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small random model, whose second layer has a window of its own."""
     monkeypatch.setattr(build, "cache_directory", lambda cache_dir=None: tmp_path / "cache")
-    return wse.from_config(CONFIG, seed=3).save(tmp_path / "model")
+    return wse.from_config(CONFIG, seed=7).save(tmp_path / "model")
 
 
 def asked(**words: Any) -> PatternOptions:
@@ -128,10 +128,10 @@ def test_the_commands_run_and_verify_patterns(checkpoint: Path, tmp_path: Path, 
     assert document["verification"]["passed"]
     assert document["model"]["spec"]["patterns"][:2] == [{"window": 4, "sinks": 1}, {"window": 5}]
     attention = [W, OWN, AttentionPattern(mask=np.tri(32, dtype=np.bool_))]
-    with_patterns = wse.from_config(CONFIG, seed=3, wafer=wse.Wafer(wse.WSE3, rows=3, cols=2), attention=attention)
+    with_patterns = wse.from_config(CONFIG, seed=7, wafer=wse.Wafer(wse.WSE3, rows=3, cols=2), attention=attention)
     assert document["generated"]["ids"] == with_patterns.generate(ids, max_new_tokens=3)[20:].tolist()
     plain = with_patterns.with_attention([SPEC.pattern(layer) for layer in range(3)])
-    assert not np.array_equal(plain(ids).logits, with_patterns(ids).logits)
+    assert plain.generate(ids, max_new_tokens=3)[20:].tolist() != document["generated"]["ids"], "patterns make a difference"
     assert invoke(["verify", str(checkpoint), *words]) == 0
     out = capsys.readouterr().out
     assert "\nattention window 4, sinks 1: layers 0\nattention window 5: layers 1\n" in out

@@ -63,7 +63,10 @@ def test_what_is_default_is_left_out_and_null_is_default() -> None:
         ({"mask": [[1.0]]}, r"here: `mask` must hold .* \[0\]\[0\] is 1.0"),
         ({"heads": {}}, "here: `heads` must be a list"),
         ({"heads": [{}, {"sinks": 1}]}, r"here: heads\[1\]: `sinks` adds keys"),
-        ({"heads": [{"heads": [{}]}]}, r"here: `heads\[0\]` must be an AttentionPattern without `heads`"),
+        ({"heads": [{"heads": [{}]}]}, r"here: heads\[0\]: must be a pattern without `heads`"),
+        ({"window": 1 << 49}, "here: `window` must be at most 281474976710656, got 562949953421312"),
+        ({"window": 1, "sinks": 1 << 300}, "here: `sinks` must be at most .*, got an integer of 301 bits"),
+        ({"block_size": 1 << 64, "blocks": [[0]]}, "here: `block_size` must be at most"),
         ([{}, {"window": -1}], "here: layer 1: `window` must be"),
     ],
 )

@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from wse_emu.foundation.arguments import show
 from wse_emu.foundation.errors import SpecError
 from wse_emu.foundation.key_ranges import Ints, KeyRanges, merged, within
 from wse_emu.foundation.listed_keys import ListedKeys
 from wse_emu.foundation.mask_array import MaskArray
 
+MAX_KEYS = 1 << 48
+"""Largest number in a pattern; sums of positions stay exact."""
 MaskFunction = Callable[[Ints, Ints], NDArray[np.bool_]]
 """``mask(q, k)``: query and key positions, int64, of shapes that broadcast, to booleans; what is not causal is cut off."""
 
@@ -71,6 +74,9 @@ class AttentionPattern:
             raise SpecError(f"attention pattern: `column_start` must be an integer >= 0 or None, got {self.column_start!r}")
         if self.column_start is not None and self.column_spacing is None:
             raise SpecError("attention pattern: `column_start` needs `column_spacing` and `column_width`")
+        for name in ("window", "chunk", "sinks", "column_spacing", "column_width", "column_start", "block_size"):
+            if (getattr(self, name) or 0) > MAX_KEYS:
+                raise SpecError(f"attention pattern: `{name}` must be at most {MAX_KEYS}, got {show(getattr(self, name))}")
         local = self.window is not None or self.chunk is not None
         if self.window is not None and self.chunk is not None:
             raise SpecError(f"attention pattern: `window` and `chunk` are two local parts, give one; got {self.window} and {self.chunk}")

@@ -69,6 +69,9 @@ def pattern_from_json(value: Any, *, where: str = _HERE) -> AttentionPattern:
     if "heads" in given:
         if not isinstance(given["heads"], list):
             raise SpecError(f"{where}: `heads` must be a list with a pattern for every query head, got {show(given['heads'])}")
+        for i, one in enumerate(given["heads"]):
+            if isinstance(one, dict) and one.get("heads") is not None:
+                raise SpecError(f"{where}: heads[{i}]: must be a pattern without `heads`, got {show(one)}")
         given["heads"] = tuple(pattern_from_json(one, where=f"{where}: heads[{i}]") for i, one in enumerate(given["heads"]))
     try:
         return AttentionPattern(**given)
