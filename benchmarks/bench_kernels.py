@@ -1155,7 +1155,7 @@ def _choose_by_scores(smoke: bool) -> Case:
     def ours() -> Any:
         together.score_tokens(logits, none, none, code, scores)
         together.choose_by_scores(scores, code, work, ids)
-        together.weigh_chosen(logits, code, work, ids, weights)
+        together.weigh_chosen(logits, scores, code, work, ids, weights)
         return ids, weights
 
     def by_formula(x: Any) -> Any:

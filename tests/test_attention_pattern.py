@@ -238,7 +238,7 @@ def test_layers_of_a_model_take_patterns_and_some_stay_dense() -> None:
     window = AttentionPattern(window=5)
     assert [spec.pattern(i) for i in range(3)] == [window, FULL, window]
     sparse = AttentionPattern(window=2, sinks=1)
-    assert [spec.with_attention(sparse, dense_layers=(1,)).pattern(i) for i in range(3)] == [sparse, FULL, sparse]
+    assert [spec.with_attention(sparse, dense_attention_layers=(1,)).pattern(i) for i in range(3)] == [sparse, FULL, sparse]
     assert [spec.with_attention([FULL, sparse, window]).pattern(i) for i in range(3)] == [FULL, sparse, window]
     with pytest.raises(wse.SpecError, match="layer 0: `heads` of its attention pattern must have one entry for each of 2 query heads"):
         spec.with_attention(AttentionPattern(heads=(FULL, sparse, FULL)))
@@ -246,7 +246,7 @@ def test_layers_of_a_model_take_patterns_and_some_stay_dense() -> None:
         spec.with_attention([FULL, sparse])
     with pytest.raises(wse.SpecError, match=r"`attention\[1\]` must be an AttentionPattern \(of a mask: `mask=...`\), got 4"):
         spec.with_attention([FULL, 4, FULL])
-    with pytest.raises(wse.SpecError, match=r"`dense_layers` must name layers in 0\.\.2, got 3"):
+    with pytest.raises(wse.SpecError, match=r"`dense_attention_layers` must name layers in 0\.\.2, got 3"):
         spec.with_attention(sparse, (3,))
     with pytest.raises(wse.SpecError, match="give `attention` too"):
         wse.from_config(spec, dense_attention_layers=(0,))

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from wse_emu.foundation.latent_attention import LatentAttention
     from wse_emu.foundation.memory_tokens import MemoryTokens
     from wse_emu.foundation.model_spec import ModelSpec
+    from wse_emu.foundation.moe_config import MoEConfig
     from wse_emu.foundation.norm_spec import NormSpec, QkNorm
     from wse_emu.foundation.query_temperature import QueryTemperature
     from wse_emu.foundation.rotary_spec import RotarySpec
@@ -66,6 +67,7 @@ _HOME = {
     "wse_emu.foundation.biases": ("Biases",),
     "wse_emu.foundation.clamped_experts": ("ClampedExperts",),
     "wse_emu.foundation.model_spec": ("ModelSpec",),
+    "wse_emu.foundation.moe_config": ("MoEConfig",),
     "wse_emu.foundation.indexer": ("Indexer",),
     "wse_emu.foundation.latent_attention": ("LatentAttention",),
     "wse_emu.foundation.memory_tokens": ("MemoryTokens",),
@@ -102,6 +104,7 @@ __all__ = [
     "KernelError",
     "LatentAttention",
     "MemoryTokens",
+    "MoEConfig",
     "ModelOutput",
     "ModelSpec",
     "NormSpec",

@@ -24,7 +24,9 @@ from wse_emu.foundation.attention_pattern import AttentionPattern
 from wse_emu.foundation.errors import InputError, SpecError, SramOverflowError, TraceError
 from wse_emu.foundation.memory_tokens import MemoryTokens
 from wse_emu.foundation.model_spec import ModelSpec
+from wse_emu.foundation.moe_config import MoEConfig
 from wse_emu.foundation.precision import DType, Precision, PrecisionOptLevel
+from wse_emu.foundation.routing_rule import RoutingRule
 from wse_emu.foundation.taps import TapRecord, joined
 from wse_emu.foundation.wafer_spec import WSE3
 from wse_emu.layers.ffn import MoeImplementation
@@ -38,6 +40,8 @@ from wse_emu.wafer.wafer import Wafer
 Ints = NDArray[np.int64]
 Attention = AttentionPattern | Sequence[AttentionPattern]
 """One pattern for all layers, or one for each."""
+RoutingChoice = RoutingRule | MoEConfig | str
+"""A rule, ModelZoo's options, or a preset's name."""
 _DEFAULT_TOKENS = 512
 
 
@@ -58,8 +62,9 @@ class ModelOutput:
 
 
 def from_pretrained(
-    path: str | os.PathLike[str], *, wafer: Wafer | None = None, max_tokens: int | None = None, stream_experts: StreamExperts = "activated",
-    moe_implementation: MoeImplementation = "experimental", prefill_chunk: int | None = None, chunk: int | None = None,
+    path: str | os.PathLike[str], *, wafer: Wafer | None = None, max_tokens: int | None = None, routing: RoutingChoice | None = None,
+    stream_experts: StreamExperts = "activated", moe_implementation: MoeImplementation | None = None, prefill_chunk: int | None = None,
+    chunk: int | None = None,
     prefetch_depth: int = 1, resident_bytes: int = RESIDENT_BYTES, bta_max_tile: int | None = None,
     attention: Attention | None = None, dense_attention_layers: Sequence[int] = (), dtype: DType = "float32",
     kv_dtype: DType | None = None, precision_opt_level: PrecisionOptLevel = 0, kv_growth: KvGrowth = "shift", kv: KvKeeping = "store",
@@ -78,11 +83,15 @@ def from_pretrained(
         Where to run. By default the smallest square grid of a WSE-3 on which model, prompt and new tokens fit, chosen when they are known.
     max_tokens : int, optional
         Tokens of the longest sequence; the default grid is then chosen at once.
+    routing : RoutingRule, str or MoEConfig, optional
+        Another rule than the checkpoint's: which experts a token visits, with which weights; or the name of one of `ROUTING_PRESETS`. A
+        configuration in ModelZoo's names also says `top_k` and `moe_implementation`. It must go with the experts that there are, and may
+        ask for no bias that the checkpoint has not; a bias that it does not ask for is left aside.
     stream_experts : {"activated", "all"}
         Stream only experts that some token chose, or all.
-    moe_implementation : {"functional", "experimental", "optimized"}
-        How experts find their tokens: every expert computed for every token, then masked; searched expert by expert; sorted once. Never
-        changes a value.
+    moe_implementation : {"functional", "experimental", "optimized"}, optional
+        How experts find their tokens: every expert computed for every token, then masked; searched expert by expert (the default); sorted
+        once. Never changes a value.
     prefill_chunk : int, optional
         Prompt tokens of each sequence per forward pass; all at once by default.
     chunk : int, optional
@@ -128,11 +137,13 @@ def from_pretrained(
     ------
     ConfigError, CheckpointError, StoreError
         If the directory, its tensors or the cache cannot be used.
+    SpecError
+        If an argument breaks its rule, or one that it has with another or with the model.
     SramOverflowError
         If `max_tokens` fit no grid.
     """
     options = _options(
-        wafer, max_tokens, prefill_chunk, stream_experts, moe_implementation, chunk, prefetch_depth, bta_max_tile,
+        wafer, max_tokens, prefill_chunk, stream_experts, _implementation(moe_implementation, routing), chunk, prefetch_depth, bta_max_tile,
         Precision(dtype=dtype, kv_dtype=kv_dtype, precision_opt_level=precision_opt_level), kv_growth, kv, skip_zero_weights,
     )  # fmt: skip
     check_callable("progress", progress)
@@ -140,10 +151,12 @@ def from_pretrained(
     dry = wafer is not None and wafer.is_dry
     store: WeightStore = ShapeStore(checkpoint.spec)
     try:
-        options.check_model(checkpoint.spec)
+        spec = _with_attention(checkpoint.spec, attention, dense_attention_layers)
+        if routing is not None:
+            spec = spec.with_routing(routing, learned=True)
+        options.check_model(spec)
         if not dry:
             store = open_store(checkpoint, cache_dir=cache_dir, progress=progress, resident_bytes=resident_bytes)
-        spec = _with_attention(checkpoint.spec, attention, dense_attention_layers)
         return WaferModel(checkpoint, store, wafer, max_tokens, prefill_chunk, options, spec)
     except BaseException:
         store.close()
@@ -153,8 +166,9 @@ def from_pretrained(
 
 def from_config(
     config: Mapping[str, Any] | ModelSpec, *, seed: int = 0, wafer: Wafer | None = None, max_tokens: int | None = None,
-    stream_experts: StreamExperts = "activated", moe_implementation: MoeImplementation = "experimental", prefill_chunk: int | None = None,
-    chunk: int | None = None, prefetch_depth: int = 1, bta_max_tile: int | None = None, attention: Attention | None = None,
+    routing: RoutingChoice | None = None, stream_experts: StreamExperts = "activated",
+    moe_implementation: MoeImplementation | None = None, prefill_chunk: int | None = None, chunk: int | None = None,
+    prefetch_depth: int = 1, bta_max_tile: int | None = None, attention: Attention | None = None,
     dense_attention_layers: Sequence[int] = (), dtype: DType = "float32", kv_dtype: DType | None = None,
     precision_opt_level: PrecisionOptLevel = 0, kv_growth: KvGrowth = "shift", kv: KvKeeping = "store", skip_zero_weights: bool = False,
 ) -> WaferModel:  # fmt: skip
@@ -166,6 +180,8 @@ def from_config(
         What config.json would hold, or the specification itself.
     seed : int
         The same seed gives the same weights.
+    routing : RoutingRule, str or MoEConfig, optional
+        Another rule than the one in `config`, as for `from_pretrained`; biases that it asks for are made.
     wafer, max_tokens, stream_experts, moe_implementation, prefill_chunk, chunk, prefetch_depth, bta_max_tile, attention
         As for `from_pretrained`.
     dense_attention_layers, dtype, kv_dtype, precision_opt_level, kv_growth, kv, skip_zero_weights
@@ -176,15 +192,23 @@ def from_config(
     WaferModel
     """
     options = _options(
-        wafer, max_tokens, prefill_chunk, stream_experts, moe_implementation, chunk, prefetch_depth, bta_max_tile,
+        wafer, max_tokens, prefill_chunk, stream_experts, _implementation(moe_implementation, routing), chunk, prefetch_depth, bta_max_tile,
         Precision(dtype=dtype, kv_dtype=kv_dtype, precision_opt_level=precision_opt_level), kv_growth, kv, skip_zero_weights,
     )  # fmt: skip
-    checkpoint = random_checkpoint(config, seed)
-    options.check_model(checkpoint.spec)
+    checkpoint = random_checkpoint(config, seed, None if routing is None else lambda spec: spec.with_routing(routing))
+    spec = _with_attention(checkpoint.spec, attention, dense_attention_layers)
+    options.check_model(spec)
     dry = wafer is not None and wafer.is_dry
     store: WeightStore = ShapeStore(checkpoint.spec) if dry else ArrayStore(checkpoint)
-    spec = _with_attention(checkpoint.spec, attention, dense_attention_layers)
     return WaferModel(checkpoint, store, wafer, max_tokens, prefill_chunk, options, spec)
+
+
+def _implementation(given: MoeImplementation | None, routing: RoutingChoice | None) -> MoeImplementation:
+    """How experts are run: as asked for, or as ModelZoo's configuration says."""
+    said = routing.moe_implementation if isinstance(routing, MoEConfig) else None
+    if given is not None and said is not None and given != said:
+        raise SpecError(f"`moe_implementation` is {show(given)}, and {said!r} in the MoEConfig; give one")
+    return (said or "experimental") if given is None else given
 
 
 def _with_attention(spec: ModelSpec, attention: Attention | None, dense_layers: Sequence[int]) -> ModelSpec:

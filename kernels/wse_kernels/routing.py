@@ -233,7 +233,7 @@ def raw_weights(rule: RouterCode, work: NDArray[np.float32], ids: NDArray[np.int
             out[slot] = _ONE / denominator
             shut[ids[slot]] = _ONE
     else:
-        if rule.weighting != rule.selection:
+        if rule.weighting != rule.selection and rule.weighting != SINKHORN:
             expert_scores(logits, rule.weighting, scores)
         for slot in range(top_k):
             out[slot] = scores[ids[slot]]

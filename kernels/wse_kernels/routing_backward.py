@@ -17,6 +17,7 @@ from wse_kernels.routing import (
     LOGITS,
     NOBODY,
     SIGMOID,
+    SINKHORN,
     SOFTMAX,
     SOFTMAX_TOPK,
     SPARSEMIXER,
@@ -161,7 +162,7 @@ def route_tokens_backward(
         for e in range(n_experts):
             d_logits[i, e] = _ZERO
             used[e] = stored(logits[i, e], rule.stored_as) if rule.rounds_logits else logits[i, e]
-        if n == 0:
+        if n == 0 or rule.weighting == SINKHORN:  # of which no gradient is taken
             continue
         if rule.weighting == rule.selection:
             expert_scores(used, rule.selection, scores)

@@ -367,7 +367,7 @@ def take_highest(
 
 @kernel()
 def weigh_chosen(
-    logits: NDArray[np.float32], rule: RouterCode, work: NDArray[np.float32], topk_ids: NDArray[np.int64],
+    logits: NDArray[np.float32], scores: NDArray[np.float32], rule: RouterCode, work: NDArray[np.float32], topk_ids: NDArray[np.int64],
     topk_weights: NDArray[np.float32],
 ) -> None:  # fmt: skip
     """Weights of experts that are chosen, as `wse_kernels.routing.route_tokens` gives them, among those that a token visits.
@@ -376,6 +376,8 @@ def weigh_chosen(
     ----------
     logits : ndarray, (t, n_experts), float32
         With the gate's bias.
+    scores : ndarray, (t, n_experts), float32
+        Sinkhorn's, where the rule weighs by them; else not read.
     rule : RouterCode
     work : ndarray, (5, n_experts), float32
         Scratch.
@@ -395,7 +397,10 @@ def weigh_chosen(
             continue
         for e in range(logits.shape[1]):
             work[0, e] = stored(logits[i, e], rule.stored_as) if rule.rounds_logits else logits[i, e]
-        if rule.weighting == rule.selection:
+        if rule.weighting == SINKHORN:
+            for e in range(logits.shape[1]):
+                work[1, e] = scores[i, e]
+        elif rule.weighting == rule.selection:
             expert_scores(work[0], rule.selection, work[1])
             for e in range(logits.shape[1]):
                 work[1, e] = stored(work[1, e], rule.stored_as)

@@ -344,3 +344,45 @@ def test_inputs_in_place_of_keys_and_values_generate_the_same(
     assert stages["recompute"] - stages["store"] == {"recompute"}
     asked = run(capsys, "plan", str(checkpoint), "--prompt-tokens", "8", "--rows", "3", "--kv", "recompute")[1]
     assert asked["kv"] == "recompute"
+
+
+def test_another_routing_rule_is_run_verified_and_planned(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (str(checkpoint), "--ids", ids_file(tmp_path, 3), "--rows", "3", "--cols", "3")
+    ways = ("--tie-policy", "highest_id", "--moe-implementation", "optimized", "--bta-max-tile", "1")
+    code, document, err = run(capsys, "run", *words, *ways, "--max-new-tokens", "2")
+    assert (code, err) == (0, "")
+    assert document["model"]["spec"]["routing"]["tie_policy"] == "highest_id"
+    assert any(row["kind"] == "launch" for row in document["ledger"]["totals"])
+    options = {"num_experts": 4, "routing_algorithm": "hash", "moe_implementation": "functional"}
+    code, document, err = run(capsys, "verify", *words, "--routing", json.dumps(options))
+    assert (code, err, document["model"]["spec"]["top_k"]) == (0, "", 1)
+    assert document["model"]["spec"]["routing"]["routing_algorithm"] == "hash"
+    plans = [
+        run(capsys, "plan", str(checkpoint), "--rows", "4", "--prompt-tokens", "8", "--batch", "4", *more)[1]
+        for more in ((), ("--bta-max-tile", "1"), ("--routing", '{"capacity_factor": 1.5}'), ("--moe-implementation", "functional"))
+    ]
+    assert [plan["moe_implementation"] for plan in plans] == ["experimental"] * 3 + ["functional"]
+    assert [plan["bta_max_tile"] for plan in plans] == [None, 1, None, None]
+    assert plans[2]["model"]["spec"]["routing"]["capacity_factor"] == 1.5
+    peaks = [plan["plan"]["blocks"] for plan in plans]
+    assert all(blocks != peaks[0] for blocks in peaks[1:])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ('{"num_expert": 4}', "--routing: RoutingRule has no 'num_expert'"),
+        ('{"num_experts": 4, "n_group": 2}', "--routing: MoEConfig has no 'n_group'"),
+        ("{", "--routing: not valid JSON"),
+        ("nope", "`routing` must be one of mixtral"),
+        ('{"e_score_correction_bias": true}', "needs a correction bias, which this checkpoint's routers have not"),
+        ('{"n_group": 3}', "`n_group` must divide the experts"),
+    ],
+)
+def test_a_rule_that_is_none_or_does_not_fit_is_bad_usage(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, message: str
+) -> None:
+    for command in (["verify", "--ids", ids_file(tmp_path, 3)], ["plan"]):
+        code, document, err = run(capsys, command[0], str(checkpoint), *command[1:], "--routing", option)
+        assert (code, document) == (2, None)
+        assert message in err

@@ -144,7 +144,7 @@ def test_implementations_are_counted_as_what_they_do() -> None:
 def test_weights_before_the_expert_are_not_for_functional() -> None:
     spec = replace(SPEC, routing=RoutingRule(probability_before_ffn=True))
     with pytest.raises(wse.SpecError, match="with `probability_before_ffn` use 'experimental' or 'optimized'"):
-        model_of(spec, moe_implementation="functional")(PROMPTS)
+        model_of(spec, moe_implementation="functional")  # before it is called
     with pytest.raises(wse.SpecError, match="`moe_implementation` must be one of functional, experimental, optimized, got 'fast'"):
         model_of(SPEC, moe_implementation="fast")
 

@@ -75,6 +75,7 @@ CALLS: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "from_config(wafer)": (lambda m, d, x: wse.from_config(CONFIG, wafer=x), {"None"}),
     "from_config(max_tokens)": (lambda m, d, x: wse.from_config(CONFIG, max_tokens=x), {"None", "huge", "beyond decimal"}),
     "from_config(stream_experts)": (lambda m, d, x: wse.from_config(CONFIG, stream_experts=x), set()),
+    "from_config(routing)": (lambda m, d, x: wse.from_config(CONFIG, routing=x), {"None"}),
     "from_config(prefill_chunk)": (lambda m, d, x: wse.from_config(CONFIG, prefill_chunk=x), {"None", "huge", "beyond decimal"}),
     "from_config(chunk)": (lambda m, d, x: wse.from_config(CONFIG, chunk=x), {"None", "huge", "beyond decimal"}),
     "from_config(prefetch_depth)": (lambda m, d, x: wse.from_config(CONFIG, prefetch_depth=x), {"zero", "huge", "beyond decimal"}),

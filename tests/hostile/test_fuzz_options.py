@@ -33,16 +33,23 @@ words = st.one_of(
     st.integers(-3, 9).map(str),
     st.sampled_from(["0", "1e3", "-0", "nan", "inf", "-inf", "", " ", "0x10", "9" * 30, "9" * 5000, "1.5", "True", "٣", "é", "-", "--"]),
     st.sampled_from(["batched", "isolated", "dry", "wse2", "wse3", "activated", "all", "float32"]),
+    st.sampled_from(["switch", "reject", "{}", '{"n_group": 3}']),
     st.text(max_size=5),
 )  # fmt: skip
 files = st.sampled_from(["ids", "absent", ".", "model", "model/config.json", "binary", "/dev/null", "/proc/1/mem", "", "\udcff"])
 OPTIONS = {
-    "plan": ("--rows", "--cols", "--prompt-tokens", "--new-tokens", "--batch", "--wafer", "--prefill-chunk", "--json"),
+    "plan": (
+        "--rows", "--cols", "--prompt-tokens", "--new-tokens", "--batch", "--wafer", "--prefill-chunk", "--routing", "--bta-max-tile",
+        "--json",
+    ),
     "run": (
         "--prompt", "--ids", "--max-new-tokens", "--rows", "--cols", "--wafer", "--executor", "--temperature", "--top-k", "--top-p",
         "--seed", "--stream-experts", "--prefill-chunk", "--verify", "--no-verify", "--json",
     ),
-    "verify": ("--prompt", "--ids", "--rows", "--cols", "--wafer", "--executor", "--prefill-chunk", "--json"),
+    "verify": (
+        "--prompt", "--ids", "--rows", "--cols", "--wafer", "--executor", "--prefill-chunk", "--routing", "--tie-policy",
+        "--moe-implementation", "--bta-max-tile", "--json",
+    ),
     "cache": ("--json", "--help"),
 }  # fmt: skip
 FLAGS = ("--json", "--verify", "--no-verify", "--help")

@@ -15,7 +15,7 @@ from scipy.special import logsumexp
 
 import wse_emu as wse
 from wse_emu.equivalence.routing import judge_together
-from wse_emu.equivalence.routing_bounds import expert_weights_bound, together_scores
+from wse_emu.equivalence.routing_bounds import expert_weights_bound, shares_error, together_scores
 from wse_emu.foundation.routing_rule import RoutingRule
 from wse_emu.layers import router_together
 from wse_emu.layers.router import route, router_code
@@ -108,7 +108,8 @@ def test_any_of_them_is_its_definition_in_float64(seed: int, groups: list[int]) 
     assert (np.abs(scores - exact) <= bound).all()
     found = judge_together(ids, scores, together, top_k, rule)
     assert found.fault is None, found.fault
-    assert (np.abs(weights - routing.weights(wide, ids, rule)) <= expert_weights_bound(wide, ids, rule)).all()
+    of, error = routing.shares(wide, together, rule), shares_error(wide, together, rule)
+    assert (np.abs(weights - routing.weights(of, ids, rule)) <= expert_weights_bound(of, ids, rule, error)).all()
 
 
 @given(st.integers(0, 1 << 31), st.integers(1, 12), st.integers(1, 6), st.integers(1, 3))

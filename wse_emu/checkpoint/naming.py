@@ -64,6 +64,7 @@ LLAMA: Names = MappingProxyType(
         "router_bias": "mlp.gate.bias",
         "e_score_correction_bias": "mlp.gate.e_score_correction_bias",
         **ffn_names("experts.", "mlp.experts.{e}."),
+        **ffn_names("shared.", "mlp.shared_experts."),
     }
 )
 """What most families share."""

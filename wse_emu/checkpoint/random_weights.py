@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,7 +120,9 @@ def _middle(spec: ModelSpec, role: str) -> np.float32:
     return np.float32(1.0 if is_norm and not spec.norm.unit_offset else 0.0)
 
 
-def random_checkpoint(config: Mapping[str, Any] | ModelSpec, seed: int = 0) -> Checkpoint:
+def random_checkpoint(
+    config: Mapping[str, Any] | ModelSpec, seed: int = 0, change: Callable[[ModelSpec], ModelSpec] | None = None
+) -> Checkpoint:
     """Checkpoint with random weights, made on demand and never stored.
 
     Parameters
@@ -129,6 +131,8 @@ def random_checkpoint(config: Mapping[str, Any] | ModelSpec, seed: int = 0) -> C
         config.json as parsed, or a spec. ``initializer_range`` of a mapping (default 0.02) scales the matrices.
     seed : int
         From 0 to 2**128 - 1; equal seeds and configs give equal bits (under one NumPy version).
+    change : callable, optional
+        Makes another model of the one that `config` describes.
 
     Returns
     -------
@@ -145,6 +149,7 @@ def random_checkpoint(config: Mapping[str, Any] | ModelSpec, seed: int = 0) -> C
         raise ConfigError(f"config: must be a mapping (what config.json holds) or a ModelSpec, got {show(config)}")
     given = to_config(config) if isinstance(config, ModelSpec) else dict(config)
     spec = config if isinstance(config, ModelSpec) else parse_config(given, where="config")
+    spec = spec if change is None else change(spec)
     scale = given.get("initializer_range", 0.02)
     if type(scale) not in (int, float) or not 0 < scale <= 1:
         raise ConfigError(f"config: `initializer_range` must lie in (0, 1], got {show(scale)}")

@@ -95,7 +95,6 @@ def load(request: Request, placing: Placing, *, new_tokens: int, verify: bool, q
         If no grid, or not the one asked for, holds it.
     """
     import wse_emu as wse
-    from wse_emu.engine.options import EngineOptions
     from wse_emu.engine.plan import plan_model
 
     n_prompt, limit = len(request.ids), request.spec.context_length
@@ -116,7 +115,7 @@ def load(request: Request, placing: Placing, *, new_tokens: int, verify: bool, q
             new_tokens=new,
             verify=verified,
             prefill_chunk=placing.prefill_chunk,
-            options=EngineOptions(precision=placing.precision, kv_growth=placing.kv_growth.value, kv=placing.kv.value),
+            options=placing.engine,
         )
         for prompt, new, verified in work
     ]
@@ -128,6 +127,9 @@ def load(request: Request, placing: Placing, *, new_tokens: int, verify: bool, q
             request.path,
             wafer=wse.Wafer(placing.wafer.spec, rows=plan.rows, cols=plan.cols, executor=placing.executor.value),
             max_tokens=n_prompt + new_tokens,
+            routing=placing.routing,
+            moe_implementation=placing.engine.moe_implementation,
+            bta_max_tile=placing.bta_max_tile,
             stream_experts=placing.stream_experts.value,
             prefill_chunk=placing.prefill_chunk,
             attention=request.spec.patterns or None,

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, cast
 
 import typer
 
 from wse_emu.foundation.precision import FLOAT32, Precision, PrecisionOptLevel
 from wse_emu.foundation.wafer_spec import WSE2, WSE3, WaferSpec
+
+if TYPE_CHECKING:
+    from wse_emu.engine.options import EngineOptions
+    from wse_emu.foundation.moe_config import MoEConfig
+    from wse_emu.foundation.routing_rule import RoutingRule
+
+MoeName = Literal["functional", "experimental", "optimized"]
 
 SHIPPED_MODEL = "pydoc-moe-8x2"
 SHIPPED_PROMPT = "If the argument"
@@ -52,6 +59,14 @@ class NumberFormat(StrEnum):
     CB16 = "cb16"
 
 
+class Implementation(StrEnum):
+    """Ways in which experts find their tokens."""
+
+    FUNCTIONAL = "functional"
+    EXPERIMENTAL = "experimental"
+    OPTIMIZED = "optimized"
+
+
 class Growth(StrEnum):
     """Ways in which keys and values take in new tokens."""
 
@@ -79,6 +94,28 @@ class Placing(NamedTuple):
     kv_growth: Growth = Growth.SHIFT
     kv: Keeping = Keeping.STORE
     skip_zero_weights: bool = False
+    routing: RoutingRule | MoEConfig | None = None
+    """Another rule than the checkpoint's."""
+    moe_implementation: Implementation | None = None
+    bta_max_tile: int | None = None
+
+    @property
+    def implementation(self) -> MoeName:
+        """How experts are run: as asked for, or as ModelZoo's options say."""
+        from wse_emu.foundation.moe_config import MoEConfig
+
+        said = self.routing.moe_implementation if isinstance(self.routing, MoEConfig) else "experimental"
+        return said if self.moe_implementation is None else self.moe_implementation.value
+
+    @property
+    def engine(self) -> EngineOptions:
+        """What of it an engine, or a plan, is told."""
+        from wse_emu.engine.options import EngineOptions
+
+        return EngineOptions(
+            precision=self.precision, kv_growth=self.kv_growth.value, kv=self.kv.value, bta_max_tile=self.bta_max_tile,
+            moe_implementation=self.implementation,
+        )  # fmt: skip
 
 
 _SHIPPED = "without it, the small model that ships with the package"
@@ -134,6 +171,13 @@ Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of t
 Streamed = Annotated[StreamExperts, typer.Option("--stream-experts", help="Stream the experts that some token chose, or all.")]
 PrefillChunk = Annotated[
     int | None, typer.Option("--prefill-chunk", metavar="N", min=1, help="Take the prompt in chunks of so many tokens; needs less SRAM.")
+]
+MoeImplementation = Annotated[
+    Implementation | None,
+    typer.Option("--moe-implementation", help="How experts find their tokens: all computed and masked, searched (default), sorted once."),
+]
+BtaMaxTile = Annotated[
+    int | None, typer.Option("--bta-max-tile", metavar="N", min=1, help="Sequences that go through attention together; divides the batch.")
 ]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Hold every layer against the dense float64 reference.")]
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout and nothing else.")]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 
-from wse_emu.cli import options, patterns
+from wse_emu.cli import options, patterns, rules
 from wse_emu.cli.describe import JSON_SCHEMA, attention_lines, model_entry
 from wse_emu.cli.exits import Exit
-from wse_emu.cli.options import Growth, Keeping, NumberFormat, WaferName
+from wse_emu.cli.options import Growth, Keeping, NumberFormat, Placing, WaferName
 from wse_emu.cli.patterns import PatternOptions
+from wse_emu.cli.rules import RuleOptions, routed
 
 DEFAULT_PROMPT_TOKENS = 512
 """Tokens of a prompt where none are given; fewer where the model has not so many positions."""
@@ -24,6 +25,9 @@ def plan(
     batch: options.Batch = 1,
     wafer: options.Wafer = WaferName.WSE3,
     prefill_chunk: options.PrefillChunk = None,
+    routing: rules.Routing = None,
+    moe_implementation: options.MoeImplementation = None,
+    bta_max_tile: options.BtaMaxTile = None,
     dtype: options.Dtype = NumberFormat.FLOAT32,
     kv_dtype: options.KvDtype = None,
     precision_opt_level: options.OptLevel = 0,
@@ -55,9 +59,14 @@ def plan(
         print(left_out(unread), file=sys.stderr)
     chosen = PatternOptions(window, sinks, attention_chunk_size, columns, fixed, attention, dense_layers, sparse_layers)
     spec = chosen.applied(spec)
-    from wse_emu.engine.options import EngineOptions
+    rule = RuleOptions(routing).rule(spec)
+    spec = routed(spec, rule)
     from wse_emu.engine.plan import plan_model
 
+    precision = options.precision(dtype, kv_dtype, precision_opt_level)
+    placing = Placing(
+        precision=precision, kv_growth=kv_growth, kv=kv, routing=rule, moe_implementation=moe_implementation, bta_max_tile=bta_max_tile
+    )
     rows, cols = options.grid(rows, cols)
     if prompt_tokens is None:
         prompt_tokens = max(1, min(DEFAULT_PROMPT_TOKENS, spec.max_position_embeddings - new_tokens))
@@ -70,7 +79,7 @@ def plan(
         new_tokens=new_tokens,
         batch=batch,
         prefill_chunk=prefill_chunk,
-        options=EngineOptions(precision=options.precision(dtype, kv_dtype, precision_opt_level), kv_growth=kv_growth.value, kv=kv.value),
+        options=placing.engine,
         config=config,
     )
     code = Exit.OK if made.fits else Exit.DOES_NOT_FIT
@@ -79,6 +88,7 @@ def plan(
             "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "prefill_chunk": prefill_chunk,
             **chosen._asdict(), "dtype": dtype, "kv_dtype": kv_dtype or dtype,
             "precision_opt_level": precision_opt_level, "kv_growth": kv_growth, "kv": kv,
+            "moe_implementation": placing.engine.moe_implementation, "bta_max_tile": bta_max_tile,
         }  # fmt: skip
         document = {"schema": JSON_SCHEMA, "command": "plan", "model": model_entry(model, spec), "ignored": unread}
         print(json.dumps({**document, "wafer": wafer.spec.name, **asked, "plan": made.to_dict()}))

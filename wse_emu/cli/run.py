@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wse_emu.cli import options, patterns
+from wse_emu.cli import options, patterns, rules
 from wse_emu.cli.describe import JSON_SCHEMA, header, sampling_text, what_and_where
 from wse_emu.cli.exits import Exit
 from wse_emu.cli.load import Request, load, read_request
 from wse_emu.cli.options import Executor, Growth, Keeping, NumberFormat, Placing, StreamExperts, WaferName
 from wse_emu.cli.outputs import check_output_file, writing
 from wse_emu.cli.patterns import PatternOptions
+from wse_emu.cli.rules import RuleOptions, routed
 from wse_emu.cli.tokens import TextStream
 from wse_emu.foundation.precision import FLOAT32, Precision
 from wse_emu.foundation.units import counted
@@ -91,6 +92,10 @@ def run(
     seed: options.Seed = 0,
     stream_experts: options.Streamed = StreamExperts.ACTIVATED,
     prefill_chunk: options.PrefillChunk = None,
+    routing: rules.Routing = None,
+    tie_policy: rules.TiePolicy = None,
+    moe_implementation: options.MoeImplementation = None,
+    bta_max_tile: options.BtaMaxTile = None,
     dtype: options.Dtype = NumberFormat.FLOAT32,
     kv_dtype: options.KvDtype = None,
     precision_opt_level: options.OptLevel = 0,
@@ -122,7 +127,10 @@ def run(
     chosen = PatternOptions(window, sinks, attention_chunk_size, columns, fixed, attention, dense_layers, sparse_layers)
     request = chosen.of(read_request(model, prompt, ids))
     precision = options.precision(dtype, kv_dtype, precision_opt_level)
+    rule = RuleOptions(routing, tie_policy).rule(request.spec)
+    request = request._replace(spec=routed(request.spec, rule))
     placing = Placing(rows, cols, wafer, executor, stream_experts, prefill_chunk, precision, kv_growth, kv, skip_zero_weights)
+    placing = placing._replace(routing=rule, moe_implementation=moe_implementation, bta_max_tile=bta_max_tile)
     started = time.perf_counter()
     loaded = load(request, placing, new_tokens=max_new_tokens, verify=verify, quiet=as_json)
     outcome = Outcome(request, loaded, sampler, placing.precision, host_seconds={"load": time.perf_counter() - started})

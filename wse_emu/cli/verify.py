@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 
-from wse_emu.cli import options, patterns
+from wse_emu.cli import options, patterns, rules
 from wse_emu.cli.describe import JSON_SCHEMA, header, what_and_where
 from wse_emu.cli.exits import Exit
 from wse_emu.cli.load import load, read_request
 from wse_emu.cli.options import Executor, NumberFormat, Placing, WaferName
 from wse_emu.cli.patterns import PatternOptions
+from wse_emu.cli.rules import RuleOptions, routed
 
 
 def verify(
@@ -21,6 +22,10 @@ def verify(
     wafer: options.Wafer = WaferName.WSE3,
     executor: options.Execution = Executor.BATCHED,
     prefill_chunk: options.PrefillChunk = None,
+    routing: rules.Routing = None,
+    tie_policy: rules.TiePolicy = None,
+    moe_implementation: options.MoeImplementation = None,
+    bta_max_tile: options.BtaMaxTile = None,
     dtype: options.Dtype = NumberFormat.FLOAT32,
     kv_dtype: options.KvDtype = None,
     precision_opt_level: options.OptLevel = 0,
@@ -42,8 +47,11 @@ def verify(
     chosen = PatternOptions(window, sinks, attention_chunk_size, columns, fixed, attention, dense_layers, sparse_layers)
     request = chosen.of(read_request(model, prompt, ids))
     precision = options.precision(dtype, kv_dtype, precision_opt_level)
+    rule = RuleOptions(routing, tie_policy).rule(request.spec)
+    request = request._replace(spec=routed(request.spec, rule))
     placing = Placing(
-        rows, cols, wafer, executor, prefill_chunk=prefill_chunk, precision=precision, skip_zero_weights=skip_zero_weights
+        rows, cols, wafer, executor, prefill_chunk=prefill_chunk, precision=precision, skip_zero_weights=skip_zero_weights,
+        routing=rule, moe_implementation=moe_implementation, bta_max_tile=bta_max_tile,
     )  # fmt: skip
     loaded = load(request, placing, new_tokens=0, verify=True, quiet=as_json)
     if not as_json:

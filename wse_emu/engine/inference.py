@@ -16,7 +16,6 @@ from wse_emu.engine.index_projection import place_index_rotary
 from wse_emu.engine.options import EngineOptions
 from wse_emu.engine.routing_trace import RoutingTrace
 from wse_emu.engine.weights import ModelWeights
-from wse_emu.foundation.errors import SpecError
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.precision import half_of
 from wse_emu.foundation.taps import TapRecord
@@ -48,7 +47,7 @@ class Engine:
         May hold shapes only (`ShapeStore`) with the ``dry`` executor.
     options : EngineOptions
     spec : ModelSpec, optional
-        The store's own by default; may differ from it in the patterns of attention.
+        The store's own by default; may differ from it in the patterns of attention and in the routing rule.
     disk_bytes : callable, optional
         Bytes of a matrix of the layout as the checkpoint holds it; float32 by default.
     """
@@ -61,11 +60,6 @@ class Engine:
         self.store = store
         self.spec: ModelSpec = store.spec if spec is None else spec
         self.options = options or EngineOptions()
-        if self.spec.is_moe and self.spec.routing.probability_before_ffn and self.options.moe_implementation == "functional":
-            raise SpecError(
-                "`moe_implementation` 'functional' computes every expert for every token, which has no weight to multiply its input by: "
-                "with `probability_before_ffn` use 'experimental' or 'optimized'"
-            )
         self.options.check_model(self.spec)
         self.heads = _heads(self.spec, wafer.cols)
         self.weights = ModelWeights(store, self.spec, self.options, shapes_only=wafer.is_dry, disk_bytes=disk_bytes)

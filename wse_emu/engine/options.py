@@ -74,7 +74,12 @@ class EngineOptions:
             raise SpecError(f"`prefetch_depth` must be an integer >= 0, got {show(self.prefetch_depth)}")
 
     def check_model(self, spec: ModelSpec) -> None:
-        """Raise `SpecError` if keys and values are to be made again of inputs that do not tell what they are."""
+        """Raise `SpecError` if a model cannot be run so: experts' inputs scaled where all are computed, keys that inputs do not tell."""
+        if spec.is_moe and spec.routing.probability_before_ffn and self.moe_implementation == "functional":
+            raise SpecError(
+                "`moe_implementation` 'functional' computes every expert for every token, which has no weight to multiply its input by: "
+                "with `probability_before_ffn` use 'experimental' or 'optimized'"
+            )
         if self.kv == "store":
             return
         if spec.latent is not None:

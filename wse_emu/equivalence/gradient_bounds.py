@@ -33,8 +33,10 @@ def logits_gradient_bound(logits: Floats, ids: Ints, rule: RoutingRule, d_weight
     ``p (|d| + sum of p |d|)`` for softmax. Each product and sum of them has the relative errors of its factors: of scores
     (`chosen_score_error`, twice, and in the divisor as its terms), of probabilities, and of its own roundings, of which there are as many
     as the sum has terms, and eight. The errors of `d_weights` go through the same expressions. Where the divisor lies as near its least
-    value as its error, either side is right.
+    value as its error, either side is right. Sinkhorn's scores as weights have no gradient: nothing is allowed there.
     """
+    if rule.weighs_together:
+        return np.zeros(logits.shape)
     if (ids < 0).any():
         out = np.zeros(logits.shape)
         for n in range(1, ids.shape[1] + 1):

@@ -13,7 +13,7 @@ from wse_emu.equivalence import local_latent, rounded_softmax, tolerance
 from wse_emu.equivalence.local_index import index_stage
 from wse_emu.equivalence.local_latent import latent_stage
 from wse_emu.equivalence.products import Products
-from wse_emu.equivalence.routing_bounds import expert_weights_bound, together_scores
+from wse_emu.equivalence.routing_bounds import expert_weights_bound, shares_error, together_scores
 from wse_emu.equivalence.stages import attended, chosen_in, inputs_of, is_stored, of_heads
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.precision import FLOAT32, Precision
@@ -138,8 +138,10 @@ class StageLocal:
             if not spec.routing.is_learned:
                 weights = np.full(ids.shape, spec.routing.routed_scaling_factor / spec.top_k)
                 return weights, 2 * tolerance.U * weights
-            weights = routing.weights(x, ids, spec.routing).astype(np.float64)
-            return weights, expert_weights_bound(x, ids, spec.routing).astype(np.float64)
+            together = self._record.together
+            of, error = routing.shares(x, together, spec.routing), shares_error(x, together, spec.routing)
+            weights = routing.weights(of, ids, spec.routing).astype(np.float64)
+            return weights, expert_weights_bound(of, ids, spec.routing, error).astype(np.float64)
         if name == "ffn_out" and spec.is_moe_layer(layer):
             _, weights, outs, *shared = inputs
             weights = np.ones_like(weights) if spec.routing.probability_before_ffn else weights

@@ -82,9 +82,7 @@ def together_scores(
     used = logits if rule.router_fp32 else rounded(logits, rule.selection_dtype)
     kind = rule.router_selection_nonlinearity
     if kind == "sinkhorn":
-        exact, error = routing.sinkhorn(used, together, rule.sinkhorn_n_iters), np.zeros_like(used)
-        for group in np.unique(together):
-            error[together == group] = _sinkhorn_error(used[together == group], rule.sinkhorn_n_iters)
+        exact, error = _sinkhorn_scores(used, together, rule.sinkhorn_n_iters)
     else:
         exact = routing.scores(used, kind)
         error = score_error(used, exact, kind, np.zeros_like(used))
@@ -93,6 +91,14 @@ def together_scores(
         value = value + correction
         error = error + U * np.abs(value)
     return value.astype(np.float64), error.astype(np.float64)
+
+
+def _sinkhorn_scores(logits: Floats, together: NDArray[np.int64], n_iters: int) -> tuple[Floats, Floats]:
+    """Sinkhorn's scores and their error, (T, E)."""
+    error = np.zeros_like(logits)
+    for group in np.unique(together):
+        error[together == group] = _sinkhorn_error(logits[together == group], n_iters)
+    return routing.sinkhorn(logits, together, n_iters), error
 
 
 def _sinkhorn_error(r: Floats, n_iters: int) -> Floats:
@@ -161,8 +167,19 @@ def _softmax_relative(logits: Floats, bound: Floats) -> Floats:
     return relative
 
 
-def expert_weights_bound(logits: Floats, ids: NDArray[np.int64], rule: RoutingRule) -> Floats:
-    """Bound of the weights of the experts `ids` (T, k), from exact `logits` (T, E); nothing is allowed where the id is -1.
+def shares_error(logits: Floats, together: NDArray[np.int64], rule: RoutingRule) -> Floats:
+    """What float32 may make of `routing.shares` of exact `logits`, (T, E); nothing where these are the logits."""
+    if not rule.weighs_together:
+        return np.zeros_like(logits)
+    used = logits if rule.router_fp32 else rounded(logits, rule.selection_dtype)
+    exact, error = _sinkhorn_scores(used, together, rule.sinkhorn_n_iters)
+    return _through_rounding(exact, error, rule.selection_dtype)[1] if rule.router_selection_nonlinearity == "sinkhorn" else error
+
+
+def expert_weights_bound(logits: Floats, ids: NDArray[np.int64], rule: RoutingRule, shares_error: Floats | None = None) -> Floats:
+    """Bound of the weights of the experts `ids` (T, k), from exact `logits`, or `routing.shares` and their error, (T, E).
+
+    Nothing is allowed where the id is -1.
 
     The error of each chosen score; where they are divided by their sum also those of the sum, averaged, its k roundings and the division;
     where they are scaled, the scale's own rounding and the product's.
@@ -171,10 +188,14 @@ def expert_weights_bound(logits: Floats, ids: NDArray[np.int64], rule: RoutingRu
         each = np.zeros(ids.shape)
         for n in range(1, ids.shape[1] + 1):
             mine = (ids >= 0).sum(axis=1) == n
-            each[mine, :n] = expert_weights_bound(logits[mine], ids[mine, :n], rule)
+            each[mine, :n] = expert_weights_bound(logits[mine], ids[mine, :n], rule, None if shares_error is None else shares_error[mine])
         return each
     raw = routing.raw_weights(logits, ids, rule)
-    error = chosen_score_error(logits, ids, raw, rule)
+    if rule.weighs_together:
+        assert shares_error is not None
+        error: Floats = np.take_along_axis(shares_error, ids, axis=1)
+    else:
+        error = chosen_score_error(logits, ids, raw, rule)
     bound = error
     if rule.expert_weighting_normalization:
         total = routing.divisor(raw, rule)

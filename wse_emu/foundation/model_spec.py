@@ -16,11 +16,12 @@ from wse_emu.foundation.errors import SpecError
 from wse_emu.foundation.indexer import Indexer
 from wse_emu.foundation.latent_attention import LatentAttention
 from wse_emu.foundation.memory_tokens import MAX_CHUNK, MemoryTokens
+from wse_emu.foundation.moe_config import MoEConfig
 from wse_emu.foundation.norm_spec import NormSpec, QkNorm
 from wse_emu.foundation.query_temperature import QueryTemperature
 from wse_emu.foundation.rope_scaling import RopeScaling
 from wse_emu.foundation.rotary_spec import RotarySpec
-from wse_emu.foundation.routing_rule import MIXTRAL_ROUTING, RoutingRule
+from wse_emu.foundation.routing_rule import MIXTRAL_ROUTING, RoutingRule, preset
 from wse_emu.foundation.scales import Scales
 from wse_emu.foundation.shared_experts import SharedExperts
 
@@ -280,20 +281,22 @@ class ModelSpec:
         window, chunk = self.window(layer), self.chunk(layer)
         return FULL if window is None and chunk is None else AttentionPattern(window=window, chunk=chunk)
 
-    def with_attention(self, attention: AttentionPattern | Sequence[AttentionPattern], dense_layers: Sequence[int] = ()) -> ModelSpec:
+    def with_attention(
+        self, attention: AttentionPattern | Sequence[AttentionPattern], dense_attention_layers: Sequence[int] = ()
+    ) -> ModelSpec:
         """The same model with other patterns of attention.
 
         Parameters
         ----------
         attention : AttentionPattern or a sequence of them
             For all layers, or one for each.
-        dense_layers : sequence of int
+        dense_attention_layers : sequence of int
             Layers that see every key nevertheless.
 
         Raises
         ------
         SpecError
-            If there is not one pattern for each layer, or `dense_layers` names a layer that is not there.
+            If there is not one pattern for each layer, or `dense_attention_layers` names a layer that is not there.
         """
         patterns = [attention] * self.num_layers if isinstance(attention, AttentionPattern) else list(attention)
         for i, pattern in enumerate(patterns):
@@ -301,9 +304,9 @@ class ModelSpec:
                 raise SpecError(f"`attention[{i}]` must be an AttentionPattern (of a mask: `mask=...`), got {show(pattern)}")
         if len(patterns) != self.num_layers:
             raise SpecError(f"`attention` must be one pattern or one for each of {self.num_layers} layers, got {len(patterns)}")
-        for layer in dense_layers:
+        for layer in dense_attention_layers:
             if type(layer) is not int or not 0 <= layer < self.num_layers:
-                raise SpecError(f"`dense_layers` must name layers in 0..{self.num_layers - 1}, got {layer!r}")
+                raise SpecError(f"`dense_attention_layers` must name layers in 0..{self.num_layers - 1}, got {show(layer)}")
             patterns[layer] = FULL
         return replace(self, patterns=tuple(patterns))
 
@@ -321,6 +324,65 @@ class ModelSpec:
                 raise SpecError(f"`layers` must name layers in 0..{self.num_layers - 1}, got {layer!r}")
             patterns[layer] = attention
         return self.with_attention(patterns)
+
+    def with_routing(self, routing: RoutingRule | MoEConfig | str, *, learned: bool = False) -> ModelSpec:
+        """The same model, with the experts that it has, under another routing rule.
+
+        Parameters
+        ----------
+        routing : RoutingRule, MoEConfig or str
+            The rule, or the name of one of `ROUTING_PRESETS`. A configuration also says the `top_k`; its numbers of experts must be those
+            of the model.
+        learned : bool
+            Whether the routers' weights are there: the rule may then ask for no gate and no bias that this model's own rule has not.
+
+        Raises
+        ------
+        SpecError
+            If the model is dense, no preset has the name, the rule does not go with the experts and their `top_k`, the configuration
+            speaks of others, or the rule asks for weights that are not there.
+        """
+        made = self._rerouted(routing)
+        if learned:
+            made.routing.check_weights(self.routing)
+        return made
+
+    def _rerouted(self, routing: RoutingRule | MoEConfig | str) -> ModelSpec:
+        if not self.is_moe:
+            raise SpecError(f"`routing` is for models with experts; this {self.family} model is dense")
+        if isinstance(routing, MoEConfig):
+            made = self.with_moe(routing)
+            if made.num_experts != self.num_experts:
+                raise SpecError(f"`num_experts` of the MoEConfig must be the model's, {self.num_experts}, got {routing.num_experts}")
+            if made.shared_experts != self.shared_experts:
+                what = f"must stand for what the model has, {self.shared_experts}, got {routing.num_shared_experts}"
+                raise SpecError(f"`num_shared_experts` of the MoEConfig {what} of width {self.moe_intermediate_size}")
+            return replace(self, top_k=routing.top_k, routing=routing.routing)
+        rule = preset(routing) if isinstance(routing, str) else routing
+        if not isinstance(rule, RoutingRule):
+            raise SpecError(f"`routing` must be a RoutingRule, the name of a preset or a MoEConfig, got {show(routing)}")
+        return replace(self, routing=rule)
+
+    def with_moe(self, config: MoEConfig) -> ModelSpec:
+        """The same model with the mixture that a ModelZoo configuration describes, for random weights or a new checkpoint.
+
+        An expert has the width of one that is there, or of the dense network; shared experts have it each. A configuration of one expert
+        in all makes a dense model.
+        """
+        if not isinstance(config, MoEConfig):
+            raise SpecError(f"`config` must be a MoEConfig, got {show(config)}")
+        width = self.moe_intermediate_size or self.intermediate_size
+        if not config.is_moe:
+            return replace(
+                self, intermediate_size=self.intermediate_size if self.dense_layers else width, num_experts=0, top_k=0,
+                moe_intermediate_size=0, dense_layers=(), shared_experts=None, clamped_experts=None, routing=MIXTRAL_ROUTING,
+            )  # fmt: skip
+        n_shared = config.num_shared_experts
+        shared = None if n_shared is None else SharedExperts(intermediate_size=n_shared * width)
+        return replace(
+            self, num_experts=config.num_experts, top_k=config.top_k, moe_intermediate_size=width, shared_experts=shared,
+            routing=config.routing,
+        )  # fmt: skip
 
     @property
     def context_length(self) -> int:

@@ -9,12 +9,12 @@ from fractions import Fraction
 from types import MappingProxyType
 from typing import Literal, get_args
 
-from wse_emu.foundation.arguments import MAX_FLOAT32
+from wse_emu.foundation.arguments import MAX_FLOAT32, show
 from wse_emu.foundation.errors import SpecError
 
 RoutingAlgorithm = Literal["learned", "hash", "uniform"]
 Selection = Literal["softmax", "sigmoid", "sqrtsoftplus", "none", "sinkhorn"]
-Weighting = Literal["softmax", "sigmoid", "sqrtsoftplus", "softmax_topk", "sparsemixer"]
+Weighting = Literal["softmax", "sigmoid", "sqrtsoftplus", "softmax_topk", "sparsemixer", "sinkhorn"]
 GroupScore = Literal["max", "top2_sum"]
 TiePolicy = Literal["lowest_id", "highest_id", "reject"]
 Chooser = Literal["token", "expert"]
@@ -32,7 +32,7 @@ class RoutingRule:
     the weights of the chosen ones, divided by their sum, times the scale. Names are those of ModelZoo's MoE options and of Hugging Face's
     configurations. Relations to the number of experts are checked by `check_sizes`, which `ModelSpec` calls.
 
-    Three pieces let tokens meet (`tokens_meet`): sinkhorn scores, a capacity, and experts that choose. Those that meet are the new
+    Three pieces let tokens meet (`tokens_meet`): sinkhorn, a capacity, and experts that choose. Those that meet are the new
     tokens of one sequence in one forward pass. Neighbours in a batch and padding still change nothing; prompt chunks do, and a step with
     a cache is not what the whole sequence would give.
     """
@@ -45,7 +45,7 @@ class RoutingRule:
     "sinkhorn" takes from the logits their log-sum over experts, then that over the tokens that meet, `sinkhorn_n_iters` times, then
     exp."""
     sinkhorn_n_iters: int = 1
-    """Rounds of sinkhorn; of no account without it."""
+    """Rounds of sinkhorn, in choice and weights; of no account without it."""
     chooser: Chooser = "token"
     """Who chooses: a token its `top_k` experts, or an expert the tokens that score highest, as many as its capacity (Zhou et al. 2022);
     then a token visits any number of experts, in ascending order, and `top_k` is their mean."""
@@ -69,7 +69,7 @@ class RoutingRule:
     expert_weighting_nonlinearity: Weighting = "softmax"
     """From logits to weights: over all experts, or "softmax_topk" over the chosen ones alone ("top-k before softmax"), or "sparsemixer"
     (Phi-3.5-MoE at inference): for each choice a softmax over the experts that are left and whose logits lie within ``2 *
-    router_jitter_noise`` of the chosen one's, relatively."""
+    router_jitter_noise`` of the chosen one's, relatively; or "sinkhorn", of which, as in ModelZoo, no gradient is taken."""
     expert_weighting_normalization: bool = True
     """Whether the chosen weights are divided by their sum (``norm_topk_prob``)."""
     null_expert_bias: float = 0.0
@@ -186,6 +186,25 @@ class RoutingRule:
         if self.topk_group * size < top_k:
             raise SpecError(f"`topk_group` leaves {self.topk_group * size} experts open, fewer than the {top_k} to choose (`top_k`)")
 
+    def check_weights(self, learned: RoutingRule) -> None:
+        """Hold the rule against what a router has learned that was made for the rule `learned`.
+
+        A gate or a bias that this rule does not ask for may be there.
+
+        Raises
+        ------
+        SpecError
+            If this rule asks for a gate, a bias of the gate or a correction bias that is not there.
+        """
+        asked = {
+            "`routing_algorithm` 'learned'": (self.is_learned, learned.is_learned, "gate"),
+            "`router_use_bias` True": (self.router_use_bias, learned.router_use_bias, "bias of the gate"),
+            "`e_score_correction_bias` True": (self.e_score_correction_bias, learned.e_score_correction_bias, "correction bias"),
+        }
+        for what, (wanted, there, name) in asked.items():
+            if wanted and not there:
+                raise SpecError(f"`routing`: {what} needs a {name}, which this checkpoint's routers have not; choose a rule without")
+
     @property
     def is_learned(self) -> bool:
         """Whether there is a gate."""
@@ -198,8 +217,8 @@ class RoutingRule:
 
     @property
     def tokens_meet(self) -> bool:
-        """Whether a token's experts depend on the other new tokens of its sequence."""
-        return self.has_capacity or self.router_selection_nonlinearity == "sinkhorn"
+        """Whether a token's experts, or their weights, depend on the other new tokens of its sequence."""
+        return self.has_capacity or self.router_selection_nonlinearity == "sinkhorn" or self.weighs_together
 
     def capacity(self, n_tokens: int, num_experts: int, top_k: int) -> int:
         """Most tokens of an expert, of `n_tokens` that meet."""
@@ -211,6 +230,11 @@ class RoutingRule:
     def slots(self, num_experts: int, top_k: int) -> int:
         """Most experts that one token visits."""
         return num_experts if self.chooser == "expert" else top_k
+
+    @property
+    def weighs_together(self) -> bool:
+        """Whether a token's weights are shares of all tokens that meet: sinkhorn's."""
+        return self.expert_weighting_nonlinearity == "sinkhorn"
 
     @property
     def weights_jump(self) -> bool:
@@ -254,3 +278,10 @@ ROUTING_PRESETS: Mapping[str, RoutingRule] = MappingProxyType({
 })  # fmt: skip
 """Rules of published models, by name, as their configurations have them; ``dataclasses.replace`` varies one. "modelzoo" is its default:
 probabilities cast to 16 bits before the choice. "switch" is meant for `top_k` 1 (Fedus et al. 2022)."""
+
+
+def preset(name: str) -> RoutingRule:
+    """The rule of `ROUTING_PRESETS` that has this name; `SpecError` lists them if there is none."""
+    if name not in ROUTING_PRESETS:
+        raise SpecError(f"`routing` must be one of {', '.join(ROUTING_PRESETS)}, a RoutingRule or a MoEConfig, got {show(name)}")
+    return ROUTING_PRESETS[name]

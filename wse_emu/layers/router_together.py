@@ -22,7 +22,7 @@ from wse_emu.wafer.ledger import Event
 from wse_emu.wafer.placement import Ints
 from wse_emu.wafer.traffic import Traffic
 from wse_kernels import routing_together as bodies
-from wse_kernels.routing import WORK_ROWS, RouterCode
+from wse_kernels.routing import FLOAT32, SINKHORN, WORK_ROWS, RouterCode
 
 _SCORE = Kernel(
     body=bodies.score_tokens, params=("logits", "bias", "correction", "rule", "scores"), inout=("logits",), out=("scores",), code_bytes=896
@@ -51,8 +51,8 @@ _TAKE_HIGHEST = Kernel(
     code_bytes=224,
 )  # fmt: skip
 _WEIGH = Kernel(
-    body=bodies.weigh_chosen, params=("logits", "rule", "work", "topk_ids", "topk_weights"), out=("topk_weights",), scratch=("work",),
-    code_bytes=1536,
+    body=bodies.weigh_chosen, params=("logits", "scores", "rule", "work", "topk_ids", "topk_weights"), out=("topk_weights",),
+    scratch=("work",), code_bytes=1536,
 )  # fmt: skip
 _BITS = 32
 """Of the keys that order scores."""
@@ -79,6 +79,8 @@ class _Step:
     """What they begin with; None is what the first core has."""
     shared: bool = False
     """Whether all cores are told them afterwards."""
+    scores: str = "scores"
+    """Which block takes the place of `scores`: what is compared, or "shares", of which weights are made."""
 
 
 def _steps(rule: RoutingRule, code: RouterCode | None, n_tokens: int, n_experts: int, top_k: int) -> Iterator[_Step]:
@@ -86,12 +88,7 @@ def _steps(rule: RoutingRule, code: RouterCode | None, n_tokens: int, n_experts:
     by_rule = {"rule": code}
     yield _Step(_SCORE, by_rule)
     if rule.router_selection_nonlinearity == "sinkhorn":
-        for _ in range(rule.sinkhorn_n_iters):
-            yield _Step(_OVER_EXPERTS, {})
-            yield _Step(_MAXIMUM, {}, "top", -np.inf, shared=True)
-            yield _Step(_SUM, {}, "total", 0, shared=True)
-            yield _Step(_OVER_TOKENS, {})
-        yield _Step(_SINKHORN_END, by_rule)
+        yield from _sinkhorn(rule, code, "scores")
     room = {"capacity": rule.capacity(n_tokens, n_experts, top_k)}
     if rule.chooser == "expert":
         for bit in range(_BITS - 1, -1, -1):
@@ -106,13 +103,35 @@ def _steps(rule: RoutingRule, code: RouterCode | None, n_tokens: int, n_experts:
             yield _Step(_TAKE_ROOM, {**by_rule, **room}, "taken", 0 if i == 0 else None, shared=i + 1 < rounds)
     else:
         yield _Step(_CHOOSE, by_rule)
-    yield _Step(_WEIGH, by_rule)
+    if not _has_shares(rule):
+        yield _Step(_WEIGH, by_rule)
+        return
+    own = None if code is None else code._replace(selection=SINKHORN, has_bias=0, has_correction=0)  # the bias is added by now
+    yield _Step(_SCORE, {"rule": own}, scores="shares")
+    if own is not None and rule.router_selection_nonlinearity != "sinkhorn":
+        own = own._replace(stored_as=FLOAT32)
+    yield from _sinkhorn(rule, own, "shares")
+    yield _Step(_WEIGH, by_rule, scores="shares")
+
+
+def _sinkhorn(rule: RoutingRule, code: RouterCode | None, scores: str) -> Iterator[_Step]:
+    for _ in range(rule.sinkhorn_n_iters):
+        yield _Step(_OVER_EXPERTS, {}, scores=scores)
+        yield _Step(_MAXIMUM, {}, "top", -np.inf, shared=True, scores=scores)
+        yield _Step(_SUM, {}, "total", 0, shared=True, scores=scores)
+        yield _Step(_OVER_TOKENS, {}, scores=scores)
+    yield _Step(_SINKHORN_END, {"rule": code}, scores=scores)
+
+
+def _has_shares(rule: RoutingRule) -> bool:
+    """Whether weights are made of sinkhorn's scores, and those are not what is compared."""
+    return rule.weighs_together and (rule.router_selection_nonlinearity != "sinkhorn" or rule.e_score_correction_bias)
 
 
 def _states(rule: RoutingRule) -> dict[str, type[np.generic]]:
     """Rows of numbers, one for each expert, that a core holds beside its tokens."""
     out: dict[str, type[np.generic]] = {}
-    if rule.router_selection_nonlinearity == "sinkhorn":
+    if "sinkhorn" in (rule.router_selection_nonlinearity, rule.expert_weighting_nonlinearity):
         out |= {"top": np.float32, "total": np.float32}
     if rule.chooser == "expert":
         out |= {"bound": np.int64, "reaching": np.int64, "above": np.int64}
@@ -134,12 +153,14 @@ def code_bytes(rule: RoutingRule, n_experts: int, top_k: int) -> int:
 def words(rule: RoutingRule, n: int, n_experts: int) -> int:
     """Words that n tokens of a sequence take on a core, beside their logits and their decision."""
     states = sum(np.dtype(kind).itemsize // 4 for kind in _states(rule).values())
-    return n * n_experts + states * n_experts + _notes(rule) * -(-n * n_experts // 4) + WORK_ROWS * n_experts
+    return n * n_experts * (1 + _has_shares(rule)) + states * n_experts + _notes(rule) * -(-n * n_experts // 4) + WORK_ROWS * n_experts
 
 
 def _initial(rule: RoutingRule, n: int, n_experts: int) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
     shapes: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {name: ((n_experts,), kind) for name, kind in _states(rule).items()}
     shapes["scores"], shapes["work"] = ((n, n_experts), np.float32), ((WORK_ROWS, n_experts), np.float32)
+    if _has_shares(rule):
+        shapes["shares"] = ((n, n_experts), np.float32)
     if _notes(rule):
         shapes["tried"] = ((n, n_experts), np.int8)
     return shapes
@@ -176,7 +197,8 @@ def decide(
         for step in _steps(rule, code, n, n_experts, top_k):
             if step.state and step.start is not None:
                 args[step.state].fill(step.start)
-            step.kernel.body(*({**args, **step.scalars}[name] for name in step.kernel.params))
+            given_now = {**args, "scores": args[step.scores], **step.scalars}
+            step.kernel.body(*(given_now[name] for name in step.kernel.params))
         first += n
 
 
@@ -210,7 +232,8 @@ def decide_on_cores(
                     block.write(step.start)
                 before = block
             tally[step.kernel.name] = tally.get(step.kernel.name, 0) + 1
-            macs += cores.run(step.kernel, station.core, {**station.blocks, **step.scalars})
+            blocks = {**station.blocks, "scores": station.blocks[step.scores], **step.scalars}
+            macs += cores.run(step.kernel, station.core, blocks)
         if step.shared:
             assert before is not None
             cores.send(told, before, [station.blocks[step.state] for station in column[:-1]])

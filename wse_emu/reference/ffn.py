@@ -62,7 +62,7 @@ def experts_ffn(
         else:
             ids = routing.choose(routing.compared(logits, rule, correction), spec.top_k, rule)
         ids = ids if replay is None else replay
-        share = routing.weights(logits, ids, rule)
+        share = routing.weights(logits if together is None else routing.shares(logits, together, rule), ids, rule)
     else:
         ids = routing.assigned(numbers, spec.num_experts, spec.top_k) if replay is None else replay
         share = np.full(ids.shape, rule.routed_scaling_factor / spec.top_k, weights.dtype)

@@ -145,7 +145,12 @@ def assigned(numbers: Ints, num_experts: int, k: int) -> Ints:
 
 
 def raw_weights(logits: Floats, ids: Ints, rule: RoutingRule) -> Floats:
-    """Weights of the chosen experts before they are divided by their sum: (T, E), (T, k) -> (T, k)."""
+    """Weights of the chosen experts before they are divided by their sum: (T, E), (T, k) -> (T, k).
+
+    Of the logits; where the rule weighs by sinkhorn, of `shares`, given in their place.
+    """
+    if rule.weighs_together:
+        return np.take_along_axis(logits, ids, axis=-1)
     used = logits if rule.router_fp32 else rounded(logits, rule.selection_dtype)
     kind = rule.expert_weighting_nonlinearity
     if kind == "softmax_topk":
@@ -160,7 +165,7 @@ def raw_weights(logits: Floats, ids: Ints, rule: RoutingRule) -> Floats:
 
 
 def weights(logits: Floats, ids: Ints, rule: RoutingRule) -> Floats:
-    """Weights of the chosen experts: (T, E), (T, k) -> (T, k); 0 where the id is -1."""
+    """Weights of the chosen experts: (T, E), (T, k) -> (T, k); 0 where the id is -1. The first argument is `raw_weights`'."""
     if (ids < 0).any():
         out = np.zeros(ids.shape, logits.dtype)
         for n in range(1, ids.shape[1] + 1):
@@ -172,6 +177,14 @@ def weights(logits: Floats, ids: Ints, rule: RoutingRule) -> Floats:
         share = share / divisor(share, rule)
     scaled: Floats = share * logits.dtype.type(rule.routed_scaling_factor)
     return scaled
+
+
+def shares(logits: Floats, together: Ints, rule: RoutingRule) -> Floats:
+    """What weights are made of: the logits, or sinkhorn's scores of tokens that meet (those of one number in `together`, (T,)); (T, E)."""
+    if not rule.weighs_together:
+        return logits
+    value = sinkhorn(logits if rule.router_fp32 else rounded(logits, rule.selection_dtype), together, rule.sinkhorn_n_iters)
+    return rounded(value, rule.selection_dtype) if rule.router_selection_nonlinearity == "sinkhorn" else value
 
 
 def divisor(share: Floats, rule: RoutingRule) -> Floats:

@@ -31,8 +31,10 @@ def scores_jacobian(logits: Floats, kind: str) -> Floats:
 def weights_jacobian(logits: Floats, ids: Ints, rule: RoutingRule) -> Floats:
     """``d weight[t, s] / d logit[t, e]`` of `routing.weights`: (T, E), (T, k) -> (T, k, E); 0 where the id is -1.
 
-    Rounding to 16 bits counts as having slope 1, as automatic differentiation has it.
+    Rounding to 16 bits counts as having slope 1, as automatic differentiation has it; sinkhorn's scores as weights have none at all.
     """
+    if rule.weighs_together:
+        return np.zeros((*ids.shape, logits.shape[1]), logits.dtype)
     if (ids < 0).any():
         out = np.zeros((*ids.shape, logits.shape[1]), logits.dtype)
         for n in range(1, ids.shape[1] + 1):

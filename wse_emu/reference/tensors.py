@@ -87,17 +87,9 @@ _OTHER_NAMES: dict[str, dict[str, str]] = {
 }
 """Family to the names of roles that differ from a Llama's."""
 _SHARED = {
-    "qwen2_moe": "mlp.shared_expert.",
-    "dots1": "mlp.shared_experts.",
-    "glm4_moe": "mlp.shared_experts.",
-    "ernie4_5_moe": "mlp.shared_experts.",
-    "hunyuan_v1_moe": "mlp.shared_mlp.",
-    "deepseek_v2": "mlp.shared_experts.",
-    "deepseek_v3": "mlp.shared_experts.",
-    "deepseek_v32": "mlp.shared_experts.",
-    "glm_moe_dsa": "mlp.shared_experts.",
-    "llama4_text": "feed_forward.shared_expert.",
-}
+    "qwen2_moe": "mlp.shared_expert.", "hunyuan_v1_moe": "mlp.shared_mlp.", "llama4_text": "feed_forward.shared_expert.",
+}  # fmt: skip
+"""Family to what stands before the names of shared experts, where it is not ``mlp.shared_experts.``."""
 
 
 def layer_tensor(spec: ModelSpec, layer: int, role: str, expert: Expert = None) -> Published:
@@ -221,7 +213,8 @@ def _ffn_tensor(spec: ModelSpec, layer: int, role: str, expert: Expert) -> Publi
         f = spec.shared_experts.intermediate_size
     shape = (h, f) if role == "w_down" else (f, h)
     if expert == "shared":
-        return Published(f"{prefix}{_SHARED[spec.family]}{role[2:]}_proj.weight", shape)
+        network = _SHARED.get(spec.family, "mlp.shared_experts.")
+        return Published(f"{prefix}{network}{role[2:]}_proj.weight", shape)
     if expert is None:
         network = "feed_forward" if spec.family == "llama4_text" else "mlp"
         return Published(f"{prefix}{network}.{role[2:]}_proj.weight", shape)
@@ -281,6 +274,10 @@ def _dbrx(spec: ModelSpec, prefix: str, role: str, expert: Expert) -> Published:
         start, stop = {"w_q": (0, n_q), "w_k": (n_q, n_q + n_kv), "w_v": (n_q + n_kv, n_q + 2 * n_kv)}[role]
         whole = (n_q + 2 * n_kv, h)
         return Published(prefix + "norm_attn_norm.attn.Wqkv.weight", (stop - start, h), whole, lambda all_rows: all_rows[start:stop])
+    if expert == "shared":
+        assert spec.shared_experts is not None
+        f = spec.shared_experts.intermediate_size
+        return Published(f"{prefix}mlp.shared_experts.{role[2:]}_proj.weight", (h, f) if role == "w_down" else (f, h))
     if role in ("w_gate", "w_up", "w_down"):
         assert isinstance(expert, int)
         name = prefix + "ffn.experts.mlp." + {"w_gate": "w1", "w_up": "v1", "w_down": "w2"}[role]
@@ -292,5 +289,7 @@ def _dbrx(spec: ModelSpec, prefix: str, role: str, expert: Expert) -> Published:
         "w_o": ("norm_attn_norm.attn.out_proj.weight", (h, n_q)),
         "ffn_norm": ("norm_attn_norm.norm_2.weight", (h,)),
         "router": ("ffn.router.layer.weight", (e, h)),
+        "router_bias": ("mlp.gate.bias", (e,)),
+        "e_score_correction_bias": ("mlp.gate.e_score_correction_bias", (e,)),
     }[role]
     return Published(prefix + name, shape)

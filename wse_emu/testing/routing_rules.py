@@ -83,6 +83,8 @@ def random_rule_together(rng: np.random.Generator) -> tuple[RoutingRule, int, in
     kind = int(rng.integers(4))
     if kind == 0 or rng.integers(4) == 0:
         rule = replace(rule, router_selection_nonlinearity="sinkhorn", sinkhorn_n_iters=int(rng.integers(1, 4)))
+    if rng.integers(4) == 0:
+        rule = replace(rule, expert_weighting_nonlinearity="sinkhorn")
     factor = float(rng.choice([0.3, 0.5, 1.0, 1.25, 2.0]))
     if kind in (1, 2):
         rule = replace(rule, capacity_factor=factor, overflow=("drop", "reroute")[kind - 1])
