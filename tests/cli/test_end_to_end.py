@@ -358,14 +358,17 @@ def test_another_routing_rule_is_run_verified_and_planned(checkpoint: Path, tmp_
     assert (code, err, document["model"]["spec"]["top_k"]) == (0, "", 1)
     assert document["model"]["spec"]["routing"]["routing_algorithm"] == "hash"
     plans = [
-        run(capsys, "plan", str(checkpoint), "--rows", "4", "--prompt-tokens", "8", "--batch", "4", *more)[1]
+        run(capsys, "plan", str(checkpoint), "--rows", "2", "--cols", "4", "--prompt-tokens", "20", "--batch", "4", *more)[1]
         for more in ((), ("--bta-max-tile", "1"), ("--routing", '{"capacity_factor": 1.5}'), ("--moe-implementation", "functional"))
     ]
     assert [plan["moe_implementation"] for plan in plans] == ["experimental"] * 3 + ["functional"]
     assert [plan["bta_max_tile"] for plan in plans] == [None, 1, None, None]
     assert plans[2]["model"]["spec"]["routing"]["capacity_factor"] == 1.5
-    peaks = [plan["plan"]["blocks"] for plan in plans]
-    assert all(blocks != peaks[0] for blocks in peaks[1:])
+    peaks = [plan["plan"]["peak_bytes"] for plan in plans]
+    assert peaks[1] < peaks[0] < peaks[3]
+    streamed = [plan["plan"]["stream_bytes_token"] for plan in plans]
+    attention = 2 * (2 * 32 * (32 + 16)) * 4  # two layers of queries, keys, values and output
+    assert streamed[1] - streamed[0] >= 3 * attention  # once for each of four tiles
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,8 @@ def test_random_weights_have_the_biases_that_a_rule_asks_for() -> None:
     rule = wse.RoutingRule(router_use_bias=True, e_score_correction_bias=True)
     config = {
         "model_type": "mixtral", "vocab_size": 41, "hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.5, "eos_token_id": None,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.5,
+        "eos_token_id": None,
     }  # fmt: skip
     model = wse.from_config(config, routing=rule, wafer=wse.Wafer(rows=2, cols=2))
     assert model.checkpoint.tensors.shape("model.layers.0.block_sparse_moe.gate.bias") == (4,)

@@ -296,6 +296,18 @@ def test_streamed_bytes_are_those_of_a_run_with_the_worst_routing(family, policy
     assert sum(e.bytes for e in computed.wafer.ledger.events() if e.kind == "stream") <= plan.stream_bytes_prefill
 
 
+@pytest.mark.parametrize("tile", [1, 2])
+def test_weights_of_attention_are_counted_once_for_each_tile(tile: int) -> None:
+    plan = plan_model(MOE, rows=3, cols=4, prompt_tokens=3, new_tokens=2, batch=4, options=EngineOptions(bta_max_tile=tile))
+    model = model_on(MOE, 3, 4, "dry", bta_max_tile=tile)
+    streamed, seen = [], 0
+    for n_new in (1, 2):
+        model.generate(prompts_of(4, 3), n_new)
+        streamed.append(sum(e.bytes for e in model.wafer.ledger.events(seen) if e.kind == "stream"))
+        seen = len(model.wafer.ledger)
+    assert streamed == [plan.stream_bytes_prefill, plan.stream_bytes_prefill + plan.stream_bytes_token]
+
+
 def test_streaming_everything_is_every_parameter_but_the_embedding() -> None:
     plan = plan_model(MOE, rows=3, prompt_tokens=4, new_tokens=2, options=EngineOptions(stream_experts="all"))
     assert plan.stream_bytes_token == 4 * (MOE.n_params - MOE.vocab_size * MOE.hidden_size)

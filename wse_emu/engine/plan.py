@@ -325,38 +325,43 @@ def _pass_bytes(
     """Weight bytes of all forward passes of a prompt, and of a decode step after it, of one with memory tokens where there are any."""
     keeps_inputs, memory = options.kv == "recompute", spec.memory_tokens  # what is made again of inputs streams once there are any
     length = spec.sequence_length(prompt_tokens)
+    tiles = batch // (options.bta_max_tile or batch)
 
     def alike(n: int, start: int) -> tuple[int, int]:
         """Tokens, and earlier ones, of a pass that streams what one of `n` for each of the batch does from `start` on."""
         if memory is None:
             return batch * n, int(keeps_inputs and start > 0)
         size = memory.attn_memory_chunk_size + memory.num_memory_tokens_per_chunk  # it has the same kinds of tokens, new and earlier
-        return n, start if start < 2 * size else size + start % size
+        return n * tiles, start if start < 2 * size else size + start % size
 
     starts = range(0, length, prefill_chunk or length)
     chunks = Counter(alike(n, start) for start, ((_, n),) in zip(starts, prompt_chunks((length,), prefill_chunk), strict=True))
-    of_prompt = sum(times * _stream_bytes(spec, n, earlier, options, config) for (n, earlier), times in chunks.items())
+    of_prompt = sum(times * _stream_bytes(spec, n, earlier, tiles, options, config) for (n, earlier), times in chunks.items())
     if memory is None:
-        return of_prompt, _stream_bytes(spec, *alike(1, length), options, config)
+        return of_prompt, _stream_bytes(spec, *alike(1, length), tiles, options, config)
     chunks_done = -(-prompt_tokens // memory.attn_memory_chunk_size)
     full = memory.length(chunks_done * memory.attn_memory_chunk_size)
-    return of_prompt, _stream_bytes(spec, *alike(1 + memory.num_memory_tokens_per_chunk, full), options, config)
+    return of_prompt, _stream_bytes(spec, *alike(1 + memory.num_memory_tokens_per_chunk, full), tiles, options, config)
 
 
-def _stream_bytes(spec: ModelSpec, n_tokens: int, earlier: int, options: EngineOptions, config: Mapping[str, Any] | None) -> int:
-    """Weight bytes of one forward pass over `n_tokens` that follow `earlier` ones, from the ledger of a dry run.
+def _stream_bytes(
+    spec: ModelSpec, n_tokens: int, earlier: int, tiles: int, options: EngineOptions, config: Mapping[str, Any] | None
+) -> int:
+    """Weight bytes of one forward pass over `n_tokens`, from the ledger of a dry run.
 
-    It runs one layer of each kind on one boundless core.
+    They go through attention in so many tiles, each of which follows `earlier` ones. One layer of each kind runs, on one boundless core.
     """
     roomy = replace(WSE3, sram_bytes_per_core=1 << 48)
     wafer = Wafer(roomy, rows=1, cols=1, executor="dry")
     wafer.counts_visits = False
     few, n_alike = kinds_of_layers(spec)
     disk = None if config is None else DiskBytes(bytes_by_config(config, few), few)
-    engine = shape_engine(wafer, few, options, disk_bytes=disk)
-    cache = engine.new_cache([earlier + n_tokens])
+    engine = shape_engine(wafer, few, replace(options, bta_max_tile=1), disk_bytes=disk)
+    in_tile = n_tokens // tiles
+    cache = engine.new_cache([earlier + in_tile] * tiles)
+    sequences = sequences_of(list(range(tiles)), [in_tile] * tiles, [earlier] * tiles)
     trace = RoutingTrace.worst_case(len(few.moe_layers), n_tokens, spec.num_experts, spec.n_slots) if spec.is_moe else None
-    engine.forward(np.zeros(n_tokens, np.int64), sequences_of([0], [n_tokens], [earlier]), cache, np.array([n_tokens - 1]), trace=trace)
+    engine.forward(np.zeros(n_tokens, np.int64), sequences, cache, np.array([n_tokens - 1]), trace=trace)
     rows = [row for row in wafer.ledger.totals(by=("layer", "kind")) if row["kind"] == "stream"]
     inside = sum(row["bytes"] * n_alike[row["layer"]] for row in rows if row["layer"] is not None)
     outside = sum(row["bytes"] for row in rows if row["layer"] is None)
