@@ -112,6 +112,17 @@ def test_what_a_token_does_not_visit_gets_nothing() -> None:
 
 
 @pytest.mark.nojit
+def test_no_gradient_is_taken_of_weights_that_are_sinkhorns() -> None:
+    rng = np.random.default_rng(0)
+    logits, d_weights = rng.standard_normal((5, 4)).astype(F), rng.standard_normal((5, 2)).astype(F)
+    ids = np.argsort(-logits, axis=1)[:, :2].copy()
+    for selection in ("softmax", "sinkhorn"):
+        rule = RoutingRule(router_selection_nonlinearity=selection, expert_weighting_nonlinearity="sinkhorn")
+        assert (backward(logits, ids, d_weights, rule) == 0).all()
+        assert (logits_gradient(logits.astype(np.float64), ids, rule, d_weights.astype(np.float64)) == 0).all()
+
+
+@pytest.mark.nojit
 def test_sinkhorn_chooses_and_sends_nothing_back() -> None:
     """The scores that choose are detached: whatever they are, the gradient is that of the scores that weigh."""
     rng = np.random.default_rng(1)

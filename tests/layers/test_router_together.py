@@ -44,7 +44,7 @@ def by_scores(logits: F32, rule: RoutingRule, top_k: int, groups: list[int], bia
 
 def drawn(seed: int, groups: list[int]):
     rng = np.random.default_rng(seed)
-    rule, n_experts, top_k = random_rule_together(rng)
+    rule, n_experts, top_k = random_rule_together(rng, weights=True)
     logits = (rng.standard_normal((sum(groups), n_experts)) * rng.choice([0.3, 3.0])).astype(np.float32)
     if rng.random() < 0.3:
         logits = np.round(logits)  # ties
@@ -59,7 +59,7 @@ def drawn(seed: int, groups: list[int]):
 @example(3, (4, 3), [6, 1])
 def test_they_decide_alike_on_every_executor_and_wherever_rows_are_cut(seed: int, grid: tuple[int, int], groups: list[int]) -> None:
     rng = np.random.default_rng(seed)
-    rule, n_experts, top_k = random_rule_together(rng)
+    rule, n_experts, top_k = random_rule_together(rng, weights=True)
     x, gate = normal(seed, sum(groups), 3), normal(seed + 1, 3, n_experts)
     bias = normal(seed + 2, n_experts) if rule.router_use_bias else None
     correction = normal(seed + 3, n_experts) if rule.e_score_correction_bias else None

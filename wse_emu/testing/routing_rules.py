@@ -65,12 +65,14 @@ def random_rule(rng: np.random.Generator, *, algorithms: tuple[str, ...] = ("lea
     return rule, n_group * size, top_k
 
 
-def random_rule_together(rng: np.random.Generator) -> tuple[RoutingRule, int, int]:
+def random_rule_together(rng: np.random.Generator, *, weights: bool = False) -> tuple[RoutingRule, int, int]:
     """Draw a rule under which tokens meet, a number of experts and a `top_k` that fit each other.
 
     Parameters
     ----------
     rng : Generator
+    weights : bool
+        Whether weights may be sinkhorn's, too; no gradient is taken of those.
 
     Returns
     -------
@@ -83,7 +85,7 @@ def random_rule_together(rng: np.random.Generator) -> tuple[RoutingRule, int, in
     kind = int(rng.integers(4))
     if kind == 0 or rng.integers(4) == 0:
         rule = replace(rule, router_selection_nonlinearity="sinkhorn", sinkhorn_n_iters=int(rng.integers(1, 4)))
-    if rng.integers(4) == 0:
+    if weights and rng.integers(3) == 0:
         rule = replace(rule, expert_weighting_nonlinearity="sinkhorn")
     factor = float(rng.choice([0.3, 0.5, 1.0, 1.25, 2.0]))
     if kind in (1, 2):
