@@ -343,26 +343,21 @@ _MASK_ROWS = 1 << 20
 
 
 def _from_mask(mask: MaskFunction, positions: Ints) -> KeyRanges:
-    n_keys = int(positions.max(initial=-1)) + 1
-    keys = np.arange(n_keys, dtype=np.int64)[None, :]
-    counts, out = [], []
-    step = max(1, _MASK_ROWS // max(n_keys, 1))
+    parts = []
+    step = max(1, _MASK_ROWS // (int(positions.max(initial=0)) + 1))
     for at in range(0, len(positions), step):
         q = positions[at : at + step, None]
+        keys = np.arange(int(q.max()) + 1, dtype=np.int64)[None, :]
+        shape = q.size, keys.size
         seen: Any = np.asarray(mask(q, keys))
-        fits = seen.ndim <= 2 and all(n in (1, whole) for n, whole in zip(seen.shape[::-1], (n_keys, len(q)), strict=False))
+        fits = seen.ndim <= 2 and all(n in (1, whole) for n, whole in zip(seen.shape[::-1], shape[::-1], strict=False))
         if seen.dtype != np.bool_ or not fits:
-            raise SpecError(
-                f"attention pattern: `mask` must give booleans of shape {(len(q), n_keys)}, got {seen.dtype} of shape {seen.shape}"
-            )
-        seen = np.broadcast_to(seen, (len(q), n_keys)) & (keys <= q)
+            raise SpecError(f"attention pattern: `mask` must give booleans of shape {shape}, got {seen.dtype} of shape {seen.shape}")
+        seen = np.broadcast_to(seen, shape) & (keys <= q)
         blind = np.flatnonzero(~seen.any(axis=1))
         if blind.size:
             raise SpecError(f"attention pattern: `mask` admits no key for the query at position {int(q[blind[0], 0])}")
-        part = KeyRanges.of_mask(seen)
-        counts.append(np.diff(part.first))
-        out.append(part.ranges)
-    if not out:
-        return KeyRanges(np.zeros(1, np.int64), np.zeros((0, 2), np.int64))
-    first = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64)
-    return KeyRanges(first, np.concatenate(out).astype(np.int64))
+        parts.append(KeyRanges.of_mask(seen))
+    counts = [np.diff(part.first) for part in parts]
+    first = np.concatenate([np.zeros(1, np.int64), *counts]).cumsum()
+    return KeyRanges(first, np.concatenate([np.zeros((0, 2), np.int64), *(part.ranges for part in parts)]))

@@ -27,11 +27,13 @@ class KeyRanges(NamedTuple):
     @staticmethod
     def of_mask(seen: NDArray[np.bool_]) -> KeyRanges:
         """Of the keys that a mask (n, keys) admits."""
-        edges = np.diff(np.pad(seen, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-        row, start = np.nonzero(edges == 1)
-        stop = np.nonzero(edges == -1)[1]
-        first = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=len(seen)))]).astype(np.int64)
-        return KeyRanges(first, np.stack([start, stop], axis=1).astype(np.int64))
+        n, n_keys = seen.shape
+        edges = np.zeros((n, n_keys + 1), np.bool_)  # where a range begins, and then where it ends
+        edges[:, :n_keys] = seen
+        edges[:, 1:] ^= seen
+        row, at = np.divmod(np.flatnonzero(edges), n_keys + 1)
+        first = np.concatenate([[0], np.cumsum(np.bincount(row[::2], minlength=n))]).astype(np.int64)
+        return KeyRanges(first, at.reshape(-1, 2))
 
     @staticmethod
     def joined(several: Sequence[KeyRanges]) -> KeyRanges:
