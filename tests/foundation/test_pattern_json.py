@@ -23,6 +23,7 @@ COLUMNS = st.one_of(
 PLAIN = st.builds(lambda local, sinks, columns: AttentionPattern(**local, **columns, sinks=sinks), LOCAL, st.integers(0, 9), COLUMNS)
 OTHERS = st.sampled_from([
     AttentionPattern(), AttentionPattern(block_size=3, blocks=((0,), (0, 1), (1, 2))), AttentionPattern(mask=np.tri(4, dtype=np.bool_)),
+    AttentionPattern.listed([[0, -1, -1], [1, 0, -1], [0, 9, 2], [3, -1, 1]], [1, 2, 3, 1]),
     AttentionPattern.fixed(local_attn_ctx=8, vert_size=2, subset=1),
     AttentionPattern.fixed_per_head(num_heads=4, num_verts=2, local_attn_ctx=8, vert_size=2),
 ])  # fmt: skip
@@ -64,6 +65,15 @@ def test_what_is_default_is_left_out_and_null_is_default() -> None:
         ({"heads": {}}, "here: `heads` must be a list"),
         ({"heads": [{}, {"sinks": 1}]}, r"here: heads\[1\]: `sinks` adds keys"),
         ({"heads": [{"heads": [{}]}]}, r"here: heads\[0\]: must be a pattern without `heads`"),
+        ({"indices": [0]}, "here: `indices` must be a list of lists, got"),
+        ({"indices": []}, r"here: `indices` must be integers \(queries, topk\)"),
+        ({"indices": [[0], [0, 1]]}, "here: `indices` must have rows of one length; fill shorter ones with -1"),
+        ({"indices": [[0.0]]}, r"here: `indices` must hold integers in -1\.\.281474976710656, got \[\[0\.0\]\]"),
+        ({"indices": [[-2]]}, r"here: `indices` must hold integers in -1\.\."),
+        ({"indices": [[0]], "topk_length": 1}, "here: `topk_length` must hold integers"),
+        ({"indices": [[0]], "topk_length": [2]}, r"here: `topk_length` must lie in 0\.\.1, got 2 to 2"),
+        ({"topk_length": [1]}, "here: `indices` stands alone or with `topk_length`, got `topk_length`"),
+        ({"indices": [[0]], "window": 3}, "here: `indices` stands alone or with `topk_length`, got `indices`, `window`"),
         ({"window": 1 << 49}, "here: `window` must be at most 281474976710656, got 562949953421312"),
         ({"window": 1, "sinks": 1 << 300}, "here: `sinks` must be at most .*, got an integer of 301 bits"),
         ({"block_size": 1 << 64, "blocks": [[0]]}, "here: `block_size` must be at most"),
@@ -81,11 +91,13 @@ def test_a_function_has_no_form_in_json_and_a_line_for_people() -> None:
         pattern_to_json(pattern)
     assert pattern_text(pattern) == "mask <lambda>"
     assert pattern_text(AttentionPattern(mask=np.tri(3, dtype=np.bool_))) == "mask <mask of 3 positions>"
+    assert pattern_text(AttentionPattern.listed([[0], [1]])) == "mask <2 keys listed for 2 queries>"
     assert pattern_text(AttentionPattern(block_size=2, blocks=((0,),))) == "block size 2, blocks 1"
     assert pattern_text(AttentionPattern.fixed_per_head(num_heads=4, num_verts=2)) == "heads in 2 ways"
 
 
 def test_positions_that_a_pattern_describes() -> None:
+    assert AttentionPattern.listed([[0], [1]]).n_positions == 2
     mask, blocks = AttentionPattern(mask=np.tri(7, dtype=np.bool_)), AttentionPattern(block_size=3, blocks=((0,), (1,)))
     assert (mask.n_positions, blocks.n_positions, AttentionPattern(window=3).n_positions) == (7, 6, None)
     assert AttentionPattern(heads=(mask, AttentionPattern(), blocks)).n_positions == 6

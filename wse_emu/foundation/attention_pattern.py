@@ -218,11 +218,13 @@ class AttentionPattern:
 
     @property
     def n_positions(self) -> int | None:
-        """How many positions blocks, or a mask given as an array, describe; None is any number."""
+        """How many positions blocks, or a mask given as an array or as lists, describe; None is any number."""
         if self.heads:
             return min((n for layout in self.layouts if (n := layout.n_positions) is not None), default=None)
         if isinstance(self.mask, MaskArray):
             return len(self.mask.values)
+        if isinstance(self.mask, ListedKeys):
+            return self.mask.n_queries
         return None if self.block_size is None else self.block_size * len(self.blocks)
 
     @property

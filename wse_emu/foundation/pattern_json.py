@@ -9,16 +9,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wse_emu.foundation.arguments import show
-from wse_emu.foundation.attention_pattern import AttentionPattern
+from wse_emu.foundation.attention_pattern import MAX_KEYS, AttentionPattern
 from wse_emu.foundation.errors import SpecError
+from wse_emu.foundation.key_ranges import within
+from wse_emu.foundation.listed_keys import ListedKeys
 from wse_emu.foundation.mask_array import MaskArray
 
 _HERE = "attention pattern"
-_NAMES = tuple(f.name for f in fields(AttentionPattern))
+_LISTED = ("indices", "topk_length")
+_NAMES = (*(f.name for f in fields(AttentionPattern)), *_LISTED)
 
 
 def pattern_to_json(pattern: AttentionPattern) -> dict[str, Any]:
-    """The fields that a pattern has beyond the defaults, as JSON-able values; a mask as rows of 0 and 1. Every key: no field.
+    """The fields that a pattern has beyond the defaults, as JSON-able values; a pattern of all keys has none.
+
+    A mask stands there as rows of 0 and 1, listed keys as `indices`.
 
     Raises
     ------
@@ -31,6 +36,8 @@ def pattern_to_json(pattern: AttentionPattern) -> dict[str, Any]:
         if f.name == "mask":
             if isinstance(value, MaskArray):
                 out["mask"] = value.values.astype(np.int64).tolist()
+            elif isinstance(value, ListedKeys):
+                out["indices"] = _listed(value)
             elif value is not None:
                 raise SpecError(f"{_HERE}: `mask` is a function, which has no form in JSON; give an array of booleans")
         elif value != f.default:
@@ -45,7 +52,7 @@ def pattern_from_json(value: Any, *, where: str = _HERE) -> AttentionPattern:
     ----------
     value : dict
         Names and values of `AttentionPattern`: `blocks` as lists of integers, `mask` as rows of true and false or 1 and 0, `heads` as a
-        list of such objects.
+        list of such objects. Or `indices` and, if need be, `topk_length`, as `AttentionPattern.listed` takes them.
     where : str
         What to call it in messages.
 
@@ -73,8 +80,9 @@ def pattern_from_json(value: Any, *, where: str = _HERE) -> AttentionPattern:
             if isinstance(one, dict) and one.get("heads") is not None:
                 raise SpecError(f"{where}: heads[{i}]: must be a pattern without `heads`, got {show(one)}")
         given["heads"] = tuple(pattern_from_json(one, where=f"{where}: heads[{i}]") for i, one in enumerate(given["heads"]))
+    lists = _of_lists(given, where) if any(name in given for name in _LISTED) else None
     try:
-        return AttentionPattern(**given)
+        return AttentionPattern(**given) if lists is None else AttentionPattern.listed(*lists)
     except SpecError as error:
         raise SpecError(f"{where}: {str(error).removeprefix(f'{_HERE}: ')}") from error
 
@@ -108,9 +116,32 @@ def pattern_text(pattern: AttentionPattern) -> str:
         elif f.name == "blocks":
             value = f"{len(value)}"
         elif f.name == "mask":
-            value = repr(value) if isinstance(value, MaskArray) else getattr(value, "__name__", "a function")
+            value = repr(value) if isinstance(value, (MaskArray, ListedKeys)) else getattr(value, "__name__", "a function")
         parts.append(f"{f.name.replace('_', ' ')} {value}")
     return ", ".join(parts) or "all keys"
+
+
+def _of_lists(given: dict[str, Any], where: str) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+    others = [name for name in given if name not in _LISTED]
+    if others or "indices" not in given:
+        raise SpecError(f"{where}: `indices` stands alone or with `topk_length`, got {', '.join(f'`{name}`' for name in given)}")
+    rows, lengths = _lists(given["indices"], f"{where}: `indices`"), given.get("topk_length")
+    if any(len(row) != len(rows[0]) for row in rows):
+        raise SpecError(f"{where}: `indices` must have rows of one length; fill shorter ones with -1")
+    for name, value in (("indices", [i for row in rows for i in row]), ("topk_length", [] if lengths is None else lengths)):
+        if not isinstance(value, list) or any(type(i) is not int or not -1 <= i <= MAX_KEYS for i in value):
+            raise SpecError(f"{where}: `{name}` must hold integers in -1..{MAX_KEYS}, got {show(given[name])}")
+    listed = np.array(rows, np.int64).reshape(len(rows), -1 if rows else 0)
+    return listed, None if lengths is None else np.array(lengths, np.int64)
+
+
+def _listed(keys: ListedKeys) -> list[list[int]]:
+    query, key = np.divmod(keys.keys, keys.n_queries)
+    counts = np.bincount(query, minlength=keys.n_queries)
+    rows = np.full((keys.n_queries, max(1, int(counts.max()))), -1, np.int64)
+    rows[query, within(counts)] = key
+    out: list[list[int]] = rows.tolist()
+    return out
 
 
 def _nested(value: tuple[Any, ...]) -> list[Any]:
