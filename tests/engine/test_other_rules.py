@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import wse_emu as wse
+from wse_emu.reference import routing
 
 from .test_routing_rules import PROMPTS, SPEC, model_of
 
@@ -59,8 +61,20 @@ def test_the_higher_of_equal_experts_is_taken_where_the_rule_says_so(directory: 
     report = high.verify(PROMPTS)
     assert report.passed, report
     assert report.routing.exact_ties >= tied.sum()
-    with pytest.raises(wse.TieError):
-        opened(directory, routing=replace(HIGHEST, tie_policy="reject"))(PROMPTS)
+    for executor in ("batched", "isolated"):
+        with pytest.raises(wse.TieError) as said:
+            opened(directory, executor, routing=replace(HIGHEST, tie_policy="reject"))(PROMPTS)
+        place, score = r"layer (\d+), sequence (\d+), position (\d+)", r"score ([\d.e-]+) alike"
+        found = re.match(rf"{place}: experts (\[.*\]) {score} \(logits .*\), and \d+ of them (is|are) to be", str(said.value))
+        layer, sequence, position = (int(part) for part in found.groups()[:3])
+        token = np.ravel_multi_index((sequence, position), PROMPTS.shape)
+        logits = outs[0].router_logits[layer].reshape(-1, 12).astype(np.float64)
+        scores = routing.compared(logits, low.spec.routing, None).experts
+        alike = np.flatnonzero(scores[token] == np.sort(scores[token])[-2])
+        assert found.group(4) == str(alike.tolist())
+        assert float(found.group(5)) == scores[token, alike[0]]
+        undecided = [(row > v).sum() + (row == v).sum() > 2 for row, v in zip(scores, np.sort(scores, axis=1)[:, -2], strict=True)]
+        assert (layer, token) == (0, np.flatnonzero(undecided)[0])
 
 
 @pytest.mark.parametrize(

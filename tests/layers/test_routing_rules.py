@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -104,6 +106,36 @@ def test_a_rejected_tie_names_the_token_and_leaves_nothing_behind(executor: str)
     x, gate = np.ones((3, 2), np.float32), np.array([[1, 1, 0], [1, 1, 0]], np.float32)
     x[1] = 0
     wafer = wse.Wafer(rows=2, cols=2, executor=executor)
-    with pytest.raises(wse.TieError, match=r"token 0 .* equal scores .*\[2\.0, 2\.0, 0\.0\].*'lowest_id' or 'highest_id'"):
+    said = r"token 0 of this pass: experts \[0, 1\] score 0\.468.* alike \(logits \[2\.0, 2\.0\]\), and 1 of them is .*'lowest_id' or"
+    with pytest.raises(wse.TieError, match=said):
         decide(wafer, x, gate, RoutingRule(tie_policy="reject"), 1, None, None, np.zeros((3, 1), np.int64))
     assert not wafer.sram.live
+
+
+LOGITS = RoutingRule(router_selection_nonlinearity="none")
+
+
+@pytest.mark.parametrize(
+    ("rule", "logits", "top_k", "message"),
+    [
+        (
+            RoutingRule(n_group=3, topk_group=1), [1, 4, 4, 2, 0, 3], 1,
+            r"groups \[0, 1\] of 2 experts each score 0\.\d+ alike, and 1 of them may be open",
+        ),
+        (
+            replace(LOGITS, n_group=3, topk_group=2, group_score="top2_sum"), [3, 0, 2, 1, 1, 2], 2,
+            r"groups \[0, 1, 2\] of 2 experts each score 3\.0 alike, and 2 of them may be open",
+        ),
+        (replace(LOGITS, n_group=3, topk_group=2), [5, 2, 2, 4, 2, 1], 3, r"experts \[1, 2\] score 2\.0 alike .*, and 1 of them is"),
+        (LOGITS, [1] * 12, 5, r"experts \[0, 1, 2, 3, 4, 5, 6, 7\] and 4 more score 1\.0 alike .*, and 5 of them are to be among the 5"),
+        (RoutingRule(router_selection_nonlinearity="sinkhorn"), [1, 1, 0], 1, r"experts \[0, 1, 2\] score 1\.0 alike"),
+        (replace(LOGITS, e_score_correction_bias=True), [4, 3, 0], 1, r"experts \[0, 1\] score 4\.0 alike \(logits \[4\.0, 3\.0\]\)"),
+    ],
+)  # fmt: skip
+def test_a_rejected_tie_says_what_is_equal(rule: RoutingRule, logits: list[int], top_k: int, message: str) -> None:
+    x, gate, wafer = np.ones((1, 1), np.float32), np.array([logits], np.float32), wse.Wafer(rows=1, cols=1)
+    bands = TokenBands(1, 1)
+    correction = np.array([0, 1, 0], np.float32) if rule.e_score_correction_bias else None
+    router, rule = weights_of(wafer, gate, None, correction), replace(rule, tie_policy="reject")
+    with tokens(wafer, x, bands) as placed, pytest.raises(wse.TieError, match=f"here: {message}"):
+        route(wafer, placed, router, bands, top_k, rule, groups=(1,), where=lambda token: "here")

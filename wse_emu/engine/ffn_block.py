@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 
 import numpy as np
 
@@ -96,7 +97,14 @@ def _route(run: ForwardPass, normal: PlacedTensor) -> Routing:
     return route(
         run.wafer, normal, run.weights.router(run.current_layer), run.bands, spec.top_k, rule,
         groups=tuple(run.sequences.n_new.tolist()), chunk=run.options.piece, probe=run.want_router, replay=replay,
+        where=partial(_where, run),
     )  # fmt: skip
+
+
+def _where(run: ForwardPass, token: int) -> str:
+    """What to call a token of a pass."""
+    sequence = int(np.repeat(run.sequences.slot, run.sequences.n_new)[token])
+    return f"layer {run.current_layer}, sequence {sequence}, position {int(run.sequences.positions[token])}"
 
 
 def _expert_taps(run: ForwardPass) -> ExpertTaps | None:

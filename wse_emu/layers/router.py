@@ -7,7 +7,7 @@ column ``sequence index modulo columns``, and the cores of that column decide to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -34,6 +34,7 @@ from wse_emu.wafer.wafer import Wafer
 from wse_kernels import routing as codes
 from wse_kernels.matmul import STORE, mesh_matmul
 from wse_kernels.routing import RouterCode, mark_chosen, route_tokens, softmax_topk
+from wse_kernels.routing_together import score_tokens
 
 SOFTMAX_TOPK = Kernel(
     body=softmax_topk,
@@ -52,6 +53,8 @@ ROUTE_TOKENS = Kernel(
 )
 MARK_CHOSEN = Kernel(body=mark_chosen, params=("topk_ids", "mask"), out=("mask",), code_bytes=128)
 _ID_WORDS = 2
+_SHOWN = 8
+"""Experts in one message."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,7 @@ def is_plain(rule: RoutingRule) -> bool:
 def route(
     wafer: Wafer, x: PlacedTensor, router: RouterWeights, bands: TokenBands, top_k: int, rule: RoutingRule,
     *, groups: tuple[int, ...] = (), chunk: int = DEFAULT_CHUNK, probe: bool = False, replay: Ints | None = None,
+    where: Callable[[int], str] = "token {} of this pass".format,
 ) -> Routing:  # fmt: skip
     """Choose experts by learned scores, as `rule` says.
 
@@ -148,6 +152,8 @@ def route(
         Also return the logits, through the probe channel.
     replay : ndarray, (T, top_k), int64, optional
         With the ``dry`` executor: the decision, from a recorded trace.
+    where : callable
+        What an error calls a token, by its index.
 
     Raises
     ------
@@ -165,7 +171,7 @@ def route(
     place = wafer.placement((n_tokens, slots), rows, (None, None))
     found = _Found(
         np.zeros((n_tokens, n_experts), np.float32), np.zeros((n_tokens, slots), np.int64), np.zeros((n_tokens, slots), np.float32),
-        np.zeros((n_tokens, n_experts) if rule.tokens_meet else (0, 0), np.float32),
+        np.zeros((n_tokens, n_experts) if rule.tokens_meet else (0, 0), np.float32), where,
     )  # fmt: skip
     program = route, x.placement, bands, gate.name, gate.n_bytes, n_experts, top_k, rule, groups, chunk
     with ExitStack() as kept:  # what outlives this call, unless it fails
@@ -197,6 +203,8 @@ class _Found:
     topk_ids: NDArray[np.int64]
     topk_weights: NDArray[np.float32]
     scores: NDArray[np.float32]
+    where: Callable[[int], str]
+    """What to call a token."""
 
 
 def _whole_router(
@@ -232,7 +240,7 @@ def _whole_router(
             for row in bands.split.representatives.tolist():
                 where = slice(int(bands.split.starts[row]), int(bands.split.stops[row]))
                 found.topk_ids[where], found.topk_weights[where] = ids.block(row, 0), weights.block(row, 0)
-            _refuse_ties(found.topk_ids, found.logits)
+            _refuse_ties(found, router, rule, top_k)
     for event in events:
         wafer.record(event)
 
@@ -257,7 +265,7 @@ def _decide_at_once(
         together.decide(rule, router_code(rule), groups, given, found.topk_ids, found.topk_weights, found.scores, top_k)
     else:
         _Decision.of(rule).decide(found.logits, biases, found.topk_ids, found.topk_weights)
-    _refuse_ties(found.topk_ids, found.logits)
+    _refuse_ties(found, router, rule, top_k)
     ids.flat[...], weights.flat[...] = found.topk_ids.reshape(-1), found.topk_weights.reshape(-1)
 
 
@@ -342,14 +350,54 @@ def _biases(
         yield placed[0], placed[1]
 
 
-def _refuse_ties(topk_ids: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
-    tied = np.flatnonzero(topk_ids[:, 0] == codes.TIED)
+def _refuse_ties(found: _Found, router: RouterWeights, rule: RoutingRule, top_k: int) -> None:
+    tied = np.flatnonzero(found.topk_ids[:, 0] == codes.TIED)
     if tied.size:
         token = int(tied[0])
-        raise TieError(
-            f"router: token {token} of this pass has equal scores for experts that are chosen and experts that are not (logits "
-            f"{np.sort(logits[token])[::-1][:8].tolist()}, highest first), and `tie_policy` is 'reject'; name 'lowest_id' or 'highest_id'"
-        )
+        what = _tie(found.logits[token], _compared(found, token, router, rule), rule, top_k)
+        raise TieError(f"{found.where(token)}: {what}; `tie_policy` is 'reject': name 'lowest_id' or 'highest_id'")
+
+
+def _compared(found: _Found, token: int, router: RouterWeights, rule: RoutingRule) -> NDArray[np.float32]:
+    """Scores for the choice of one token, (n_experts,), as the cores have them."""
+    if rule.tokens_meet:
+        row: NDArray[np.float32] = found.scores[token]
+        return row
+    logits = found.logits[token : token + 1].copy()  # with the gate's bias
+    scores = np.empty_like(logits)
+    correction = _NO_BIAS if router.correction is None else np.array(router.correction.values, np.float32).reshape(1, -1)
+    score_tokens(logits, _NO_BIAS, correction, router_code(rule)._replace(has_bias=0), scores)
+    return scores.reshape(-1)
+
+
+def _tie(logits: NDArray[np.float32], scores: NDArray[np.float32], rule: RoutingRule, top_k: int) -> str:
+    """Which groups, or which experts, one token cannot choose between."""
+    size = scores.size // rule.n_group
+    is_open = np.ones(scores.size, np.bool_)
+    if rule.topk_group < rule.n_group:
+        best = -np.sort(-scores.reshape(rule.n_group, size), axis=1)
+        groups = best[:, 0] + best[:, 1] if rule.group_score == "top2_sum" else best[:, 0]
+        alike, n_left = _alike(groups, rule.topk_group)
+        if alike.size > n_left:
+            return f"groups {_few(alike)} of {size} experts each score {groups[alike[0]]} alike, and {n_left} of them may be open"
+        opened = np.argsort(-groups, kind="stable")[: rule.topk_group]
+        is_open = np.isin(np.arange(scores.size) // size, opened)
+    alike, n_left = _alike(np.where(is_open, scores, -np.inf), top_k)
+    return (
+        f"experts {_few(alike)} score {scores[alike[0]]} alike (logits {_few(logits[alike])}), and {n_left} of them "
+        f"{'is' if n_left == 1 else 'are'} to be among the {top_k} that are chosen"
+    )
+
+
+def _alike(values: NDArray[np.float32], k: int) -> tuple[Ints, int]:
+    """Which values equal the k-th highest, and how many of them are among the k highest."""
+    last = -np.sort(-values)[k - 1]
+    return np.flatnonzero(values == last), k - int((values > last).sum())
+
+
+def _few(values: NDArray[Any]) -> str:
+    """The first of some numbers."""
+    return str(values[:_SHOWN].tolist()) + (f" and {values.size - _SHOWN} more" if values.size > _SHOWN else "")
 
 
 def checked_replay(
