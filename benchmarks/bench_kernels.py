@@ -1428,6 +1428,28 @@ def _row_products(smoke: bool) -> Case:
     return Case(ours, peers, (right,), (bound,), Work(macs=2 * t * n, bytes=2 * a.nbytes), parallel=False)
 
 
+@CASES.add("put_row_products")
+def _put_row_products(smoke: bool) -> Case:
+    ids, weights = _decision(smoke)
+    expert = int(ids[0, 0])
+    rows, slot = np.nonzero(ids == expert)
+    n = _block(smoke)[1]
+    a, b, out = normal(len(rows), n), normal(len(rows), n, seed=1), np.zeros(weights.shape, np.float32)
+
+    def ours() -> F32:
+        ffn_backward.put_row_products(a, b, rows, expert, ids, out)
+        return out
+
+    def by_formula(x: Any, y: Any) -> Any:
+        result = np.zeros(weights.shape, x.dtype)
+        result[rows, slot] = (x * y).sum(axis=1)
+        return result
+
+    right = by_formula(a.astype(np.float64), b.astype(np.float64))
+    bound = 4 * n**0.5 * U * by_formula(np.abs(a.astype(np.float64)), np.abs(b))
+    return Case(ours, {"numpy": lambda: by_formula(a, b)}, (right,), (bound,), Work(macs=a.size, bytes=2 * a.nbytes), parallel=False)
+
+
 @CASES.add("sigmoid_backward")
 def _sigmoid_backward(smoke: bool) -> Case:
     x = 2 * normal(int(np.prod(_block(smoke))), 1)

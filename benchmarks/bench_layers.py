@@ -32,6 +32,7 @@ from wse_emu.layers.attention import attention
 from wse_emu.layers.edges import logits
 from wse_emu.layers.elementwise import bias, cap, clip, gate_rows
 from wse_emu.layers.ffn import FfnWeights, dense_ffn, experts_ffn
+from wse_emu.layers.ffn_backward import BackwardWeights, dense_ffn_backward, experts_ffn_backward
 from wse_emu.layers.head_groups import query_groups
 from wse_emu.layers.head_norm import head_norm
 from wse_emu.layers.head_products import head_products
@@ -406,6 +407,42 @@ def _dense_ffn(layer: Layer) -> Case:
     return Case(ours, peers, (right,), (composed(right),), work, look=gathered)
 
 
+def _backward(x: Any, d: Any, gate: Any, up: Any, down: Any) -> tuple[Any, Any, Any, Any]:
+    """Gradients of input, alternating gate and up, and down of ``(silu(x @ gate) * (x @ up)) @ down``; and of a factor of each output."""
+    g, u = x @ gate, x @ up
+    s, dh = 1 / (1 + np.exp(-g)), d @ down.T
+    h = g * s * u
+    dg, du = dh * u * s * (1 + g * (1 - s)), dh * g * s
+    return dg @ gate.T + du @ up.T, alternate(x.T @ dg, x.T @ du), h.T @ d, (h * dh).sum(axis=1)
+
+
+def _streamed_back(gate: F32, up: F32, down: F32) -> BackwardWeights:
+    gate_up = alternate(gate, up)
+    return BackwardWeights(streamed(gate_up), *(streamed(np.ascontiguousarray(w.T)) for w in (down, gate_up)))
+
+
+@both("dense_ffn_backward")
+def _dense_ffn_backward(layer: Layer) -> Case:
+    wafer, x, width = layer.wafer(), layer.x, layer.ffn * layer.top_k
+    gate, up = (normal(layer.hidden, width, seed=s, scale=layer.hidden**-0.5) for s in (1, 2))
+    down, d = normal(width, layer.hidden, seed=3, scale=width**-0.5), normal(*x.shape, seed=5)
+    weights = _streamed_back(gate, up, down)
+    placed, placed_d, dx = put(wafer, x), put(wafer, d), room(wafer, layer.n_tokens, Split.balanced(layer.hidden, layer.cols))
+
+    def ours() -> Any:
+        found = dense_ffn_backward(wafer, placed, weights, placed_d, dx, layer.bands, "layer")
+        return dx, found
+
+    def look(result: Any) -> Any:
+        return gathered(result[0]), result[1].gate_up, result[1].down
+
+    right = _backward(*(a.astype(np.float64) for a in (x, d, gate, up, down)))[:3]
+    n_weights = gate.size + up.size + down.size
+    work = Work(macs=(3 * n_weights - down.size) * layer.n_tokens, bytes=4 * (3 * n_weights - down.size), tokens=layer.n_tokens)
+    peers = {"numpy": lambda: _backward(x, d, gate, up, down)[:3]}
+    return Case(ours, peers, right, tuple(composed(r) for r in right), work, look=look)
+
+
 # ---- routing and experts
 
 
@@ -480,6 +517,47 @@ def _assign(layer: Layer) -> Case:
         return (numbers[:, None] + np.arange(k)) % layer.n_experts
 
     return Case(ours, {"numpy": numpy}, (numpy(),), (0,), Work(tokens=layer.n_tokens))
+
+
+@both("experts_ffn_backward")
+def _experts_ffn_backward(layer: Layer) -> Case:
+    """Gradients of the input and of the experts' weights, beside those of all matrices, which are drained."""
+    wafer, x, k = layer.wafer(), layer.x, layer.top_k
+    ids, factors = _route_by_formula(x @ _gate(layer), k)
+    chosen, d = np.unique(ids).tolist(), normal(*x.shape, seed=5)
+    nets = {
+        e: (
+            *(normal(layer.hidden, layer.ffn, seed=s + e, scale=layer.hidden**-0.5) for s in (100, 200)),
+            normal(layer.ffn, layer.hidden, seed=300 + e, scale=layer.ffn**-0.5),
+        )
+        for e in chosen
+    }
+    experts = [(e, _streamed_back(*net)) for e, net in nets.items()]
+    placed, placed_d, dx = put(wafer, x), put(wafer, d), room(wafer, layer.n_tokens, Split.balanced(layer.hidden, layer.cols))
+    d_share = room(wafer, layer.n_tokens, Split.single(k, 0, layer.cols))
+    routing = route(wafer, placed, RouterWeights(streamed(_gate(layer))), layer.bands, k, MIXTRAL_ROUTING)
+
+    def ours() -> Any:
+        sizes = {"n_experts": layer.n_experts}
+        experts_ffn_backward(wafer, placed, routing, experts, layer.ffn, placed_d, dx, d_share, layer.bands, "layer", **sizes)
+        return dx, d_share
+
+    def by_formula(v: Any, grad: Any, weights: Any) -> Any:
+        out, share = np.zeros_like(v), np.zeros(weights.shape, v.dtype)
+        for e in chosen:
+            token, slot = np.nonzero(ids == e)
+            w = weights[token, slot][:, None]
+            of_net = _backward(v[token], w * grad[token], *(m.astype(v.dtype) for m in nets[e]))
+            out[token] += of_net[0]
+            share[token, slot] = of_net[3] / w[:, 0]
+        return out, share
+
+    right = by_formula(x.astype(np.float64), d.astype(np.float64), factors.astype(np.float64))
+    size = sum(m.size for m in nets[chosen[0]])
+    work = Work(macs=8 * size // 3 * layer.n_tokens * k, bytes=4 * 8 * size // 3 * len(chosen), tokens=layer.n_tokens)
+    peers = {"numpy": lambda: by_formula(x, d, factors)}
+    bounds = tuple(2 * composed(r) for r in right)
+    return Case(ours, peers, right, bounds, work, look=lambda both: tuple(gathered(one) for one in both))
 
 
 @both("experts_ffn")

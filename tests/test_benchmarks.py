@@ -26,6 +26,7 @@ IN_EVERY_LAUNCH = {"locate"}
 """Kernels that other kernels call and that are no use alone."""
 NOT_MESH_PROGRAMS = {
     "attend_on_cores", "choose_on_cores", "vocabulary_passes", "gate_and_up", "hidden", "output", "combine", "run_selected",
+    "on_selected",
     "run_only",
 }  # fmt: skip
 """Functions of layers that take a wafer: of attention and of indexers the part for one core at a time, one that runs nothing, and the steps

@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from wse_kernels._jit import kernel
+from wse_kernels._jit import helper, kernel
 from wse_kernels.exp import GELU_CUBE, GELU_SCALE, sigmoid32
-from wse_kernels.fma import fma
+from wse_kernels.fma import fma, fma_uncounted
 
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
@@ -36,7 +36,7 @@ def swiglu_backward(y: NDArray[np.float32], dh: NDArray[np.float32], dy: NDArray
         for f in range(dh.shape[1]):
             gate, d = y[i, 2 * f], dh[i, f]
             s = sigmoid32(gate)
-            dy[i, 2 * f] = (d * y[i, 2 * f + 1]) * (s * fma(gate, sigmoid32(-gate), _ONE))
+            dy[i, 2 * f] = (d * y[i, 2 * f + 1]) * (s * fma_uncounted(gate, sigmoid32(-gate), _ONE))
             dy[i, 2 * f + 1] = d * (gate * s)
 
 
@@ -58,11 +58,11 @@ def geglu_backward(y: NDArray[np.float32], dh: NDArray[np.float32], dy: NDArray[
         for f in range(dh.shape[1]):
             gate, d = y[i, 2 * f], dh[i, f]
             square = gate * gate
-            z = gate * fma(square, GELU_CUBE, _ONE) * GELU_SCALE
+            z = gate * fma_uncounted(square, GELU_CUBE, _ONE) * GELU_SCALE
             s = sigmoid32(z)
             bend = (gate * s) * sigmoid32(-z)
             # Far out s is 0 or 1, and the slope of z may be infinite.
-            slope = s if bend == _ZERO else fma(bend, fma(square, _GELU_BEND, GELU_SCALE), s)
+            slope = s if bend == _ZERO else fma_uncounted(bend, fma_uncounted(square, _GELU_BEND, GELU_SCALE), s)
             dy[i, 2 * f] = (d * y[i, 2 * f + 1]) * slope
             dy[i, 2 * f + 1] = d * (gate * s)
 
@@ -92,7 +92,7 @@ def clamped_glu_backward(
             one_up = (-limit if one_up < -limit else one_up) + _ONE
             z = alpha * held
             s = sigmoid32(z)
-            slope = s if s == _ZERO else s * fma(z, sigmoid32(-z), _ONE)
+            slope = s if s == _ZERO else s * fma_uncounted(z, sigmoid32(-z), _ONE)
             dy[i, 2 * f] = _ZERO if gate > limit else (d * one_up) * slope
             dy[i, 2 * f + 1] = _ZERO if up > limit or up < -limit else d * (held * s)
 
@@ -158,10 +158,39 @@ def row_products(a: NDArray[np.float32], b: NDArray[np.float32], out: NDArray[np
         Written.
     """
     for i in range(a.shape[0]):
-        total = _ZERO
-        for j in range(a.shape[1]):
-            total = fma(a[i, j], b[i, j], total)
-        out[i] = total
+        out[i] = _row_product(a[i], b[i])
+
+
+@helper
+def _row_product(a: NDArray[np.float32], b: NDArray[np.float32]) -> np.float32:
+    total = _ZERO
+    for j in range(a.shape[0]):
+        total = fma(a[j], b[j], total)
+    return total
+
+
+@kernel()
+def put_row_products(
+    a: NDArray[np.float32], b: NDArray[np.float32], rows: NDArray[np.int64], expert: int, topk_ids: NDArray[np.int64],
+    out: NDArray[np.float32],
+) -> None:  # fmt: skip
+    """`row_products` of one expert's tokens, each put where that expert stands among its token's slots (`put_in_slots`).
+
+    Parameters
+    ----------
+    a, b : ndarray, (m, n), float32
+    rows : ndarray, (m,), int64
+        Tokens that the rows belong to.
+    expert : int
+    topk_ids : ndarray, (t, slots), int64
+    out : ndarray, (t, slots), float32
+        Written there.
+    """
+    for i in range(a.shape[0]):
+        total = _row_product(a[i], b[i])
+        for slot in range(topk_ids.shape[1]):
+            if topk_ids[rows[i], slot] == expert:
+                out[rows[i], slot] = total
 
 
 @kernel()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from wse_kernels._jit import helper, kernel
 from wse_kernels.exp import exp32, sigmoid32
-from wse_kernels.fma import fma
+from wse_kernels.fma import fma_uncounted as fma
 from wse_kernels.log import softplus32
 from wse_kernels.routing import (
     LOGITS,

@@ -20,6 +20,7 @@ from wse_kernels.ffn_backward import (
     geglu_backward,
     keep_rows,
     put_in_slots,
+    put_row_products,
     row_products,
     sigmoid_backward,
     swiglu_backward,
@@ -150,3 +151,17 @@ def test_values_of_an_expert_go_to_its_slots() -> None:
     ids, out = np.array([[1, 2], [0, 1], [2, -1]]), np.zeros((3, 2), F)
     put_in_slots(np.array([7, 8], F), np.array([0, 1]), 1, ids, out)
     assert out.tolist() == [[7, 0], [0, 8], [0, 0]]
+
+
+@pytest.mark.nojit
+def test_products_of_rows_go_there_at_once() -> None:
+    rng = np.random.default_rng(1)
+    a, b = (rng.standard_normal((2, 5)).astype(F) for _ in range(2))
+    ids, rows = np.array([[1, 2], [0, 1], [2, -1]]), np.array([0, 1])
+    products, expected = np.zeros(2, F), np.zeros((3, 2), F)
+    row_products(a, b, products)
+    put_in_slots(products, rows, 1, ids, expected)
+    for body in (put_row_products, plain(put_row_products)):
+        out = np.zeros((3, 2), F)
+        body(a, b, rows, 1, ids, out)
+        np.testing.assert_array_equal(out, expected)

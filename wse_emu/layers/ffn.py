@@ -168,7 +168,7 @@ def experts_ffn(
     complete = False  # on every row of a band
     with wafer.empty("expert hidden", place, stored=x.stored) as h:
         with ExitStack() as stack:
-            lists = stack.enter_context(_ExpertLists(wafer, routing, bands, n_experts, sorted_once=implementation == "optimized"))
+            lists = stack.enter_context(ExpertLists(wafer, routing, bands, n_experts, sorted_once=implementation == "optimized"))
             if implementation == "functional":
                 _mask_every_token(wafer, x, routing, experts, lists, h, out, bands, taps, chunk)
                 return
@@ -189,7 +189,7 @@ def experts_ffn(
                     if scaled is None:
                         matmul(wafer, x, weights.gate_up, h, bands, mode=weights.mode, take=selection, chunk=chunk)
                     else:
-                        _on_selected(wafer, SCALE_ROWS, selection, {"x": x, "out": scaled}, bands, compact="out")
+                        on_selected(wafer, SCALE_ROWS, selection, {"x": x, "out": scaled}, bands, compact="out")
                         matmul(wafer, scaled, weights.gate_up, h, bands, mode=weights.mode, compact=selection, chunk=chunk)
                         selection = replace(selection, scale=np.ones_like(selection.scale), scale_blocks=None)
                     all_gather_bands(wafer, h, bands, selection)
@@ -206,7 +206,7 @@ def experts_together(n_tokens: int) -> int:
 
 
 def _at_once(
-    wafer: Wafer, x: PlacedTensor, experts: Experts, lists: _ExpertLists, h: PlacedTensor, out: PlacedTensor, bands: TokenBands, chunk: int
+    wafer: Wafer, x: PlacedTensor, experts: Experts, lists: ExpertLists, h: PlacedTensor, out: PlacedTensor, bands: TokenBands, chunk: int
 ) -> None:
     """Several experts in one driver; on the wafer they come one by one, and are accounted for so."""
     for first in range(0, 0 if wafer.is_dry else len(experts), AT_ONCE):
@@ -243,7 +243,7 @@ def _clamped(
         if scaled is None:
             clamped_experts.hidden(wafer, x, weights.gate_up, weights.clamped, y, h, bands, take=selection, chunk=chunk)
         else:
-            _on_selected(wafer, SCALE_ROWS, selection, {"x": x, "out": scaled}, bands, compact="out")
+            on_selected(wafer, SCALE_ROWS, selection, {"x": x, "out": scaled}, bands, compact="out")
             clamped_experts.hidden(wafer, scaled, weights.gate_up, weights.clamped, y, h, bands, compact=selection, chunk=chunk)
             selection = replace(selection, scale=np.ones_like(selection.scale), scale_blocks=None)
     with wafer.empty("expert output", out.placement) as y:
@@ -256,7 +256,7 @@ def _clamped(
 
 
 def _mask_every_token(
-    wafer: Wafer, x: PlacedTensor, routing: Routing, experts: Iterable[Experts], lists: _ExpertLists, h: PlacedTensor,
+    wafer: Wafer, x: PlacedTensor, routing: Routing, experts: Iterable[Experts], lists: ExpertLists, h: PlacedTensor,
     out: PlacedTensor, bands: TokenBands, taps: ExpertTaps | None, chunk: int,
 ) -> None:  # fmt: skip
     """Every expert for every token; of the result, what was asked for is added. Rows of a band do so alike, and need not be gathered."""
@@ -267,10 +267,10 @@ def _mask_every_token(
                 tokens, slots = np.nonzero(routing.topk_ids == expert)
                 taps.hidden[tokens, slots] = wafer.drain(h, kind="probe")[tokens]
                 taps.out[tokens, slots] = wafer.drain(y, kind="probe")[tokens]
-            _on_selected(wafer, COMBINE_ROWS, lists.selection(expert), {"y": y, "out": out}, bands)
+            on_selected(wafer, COMBINE_ROWS, lists.selection(expert), {"y": y, "out": out}, bands)
 
 
-def _on_selected(
+def on_selected(
     wafer: Wafer, kernel: Kernel, selection: Selection, tensors: dict[str, PlacedTensor], bands: TokenBands, compact: str = ""
 ) -> None:
     """Run a body on every core that holds selected tokens, with their lists; of the tensor `compact` it has the first places only."""
@@ -299,7 +299,7 @@ def _on_selected(
     wafer.record(Event(None, "", "launch", kernel.name, count=int(rows.size * split.used.size), macs=macs))
 
 
-class _ExpertLists:
+class ExpertLists:
     """Tokens of every expert, on every core of their row: searched for expert by expert, or sorted once."""
 
     def __init__(self, wafer: Wafer, routing: Routing, bands: TokenBands, n_experts: int, *, sorted_once: bool) -> None:
@@ -318,7 +318,7 @@ class _ExpertLists:
                 self._run(GROUP_TOKENS, starts=self._counts)
             self._held = stack.pop_all()
 
-    def __enter__(self) -> _ExpertLists:
+    def __enter__(self) -> ExpertLists:
         return self
 
     def __exit__(self, *error: object) -> None:
