@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def test_gpt_oss_is_stretched_and_biased_unless_it_says_otherwise() -> None:
     assert plain.rope_scaling is None
     assert not plain.biases.qkv
     assert back(plain) == plain
-    with pytest.raises(ConfigError, match="`limit` of `clamped_experts` must be a positive finite number"):
+    with pytest.raises(ConfigError, match="`swiglu_limit` must be a positive finite number"):
         parse_config({**GPT_OSS, "swiglu_limit": -1})
 
 
@@ -211,7 +212,7 @@ def test_deepseek_keeps_latents_and_scales_scores_by_mscale() -> None:
     assert parse_config({**DEEPSEEK_V2, "topk_method": "greedy"}).routing.n_group == 1
     for change, message in (
         ({"kv_lora_rank": 9}, "`kv_lora_rank` must be an even integer >= 2, got 9"),
-        ({"qk_rope_head_dim": 5, "head_dim": 5}, "`head_dim` must be even"),
+        ({"qk_rope_head_dim": 5, "head_dim": 5}, "`qk_rope_head_dim` must be even"),
         ({"num_key_value_heads": 2}, "`num_key_value_heads` must be `num_attention_heads` \\(4\\) with `latent`, got 2"),
         ({"attention_bias": True}, "`attention_bias` must be false"),
         ({"model_type": "deepseek_v2", "topk_method": "noaux_tc"}, "`topk_method` must be 'greedy' or 'group_limited_greedy'"),
@@ -241,7 +242,7 @@ def test_dbrx_nests_its_fields() -> None:
         ({"d_model": None}, "`d_model` must be an integer"),
         ({"tie_word_embeddings": True}, "`tie_word_embeddings` must be false"),
         ({"ffn_config": {"moe_normalize_expert_weights": 2.0}}, "`moe_normalize_expert_weights` must be 1 .* or null, got 2"),
-        ({"ffn_config": {"ffn_act_fn": {"name": "relu"}}}, "`hidden_act` must be"),
+        ({"ffn_config": {"ffn_act_fn": {"name": "relu"}}}, "`ffn_config`: `ffn_act_fn`: `name` must be"),
         ({"attn_config": 3}, "`attn_config` must be an object or null"),
         ({"attn_config": {"kv_n_heads": 0}}, "`attn_config`: `kv_n_heads` must be an integer"),
     ):
@@ -273,7 +274,7 @@ def test_llama4_says_which_layers_turn_and_which_are_mixtures() -> None:
         ({"no_rope_layers": [1, 0]}, "`no_rope_layers` must hold 1 .rotated. or 0 for each of 4 layers"),
         ({"layer_types": ["full_attention"]}, "`layer_types` must name full_attention or chunked_attention for each of 4"),
         ({"layer_types": ["chunked_attention"] * 4, "attention_chunk_size": None}, "`attention_chunk_size` is null"),
-        ({"attn_scale": -1}, "`attn_scale` of the queries' temperature must be a number >= 0"),
+        ({"attn_scale": -1}, "`attn_scale` must be a number >= 0"),
         ({"moe_layers": [4]}, "`moe_layers` must be a list of layers in 0..3"),
         ({"intermediate_size_mlp": 0}, "`intermediate_size_mlp` must be an integer"),
     ):
@@ -314,8 +315,8 @@ def test_indexers_say_how_many_keys_are_taken_and_which_layers_share_them() -> N
     for config, change, message in (
         (DEEPSEEK_V32, {"q_lora_rank": None}, "`q_lora_rank` must be an integer for this family"),
         (DEEPSEEK_V32, {"index_topk": 0}, "`index_topk` must be an integer"),
-        (DEEPSEEK_V32, {"index_head_dim": 8}, "`head_dim` of `indexer` must be at least that of the rotary key .12."),
-        (DEEPSEEK_V32, {"index_head_dim": 13}, "`head_dim` of `indexer` must be even, got 13"),
+        (DEEPSEEK_V32, {"index_head_dim": 8}, "`index_head_dim` must be at least that of the rotary key .12."),
+        (DEEPSEEK_V32, {"index_head_dim": 13}, "`index_head_dim` must be even, got 13"),
         (DEEPSEEK_V32, {"layer_types": ["full_attention"] * 4}, "`layer_types` must name 'indexed_attention'"),
         (DEEPSEEK_V32, {"mlp_layer_types": ["dense"]}, "`mlp_layer_types` must name 'dense' or 'sparse' for each of 4"),
         (GLM_5, {"indexer_types": ["shared"] * 4}, "`indexer_types` must say for each of 4 layers .* the first one 'full'"),
@@ -336,9 +337,9 @@ def test_indexers_say_how_many_keys_are_taken_and_which_layers_share_them() -> N
 
 def test_rules_that_break_are_errors_of_the_file() -> None:
     for config, change, message in (
-        (GRANITE, {"residual_multiplier": -1.0}, "`residual` of `scales` must be a positive number that float32 can hold"),
+        (GRANITE, {"residual_multiplier": -1.0}, "`residual_multiplier` must be a positive number that float32 can hold"),
         (DOTS, {"topk_group": 5}, "`topk_group` must not exceed `n_group`"),
-        (GEMMA, {"attn_logit_softcapping": 0.0}, "`scores_cap` of `scales` must be a positive number that float32 can hold"),
+        (GEMMA, {"attn_logit_softcapping": 0.0}, "`attn_logit_softcapping` must be a positive number that float32 can hold"),
     ):
         with pytest.raises(ConfigError, match=f"config.json: {message}"):
             parse_config({**config, **change})
@@ -354,3 +355,44 @@ def test_what_a_family_cannot_say_is_not_saved(tmp_path: Path) -> None:
         with pytest.raises(SaveError, match=f"config.json of a ernie4_5_moe model cannot say this model's `{name}`"):
             save_checkpoint(random_checkpoint(replace(spec, **change)), tmp_path / "m")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("config", "change", "message"), [
+    (DBRX, {"ffn_config": {**DBRX["ffn_config"], "moe_top_k": 9}}, "`ffn_config`: `moe_top_k` must lie in 1..4 (`ffn_config`: `moe_num_ex"),
+    (DBRX, {"attn_config": {**DBRX["attn_config"], "kv_n_heads": 3}}, "`n_heads` must be a multiple of `attn_config`: `kv_n_heads`"),
+    (DBRX, {"attn_config": {**DBRX["attn_config"], "clip_qkv": -1}}, "`attn_config`: `clip_qkv` must be positive"),
+    (ERNIE, {"moe_k": 9}, "`moe_k` must lie in 1..6 (`moe_num_experts`), got 9"),
+    (ERNIE, {"num_experts_per_tok": 9, "moe_k": None}, "`num_experts_per_tok` must lie in 1..6 (`moe_num_experts`), got 9"),
+    (HUNYUAN, {"moe_topk": 9}, "`moe_topk` must lie in 1..4 (`num_experts`), got 9"),
+    (DEEPSEEK, {"num_experts_per_tok": 9}, "`num_experts_per_tok` must lie in 1..8 (`n_routed_experts`), got 9"),
+    (GPT_OSS, {"swiglu_limit": 0}, "`swiglu_limit` must be a positive finite number"),
+    (GPT_OSS, {"swiglu_alpha": -1}, "`swiglu_alpha` must be a positive finite number"),
+    (GEMMA, {"attn_logit_softcapping": 0}, "`attn_logit_softcapping` must be a positive number"),
+    (GEMMA, {"final_logit_softcapping": -2}, "`final_logit_softcapping` must be a positive number"),
+    (GRANITE, {"logits_scaling": 0}, "`logits_scaling` must be a positive number"),
+    (GRANITE, {"embedding_multiplier": 0}, "`embedding_multiplier` must be a positive number"),
+    (DEEPSEEK_V32, {"index_head_dim": 13}, "`index_head_dim` must be even, got 13"),
+    (LLAMA4, {"floor_scale": 1 << 40}, "`floor_scale` must be an integer in 1..2147483648"),
+], ids=lambda x: x.get("model_type") if isinstance(x, dict) else "")  # fmt: skip
+def test_errors_name_the_keys_of_the_file(config: dict[str, Any], change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^config.json: {re.escape(message)}"):
+        parse_config({**config, **change})
+
+
+def test_a_model_of_dense_layers_alone_needs_no_width_of_an_expert() -> None:
+    for config in (DEEPSEEK, DEEPSEEK_V2, DEEPSEEK_V32, DOTS, GLM):
+        dense = {**{name: value for name, value in config.items() if name != "moe_intermediate_size"}, "first_k_dense_replace": 4}
+        spec = parse_config(dense)
+        assert (spec.is_moe, spec.shared_experts, back(spec)) == (False, None, spec)
+        with pytest.raises(ConfigError, match="`moe_intermediate_size` is missing"):
+            parse_config({**dense, "first_k_dense_replace": 3})
+
+
+def test_what_a_family_cannot_be_without_is_named_before_anything_is_made() -> None:
+    for config, field in ((DEEPSEEK, "latent"), (DEEPSEEK_V2, "latent"), (DEEPSEEK_V32, "indexer"), (GLM_5, "indexer")):
+        spec = parse_config(config)
+        without = replace(spec, **dict.fromkeys(("indexer", field)))
+        with pytest.raises(wse.SpecError, match=f"`{field}` must be given for family '{spec.family}'"):
+            to_config(without)
+        with pytest.raises(wse.SpecError, match=f"`{field}` must be given for family '{spec.family}'"):
+            wse.from_config(without)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -39,11 +40,9 @@ _PUBLISHED: Mapping[str, str] = MappingProxyType(
         "num_layers": "num_hidden_layers",
         "num_heads": "num_attention_heads",
         "num_kv_heads": "num_key_value_heads",
-        "num_experts": "num_local_experts",
-        "top_k": "num_experts_per_tok",
     }
 )
-"""Field of `ModelSpec` to its name in config.json, where the two differ."""
+"""Field of `ModelSpec` to its name in config.json, where the two differ in every family."""
 
 
 def _token_id(fields: Fields, name: str, vocab_size: int, default: Any) -> int | None:
@@ -105,9 +104,24 @@ def _head_dim(fields: Fields, family: Family, hidden: int, heads: int) -> int:
     return hidden // heads
 
 
+def _given(fields: Fields, names: tuple[str, ...]) -> list[str]:
+    """Those of the names that are there, or else the first."""
+    return [n for n in dict.fromkeys(names) if fields.given(n)] or [names[0]]
+
+
+def _count_names(rules: MoeRules) -> tuple[str, ...]:
+    """Fields that may hold the number of experts, the family's own first."""
+    return (rules.count, "num_local_experts", "num_experts")
+
+
+def _top_k_names(rules: MoeRules) -> tuple[str, ...]:
+    """The same of the experts of a token."""
+    return (rules.top_k, "num_experts_per_tok")
+
+
 def _either(fields: Fields, names: tuple[str, ...], default: int | None, layers: int) -> int:
     """Number of experts that any of these fields gives, or every layer alike in a list."""
-    given = [n for n in dict.fromkeys(names) if fields.given(n)] or [names[0]]
+    given = _given(fields, names)
     values = {fields.same_for_all(n, ABSENT if default is None else default, layers, high=_MAX_EXPERTS) for n in given}
     if len(values) > 1:
         raise ConfigError(f"{fields.where}: {' and '.join(f'`{n}`' for n in given)} disagree")
@@ -122,8 +136,8 @@ def _moe_fields(fields: Fields, rules: MoeRules | None, layers: int) -> dict[str
     if len(dense) == layers:
         return {}
     return {
-        "num_experts": _either(fields, (rules.count, "num_local_experts", "num_experts"), rules.default_num_experts, layers),
-        "top_k": _either(fields, (rules.top_k, "num_experts_per_tok"), rules.default_top_k, layers),
+        "num_experts": _either(fields, _count_names(rules), rules.default_num_experts, layers),
+        "top_k": _either(fields, _top_k_names(rules), rules.default_top_k, layers),
         "moe_intermediate_size": fields.integer(rules.width),
         "dense_layers": dense,
         "routing": rules.routing(fields),
@@ -143,8 +157,7 @@ def _memory_tokens(fields: Fields) -> MemoryTokens | None:
         return None
     given = {name: value for name, value in inner.values.items() if value is not None}
     sizes = {name: inner.integer(name) for name in ("attn_memory_chunk_size", "num_memory_tokens_per_chunk")}
-    with _in_published_names(fields.where):
-        return MemoryTokens(**{**given, **sizes})
+    return MemoryTokens(**{**given, **sizes})
 
 
 def parse_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | None = None, where: str = "config.json") -> ModelSpec:
@@ -190,7 +203,7 @@ def parse_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | N
     vocab = fields.integer("vocab_size")
     tokens = fields if generation is None else Fields({**config, **_generation_ids(generation)}, f"{where} with generation_config.json")
     layers = fields.integer("num_hidden_layers", high=_MAX_LAYERS)
-    with _in_published_names(where):
+    with _in_published_names(fields, family):
         moe = _moe_fields(fields, family.moe, layers)
     if layers * (11 + 3 * moe.get("num_experts", 0)) > MAX_TENSORS:
         raise ConfigError(f"{where}: {layers} layers of {moe.get('num_experts', 0)} experts make more than {MAX_TENSORS} tensors")
@@ -199,7 +212,7 @@ def parse_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | N
         alpha=family.rope_alpha, mscales=family.rope_mscales,
     )  # fmt: skip
     window, window_layers = family.windows(fields, layers)
-    with _in_published_names(where):
+    with _in_published_names(fields, family):
         rules = family.read(fields, layers)
     reach = max(max_positions, 0 if rope.scaling is None else rope.scaling.context_length)
     if family.attention_bias is not None and fields.boolean("attention_bias", False):
@@ -212,7 +225,7 @@ def parse_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | N
     if window is not None and window >= reach and not local:  # it holds every key
         window, window_layers = None, ()
     every_layer_moe = bool(moe) and not moe["dense_layers"]
-    with _in_published_names(where):
+    with _in_published_names(fields, family):
         spec = ModelSpec(
             family=family.model_type,
             vocab_size=vocab,
@@ -247,17 +260,28 @@ def _default_id(token_id: int | None, vocab_size: int) -> int | None:
 
 
 @contextmanager
-def _in_published_names(where: str) -> Iterator[None]:
+def _in_published_names(fields: Fields, family: Family) -> Iterator[None]:
     """Errors about a spec as errors of config.json, in its names."""
     try:
         yield
-    except ConfigError:
-        raise
     except SpecError as e:
         text = str(e)
-        for ours, published in _PUBLISHED.items():
-            text = text.replace(f"`{ours}`", f"`{published}`")
-        raise ConfigError(f"{where}: {text}") from e
+        if not isinstance(e, ConfigError):
+            names = {f"`{ours}`": f"`{published}`" for ours, published in _PUBLISHED.items()}
+            if family.moe is not None:
+                names["`num_experts`"] = f"`{_given(fields, _count_names(family.moe))[0]}`"
+                names["`top_k`"] = f"`{_given(fields, _top_k_names(family.moe))[0]}`"
+                if family.moe.width != "intermediate_size":
+                    names["`moe_intermediate_size`"] = f"`{family.moe.width}`"
+            text = f"{fields.where}: {_renamed(text, names)}"
+        raise ConfigError(_renamed(text, family.published)) from e
+
+
+def _renamed(text: str, names: Mapping[str, str]) -> str:
+    """Text with each of these words in the place of another, all at once, the longest first."""
+    if not names:
+        return text
+    return re.sub("|".join(map(re.escape, sorted(names, key=len, reverse=True))), lambda found: names[found[0]], text)
 
 
 def _generation_ids(generation: Mapping[str, Any]) -> dict[str, Any]:

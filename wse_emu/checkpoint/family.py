@@ -100,6 +100,8 @@ class Family:
     names: Names = field(default_factory=lambda: LLAMA)
     ignored: tuple[str, ...] = ()
     """Patterns of tensors that transformers ignores too."""
+    published: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """How errors about a spec call a thing, to how config.json does, where the two differ; text between backquotes and around."""
     unread: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: MappingProxyType({}))
     """Fields that transformers does not look at, each with the values that say what it computes; others are named."""
     quant_methods: tuple[str, ...] = ("fp8",)

@@ -11,9 +11,14 @@ from wse_emu.foundation.shared_experts import SharedExperts
 
 
 def read_n_shared(fields: Fields, name: str, default: Any) -> SharedExperts | None:
-    """``name`` experts of ``moe_intermediate_size``; None where there are none."""
+    """``name`` experts of ``moe_intermediate_size``; None where there are none.
+
+    Without that width every layer is dense: whoever reads a mixture has asked for it before.
+    """
     n_shared = fields.integer(name, default, low=0)
-    return SharedExperts(intermediate_size=n_shared * fields.integer("moe_intermediate_size")) if n_shared else None
+    if not n_shared or not fields.given("moe_intermediate_size"):
+        return None
+    return SharedExperts(intermediate_size=n_shared * fields.integer("moe_intermediate_size"))
 
 
 def n_shared_config(name: str) -> Callable[[ModelSpec], dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 from wse_emu.checkpoint.family import Family, MoeRules
@@ -80,6 +81,14 @@ DBRX = Family(
     window_config=no_window, flatten=_flatten, nest=_nest,
     moe=MoeRules(count="num_local_experts", width="intermediate_size", routing=_routing, routing_config=_routing_config),
     read=_read, write=_write,
+    published=MappingProxyType(
+        {
+            **{f"`{common}`": f"`{name}`" for name, common in _SIZES.items()},
+            **{f"`{common}`": f"`ffn_config`: `{name}`" for name, common in _FFN.items()},
+            "`num_key_value_heads`": "`attn_config`: `kv_n_heads`", "`clip_qkv`": "`attn_config`: `clip_qkv`",
+            "`hidden_act`": "`ffn_config`: `ffn_act_fn`: `name`", "`moe_intermediate_size`": "`ffn_config`: `ffn_hidden_size`",
+        }
+    ),
     names=named(
         embed="transformer.wte.weight", layer="transformer.blocks.{n}.", final_norm="transformer.norm_f.weight",
         attn_norm="norm_attn_norm.norm_1.weight", ffn_norm="norm_attn_norm.norm_2.weight", w_q=_QKV, w_k=_QKV, w_v=_QKV,

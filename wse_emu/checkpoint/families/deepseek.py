@@ -14,6 +14,7 @@ from wse_emu.checkpoint.rope import yarn_mscale
 from wse_emu.checkpoint.routers import greedy_softmax_config, greedy_softmax_routing, grouped_sigmoid_config, grouped_sigmoid_routing
 from wse_emu.checkpoint.shared import n_shared_config, read_n_shared
 from wse_emu.checkpoint.windows import full, no_window
+from wse_emu.foundation.errors import SpecError
 from wse_emu.foundation.latent_attention import LatentAttention
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.rotary_spec import RotarySpec
@@ -44,8 +45,8 @@ def _read_v3(fields: Fields, num_layers: int) -> dict[str, Any]:
 def latent_config(spec: ModelSpec) -> dict[str, Any]:
     """What they write."""
     latent = spec.latent
-    if latent is None:  # such a model is not saved: the family cannot say it
-        return {}
+    if latent is None:
+        raise SpecError(f"`latent` must be given for family {spec.family!r}: its config.json has no other attention")
     sizes = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "v_head_dim")
     return {
         **{name: getattr(latent, name) for name in sizes}, "qk_rope_head_dim": spec.head_dim, **n_shared_config("n_shared_experts")(spec),
@@ -68,6 +69,8 @@ UNREAD: Mapping[str, tuple[Any, ...]] = MappingProxyType(
 )
 """What transformers does not look at in DeepSeek-V3 and its kin: their rule is fixed."""
 
+PUBLISHED = MappingProxyType({"`head_dim`": "`qk_rope_head_dim`"})
+
 DEEPSEEK_V2 = Family(
     model_type="deepseek_v2", architecture="DeepseekV2ForCausalLM", head_dim=64, head_dim_field="qk_rope_head_dim",
     max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, windows=full, window_config=no_window,
@@ -75,7 +78,7 @@ DEEPSEEK_V2 = Family(
         count="n_routed_experts", default_num_experts=64, width="moe_intermediate_size", routing=greedy_softmax_routing,
         routing_config=greedy_softmax_config, dense=first_ones(0), dense_config=first_config,
     ),
-    read=_read_v2, write=latent_config, names=LATENT_NAMES,
+    read=_read_v2, write=latent_config, names=LATENT_NAMES, published=PUBLISHED,
     unread=MappingProxyType({"scoring_func": ("softmax",), "norm_topk_prob": (False,), "moe_layer_freq": (1,)}),
 )  # fmt: skip
 
@@ -87,5 +90,5 @@ DEEPSEEK_V3 = Family(
         routing=grouped_sigmoid_routing(normalized=True, n_group=8, topk_group=4, scale=2.5), routing_config=grouped_sigmoid_config,
         dense=first_ones(3), dense_config=first_config,
     ),
-    read=_read_v3, write=_write_v3, names=LATENT_NAMES, predicts_further=True, unread=UNREAD,
+    read=_read_v3, write=_write_v3, names=LATENT_NAMES, published=PUBLISHED, predicts_further=True, unread=UNREAD,
 )  # fmt: skip

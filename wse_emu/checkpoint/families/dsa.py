@@ -13,6 +13,7 @@ from wse_emu.checkpoint.fields import Fields
 from wse_emu.checkpoint.routers import grouped_sigmoid_config, grouped_sigmoid_routing
 from wse_emu.checkpoint.shared import read_n_shared
 from wse_emu.checkpoint.windows import Windows, no_window
+from wse_emu.foundation.errors import SpecError
 from wse_emu.foundation.indexer import Indexer
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.rotary_spec import RotarySpec
@@ -77,8 +78,8 @@ def _sharing(fields: Fields, num_layers: int) -> tuple[int, ...]:
 
 def _write(spec: ModelSpec) -> dict[str, Any]:
     indexer = spec.indexer
-    if indexer is None:  # such a model is not saved: the family cannot say it
-        return {}
+    if indexer is None:
+        raise SpecError(f"`indexer` must be given for family {spec.family!r}: its config.json has no attention to all keys")
     sizes = {"index_n_heads": indexer.num_heads, "index_head_dim": indexer.head_dim, "index_topk": indexer.topk}
     return {**latent_config(spec), **sizes}
 
@@ -97,6 +98,14 @@ _NAMES = {
 _UNREAD = MappingProxyType({**UNREAD, "rope_interleave": (True,)})
 
 
+_PUBLISHED = MappingProxyType(
+    {
+        "`head_dim` of `indexer`": "`index_head_dim`", "`num_heads` of `indexer`": "`index_n_heads`", "`topk` of `indexer`": "`index_topk`",
+        "`head_dim`": "`qk_rope_head_dim`",
+    }
+)
+
+
 def _experts(n_group: int, topk_group: int) -> MoeRules:
     return MoeRules(
         count="n_routed_experts", default_num_experts=256, default_top_k=8, width="moe_intermediate_size",
@@ -108,12 +117,12 @@ def _experts(n_group: int, topk_group: int) -> MoeRules:
 DEEPSEEK_V32 = Family(
     model_type="deepseek_v32", architecture="DeepseekV32ForCausalLM", num_kv_heads=128, head_dim=64, head_dim_field="qk_rope_head_dim",
     max_position_embeddings=163_840, bos_token_id=0, eos_token_id=1, windows=_every_layer, window_config=no_window, moe=_experts(8, 4),
-    read=_read_v32, write=_write, names=_NAMES, predicts_further=True, unread=_UNREAD,
+    read=_read_v32, write=_write, names=_NAMES, published=_PUBLISHED, predicts_further=True, unread=_UNREAD,
 )  # fmt: skip
 
 GLM_MOE_DSA = Family(
     model_type="glm_moe_dsa", architecture="GlmMoeDsaForCausalLM", num_kv_heads=64, head_dim=64, head_dim_field="qk_rope_head_dim",
     max_position_embeddings=202_752, rms_norm_eps=1e-5, bos_token_id=0, eos_token_id=1, windows=_every_layer, window_config=no_window,
-    moe=_experts(1, 1), read=_read_glm, write=_write_glm, names=_NAMES, predicts_further=True,
+    moe=_experts(1, 1), read=_read_glm, write=_write_glm, names=_NAMES, published=_PUBLISHED, predicts_further=True,
     unread=MappingProxyType({**_UNREAD, "indexer_rope_interleave": (True,)}),
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 from wse_emu.checkpoint.family import Family
@@ -52,6 +53,12 @@ def _write_gemma3(spec: ModelSpec) -> dict[str, Any]:
     return {**_write_gemma(spec), **local}
 
 
+_PUBLISHED = MappingProxyType(
+    {
+        "`scores_cap` of `scales`": "`attn_logit_softcapping`", "`logits_cap` of `scales`": "`final_logit_softcapping`",
+        "`attention` of `scales`": "`query_pre_attn_scalar` to the power of -0.5", "`local_theta`": "`rope_local_base_freq`",
+    }
+)
 _GEMMA = named(
     attn_after_norm="post_attention_layernorm.weight", ffn_norm="pre_feedforward_layernorm.weight",
     ffn_after_norm="post_feedforward_layernorm.weight",
@@ -63,6 +70,7 @@ GEMMA2 = Family(
     eos_token_id=1, attention_bias=Biases(qkv=True, out=True), tie_word_embeddings=True,
     activation=("hidden_activation", "gelu_pytorch_tanh"),
     windows=pattern_of(2), window_config=pattern_config, read=_read_gemma2, write=_write_gemma, names=_GEMMA,
+    published=_PUBLISHED,
 )  # fmt: skip
 
 
@@ -71,4 +79,5 @@ GEMMA3_TEXT = Family(
     rope_theta=1e6, rope_by_type=True, bos_token_id=2, eos_token_id=1, attention_bias=Biases(qkv=True, out=True), tie_word_embeddings=True,
     activation=("hidden_activation", "gelu_pytorch_tanh"), windows=pattern_of(6), window_config=pattern_config,
     read=_read_gemma3, write=_write_gemma3, names=_GEMMA,
+    published=_PUBLISHED,
 )  # fmt: skip

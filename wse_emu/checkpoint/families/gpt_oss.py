@@ -44,7 +44,9 @@ GPT_OSS = Family(
         count="num_local_experts", default_num_experts=128, default_top_k=4, width="intermediate_size",
         routing=fixed_routing(ROUTING_PRESETS["gpt_oss"]), routing_config=fixed_routing_config,
     ),
-    read=_read, write=_write, quant_methods=("mxfp4", "fp8"),
+    read=_read, write=_write,
+    published=MappingProxyType({f"`{name}` of `clamped_experts`": f"`swiglu_{name}`" for name in ("alpha", "limit")}),
+    quant_methods=("mxfp4", "fp8"),
     names=named(
         sinks="self_attn.sinks", router="mlp.router.weight", router_bias="mlp.router.bias",
         experts__w_gate=_GATE_UP, experts__w_up=_GATE_UP, experts__b_gate=_GATE_UP_BIAS, experts__b_up=_GATE_UP_BIAS,

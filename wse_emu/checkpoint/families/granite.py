@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 from wse_emu.checkpoint.family import Family, MoeRules
@@ -14,11 +15,13 @@ from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.routing_rule import MIXTRAL_ROUTING
 from wse_emu.foundation.scales import Scales
 
+_SCALES = {
+    "embedding": "embedding_multiplier", "residual": "residual_multiplier", "attention": "attention_multiplier", "logits": "logits_scaling",
+}  # fmt: skip
+
 
 def _read_granite(fields: Fields, num_layers: int) -> dict[str, Any]:
-    published = {"embedding": "embedding_multiplier", "residual": "residual_multiplier", "attention": "attention_multiplier"}
-    values = {name: fields.number(field, 1.0) for name, field in published.items()}
-    return {"scales": Scales(**values, logits=fields.number("logits_scaling", 1.0))}
+    return {"scales": Scales(**{name: fields.number(field, 1.0) for name, field in _SCALES.items()})}
 
 
 def _write_granite(spec: ModelSpec) -> dict[str, Any]:
@@ -37,6 +40,7 @@ GRANITEMOE = Family(
         routing=fixed_routing(MIXTRAL_ROUTING), routing_config=fixed_routing_config,
     ),
     read=_read_granite, write=_write_granite,
+    published=MappingProxyType({f"`{name}` of `scales`": f"`{published}`" for name, published in _SCALES.items()}),
     names=named(
         router="block_sparse_moe.router.layer.weight",
         experts__w_gate=Part(name="block_sparse_moe.input_linear.weight", stacked=("w_gate", "w_up"), experts="axis"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 from wse_emu.checkpoint.family import Family, MoeRules
@@ -114,6 +115,13 @@ LLAMA4_TEXT = Family(
         routing_config=fixed_routing_config, dense=_dense, dense_config=_dense_config,
     ),
     read=_read, write=_write,
+    published=MappingProxyType(
+        {
+            "`intermediate_size`": "`intermediate_size_mlp`", "`moe_intermediate_size`": "`intermediate_size`",
+            "`chunk_size`": "`attention_chunk_size`",
+            **{f"`{name}` of the queries' temperature": f"`{name}`" for name in ("floor_scale", "attn_scale")},
+        }
+    ),
     names=named(
         router="feed_forward.router.weight", experts__w_gate=_GATE_UP, experts__w_up=_GATE_UP,
         experts__w_down=Part(name="feed_forward.experts.down_proj", experts="axis", transposed=True),
