@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from wse_emu.equivalence.routing import judge_assigned, judge_routing
+from wse_emu.equivalence.routing import judge_assigned, judge_routing, judge_together
 from wse_emu.equivalence.routing_bounds import probability_tolerance
 from wse_emu.foundation.routing_rule import RoutingRule
 from wse_emu.foundation.taps import TapRecord
@@ -169,3 +169,12 @@ def test_the_group_that_was_shut_is_the_one_that_is_nearest():
     found = judge_by(rule, [4], [3.0, 3.0, 4.0, 1.0, 5.0, 1e-6], exact=[3.0, 3.0, 4.0, 1.0, 5.0, -1e-7])
     assert found.fault is None
     assert (len(found.near_ties), found.swaps) == (1, 0)
+
+
+def test_ties_are_counted_where_tokens_meet_too():
+    scores, together = np.array([[0.5, 0.5, 0.1], [0.2, 0.7, 0.1]], np.float32), np.zeros(2, np.int64)
+    rule = RoutingRule(router_selection_nonlinearity="sinkhorn")
+    found = judge_together(np.array([[0], [1]]), scores, together, 1, rule)
+    assert (found.exact_ties, found.misordered) == (1, 0)
+    found = judge_together(np.array([[0], [1]]), scores, together, 1, replace(rule, tie_policy="highest_id"))
+    assert (found.exact_ties, found.misordered) == (1, 1)

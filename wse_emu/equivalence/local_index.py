@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from wse_emu.equivalence import tolerance
 from wse_emu.equivalence.products import Products
+from wse_emu.equivalence.report import IndexTies
 from wse_emu.foundation.indexer import Indexer
 from wse_emu.foundation.model_spec import ModelSpec
 from wse_emu.foundation.precision import Precision
@@ -57,6 +58,18 @@ def index_stage(
         return _scores(record, own, query, rounded(key, precision.kv).astype(np.float64), of_heads)
     taken = highest(x, record.pos, own.topk).astype(np.float64)
     return taken, np.zeros_like(taken)
+
+
+def judge_ties(scores: NDArray[np.float32], pos: NDArray[np.int64], topk: int) -> IndexTies:
+    """Count, of scores (T, keys) of tokens at `pos`, the choices that equal scores leave open."""
+    chooses = pos >= topk
+    if not chooses.any():
+        return IndexTies()
+    admitted = np.arange(scores.shape[1]) <= pos[:, None]
+    ranked = -np.sort(-np.where(admitted, scores, -np.inf)[chooses], axis=1)
+    last = ranked[:, topk - 1]
+    tied = ranked[:, topk] == last
+    return IndexTies(n_choices=int(chooses.sum()), ties=int(tied.sum()), zero_ties=int((tied & (last == 0)).sum()))
 
 
 def _scores(record: TapRecord, own: Indexer, query: F64, key: F64, of_heads: F64) -> Bounded:

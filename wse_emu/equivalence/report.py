@@ -89,14 +89,27 @@ class RoutingSummary:
     n_decisions: int = 0
     """Tokens times MoE layers judged."""
     exact_ties: int = 0
-    """Decisions of whose k + 1 highest own scores two are equal (the lowest id must win)."""
+    """Decisions of whose k + 1 highest own scores two are equal: the id that the rule's `tie_policy` prefers must win. Where experts choose
+    their tokens, none is counted."""
     rounded_ties: int = 0
     """Decisions that order experts unlike their logits, but only where float32 probabilities may be equal."""
     near_ties: tuple[NearTie, ...] = ()
     swaps: int = 0
     """Decisions whose set differs from float64's beyond the tolerance."""
     misordered: int = 0
-    """Decisions that are not the highest of the run's own scores, descending, equal ones by lowest id."""
+    """Decisions that are not the highest of the run's own scores, descending, equal ones by the rule's `tie_policy`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexTies:
+    """Keys that indexers chose, over all layers that have one; whatever is counted here, the earlier of equal keys must have been taken."""
+
+    n_choices: int = 0
+    """Tokens with more keys than their indexer takes, times layers."""
+    ties: int = 0
+    """Choices in which a key that was passed over scores exactly what the last one taken does."""
+    zero_ties: int = 0
+    """Of those, the ones in which that score is 0: all heads' products are negative."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +133,7 @@ class VerifyReport:
     stages: tuple[StageCheck, ...]
     """Every check, in the order of the stages."""
     routing: RoutingSummary = field(default_factory=RoutingSummary)
+    index: IndexTies = field(default_factory=IndexTies)
     first_failure: Failure | None = None
     """The first failing structure, local or routing check in the order of the stages; without any, the first failing end-to-end check."""
     notes: tuple[str, ...] = ()
@@ -186,6 +200,9 @@ class VerifyReport:
                 f"gap {t.gap:.2g} of {t.tolerance:.2g}"
                 for t in r.near_ties[:5]
             ]
+        if self.index.n_choices:
+            i = self.index
+            lines += ["", f"index keys: {counted(i.n_choices, 'choice')}, {counted(i.ties, 'tie')} ({i.zero_ties} at score 0)"]
         lines += [f"not checked: {what}" for what in self.unchecked()]
         if self.first_failure is not None:
             lines += ["", f"first failure: {self.first_failure}"]

@@ -93,8 +93,7 @@ def judge_routing(
     wide = own_logits.astype(np.float64)
     own = compare(wide, np.zeros_like(wide), rule, correction)
     true = compare(exact, bound, rule, correction)
-    ranked = -np.sort(-own.seen.experts, axis=1)[:, : k + 1]
-    out.exact_ties = int((np.diff(ranked, axis=1) == 0).any(axis=1).sum())
+    out.exact_ties = _ties(own.seen.experts, k)
     of_own, ideal = routing.choose(own.seen, k, rule), routing.choose(true.seen, k, rule)
     other_order = (topk_ids != of_own).any(axis=1)
     other_set = (np.sort(topk_ids, axis=1) != np.sort(ideal, axis=1)).any(axis=1)
@@ -126,13 +125,21 @@ def judge_together(
     `own_scores` (T, E) are the run's own; the decision follows from them without another rounding.
     """
     expected = routing.choose_together(own_scores.astype(np.float64), together, k, rule)
-    return _judge_exactly(topk_ids, expected, lambda token: f"by the scores of all tokens it is {expected[token].tolist()}")
+    found = _judge_exactly(topk_ids, expected, lambda token: f"by the scores of all tokens it is {expected[token].tolist()}")
+    found.exact_ties = 0 if rule.chooser == "expert" else _ties(own_scores, k)
+    return found
 
 
 def judge_assigned(topk_ids: NDArray[np.int64], numbers: NDArray[np.int64], num_experts: int) -> LayerRouting:
     """Judge decisions by number (hash, uniform): nothing is excused."""
     expected = routing.assigned(numbers, num_experts, topk_ids.shape[1])
     return _judge_exactly(topk_ids, expected, lambda token: f"number {int(numbers[token])} names {expected[token].tolist()}")
+
+
+def _ties(scores: NDArray[Any], k: int) -> int:
+    """Tokens of whose k + 1 highest scores, of (T, E), two are equal."""
+    ranked = -np.sort(-scores, axis=1)[:, : k + 1]
+    return int((np.diff(ranked, axis=1) == 0).any(axis=1).sum())
 
 
 def _judge_exactly(topk_ids: NDArray[np.int64], expected: NDArray[np.int64], reason: Callable[[int], str]) -> LayerRouting:

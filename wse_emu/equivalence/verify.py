@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from wse_emu.equivalence import tolerance
 from wse_emu.equivalence.local import StageLocal
-from wse_emu.equivalence.report import Failure, RoutingSummary, StageCheck, VerifyReport
+from wse_emu.equivalence.local_index import judge_ties
+from wse_emu.equivalence.report import Failure, IndexTies, RoutingSummary, StageCheck, VerifyReport
 from wse_emu.equivalence.routing import LayerRouting, judge_assigned, judge_routing, judge_together
 from wse_emu.equivalence.stages import SOFTMAX_STAGES, core_of, expected_stages, expert_of, inputs_of, is_stored, stage_dtype, stage_shape
 from wse_emu.foundation.errors import InputError
@@ -70,7 +71,8 @@ def verify_record(
     2. Stage by stage: the stage's formula in float64, applied to the inputs that the run itself had, so that no earlier error enters.
        What float32 may lose there, and the rounding of what is stored, is derived in `wse_emu.equivalence.tolerance`. An embedding is a
        look-up and must be exact; so must, where 16 bits are stored, the plain sum of two stages.
-    3. Routing: the experts of a token must be the highest of the run's own router logits, descending, equal ones by lowest id. A set that
+    3. Routing: the experts of a token must be the highest of the run's own router logits, descending, equal ones by the rule's
+       `tie_policy`. A set that
        differs from float64's is excused only where the scores are closer than their tolerance (`judge_routing`). Where tokens meet, the
        scores that are compared are a stage of their own, and the decision must be exactly what the rule makes of them.
     4. End to end: against the full dense float64 forward, which replays the run's routing (`end_to_end=False` leaves this out: it computes
@@ -141,6 +143,7 @@ class _Verification:
             n_tokens=len(record.seq),
             stages=tuple(self._checks),
             routing=self._sum_routing(),
+            index=self._sum_index(),
             first_failure=None if first is None else self._locate(first),
             notes=tuple(self._notes),
         )
@@ -377,6 +380,15 @@ class _Verification:
             near_ties=tuple(tie for r in found for tie in r.near_ties),
             swaps=sum(r.swaps for r in found),
             misordered=sum(r.misordered for r in found),
+        )
+
+    def _sum_index(self) -> IndexTies:
+        own, layers = self._spec.indexer, [layer for layer in self._spec.indexer_layers if (layer, "index_scores") in self._usable]
+        if own is None or not layers:
+            return IndexTies()
+        found = [judge_ties(self._usable[layer, "index_scores"], self._record.pos, own.topk) for layer in layers]
+        return IndexTies(
+            n_choices=sum(t.n_choices for t in found), ties=sum(t.ties for t in found), zero_ties=sum(t.zero_ties for t in found)
         )
 
     def _locate(self, check: StageCheck) -> Failure:

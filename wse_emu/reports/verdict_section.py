@@ -44,6 +44,8 @@ def verdict_section(found: VerifyReport) -> Markup:
                  "stage; at the right a full float64 forward pass. More than 1 fails.", class_="lead"),
         table(heads, [[row.stage, *_local(row.local), *_end_to_end(row.end_to_end)] for row in rows], id="stage-checks", failed=failed),
         _routing(found.routing) if found.routing.n_decisions else None,
+        tag("p", f"Of {counted(found.index.n_choices, 'choice')} of keys by indexers, equal scores leave {found.index.ties:,} open "
+                 f"({found.index.zero_ties:,} at score 0), in which the earlier keys must win.") if found.index.n_choices else None,
         *(tag("p", f"Not checked: {what}", class_="note") for what in found.unchecked()),
     ])  # fmt: skip
 
@@ -78,7 +80,7 @@ def _ratio(check: StageCheck) -> list[Child]:
 def _routing(found: RoutingSummary) -> Markup:
     counts = (
         ("decisions", found.n_decisions, "tokens times MoE layers"),
-        ("exact ties", found.exact_ties, "two of the k + 1 highest scores are equal; the lowest id must win"),
+        ("exact ties", found.exact_ties, "two of the k + 1 highest scores are equal; the id that the rule prefers must win"),
         ("rounded ties", found.rounded_ties, "ordered unlike the logits, only where float32 probabilities may be equal"),
         ("near-ties", len(found.near_ties), "set differs from float64's, excused because the scores are closer than float32 can tell"),
         ("swaps", found.swaps, "set differs from float64's beyond the tolerance"),
