@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 from itertools import pairwise
@@ -180,6 +181,15 @@ def test_what_measures_nothing_is_refused_before_weights_are_read(
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"wse-emu: {message}")
+
+
+def test_a_plot_where_nothing_may_be_written_is_refused_before_weights_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wse_emu.cli.sparsify.load", None)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
+    assert invoke(["sparsify", "--plot", str(tmp_path / "x.svg")]) == 4
+    assert capsys.readouterr().err == f"wse-emu: --plot {tmp_path / 'x.svg'}: cannot be written (Permission denied)\n"
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from wse_emu.foundation.errors import StoreError
 
 
 def check_output_file(option: str, file: Path) -> None:
-    """Refuse, before anything runs, a file whose folder is not there or that is a folder itself.
+    """Refuse, before anything runs, a file that may not be written, whose folder is not there or that is a folder itself.
 
     Raises
     ------
@@ -21,6 +22,8 @@ def check_output_file(option: str, file: Path) -> None:
         raise StoreError(f"{option} {file}: cannot be written (Is a directory)")
     if not file.absolute().parent.is_dir():
         raise StoreError(f"{option} {file}: cannot be written (there is no directory {file.absolute().parent})")
+    if not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+        raise StoreError(f"{option} {file}: cannot be written (Permission denied)")
 
 
 @contextmanager
