@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import wse_emu as wse
-from wse_emu.engine.routing_trace import RoutingTrace
 from wse_emu.foundation.moe_config import MoEConfig
 from wse_emu.foundation.routing_rule import ROUTING_PRESETS
+from wse_emu.wafer.ledger import Event
 
 from .test_routing_rules import PROMPTS, SPEC, model_of
 
@@ -35,18 +37,32 @@ def test_probabilities_of_16_bits_decide_alike_in_any_piece_of_a_batch() -> None
             np.testing.assert_array_equal(ours[0], theirs[i])
 
 
-def test_activated_experts_are_the_union_that_uniform_choice_expects() -> None:
-    """Of E experts, T tokens with k random ones each visit ``E (1 - (1 - k / E)**T)`` in the mean; only those are streamed."""
-    n_experts, top_k, n_tokens = 32, 2, 12
-    spec = replace(SPEC, num_experts=n_experts, top_k=top_k, num_layers=1)
-    seen = []
-    for seed in range(60):
-        trace = RoutingTrace.from_histogram([[1] * n_experts], n_tokens, top_k, seed)
-        model = model_of(spec, executor="dry")
-        model(np.zeros((1, n_tokens), np.int64), routing=trace)
-        seen.append(len({e.name for e in model.wafer.ledger.events() if e.kind == "stream" and "experts." in e.name and "down" in e.name}))
-    expected = n_experts * (1 - (1 - top_k / n_experts) ** n_tokens)
-    assert abs(np.mean(seen) - expected) < 4 * np.std(seen) / np.sqrt(len(seen))
+def test_what_streams_is_the_union_of_what_the_routers_chose() -> None:
+    """Of the experts those that some token visits, whole and once, in every layer of every pass; or all, with the same bits."""
+    spec = replace(SPEC, num_experts=32, routing=wse.RoutingRule(router_selection_nonlinearity="sigmoid"))
+    model, every = model_of(spec), model_of(spec, stream_experts="all")
+    out = model(PROMPTS)
+    np.testing.assert_array_equal(out.logits, every(PROMPTS).logits)
+    one = 4 * 3 * spec.hidden_size * spec.moe_intermediate_size
+    for layer, ids in enumerate(out.topk_ids):
+        of_layers = [streamed_experts(of.wafer.ledger.events(), layer) for of in (model, every)]
+        chosen = np.unique(ids).tolist()
+        assert 2 < len(chosen) < 32
+        assert of_layers == [dict.fromkeys(chosen, one), dict.fromkeys(range(32), one)]
+    model.wafer.ledger.clear()
+    model.generate(PROMPTS[:1], 3)
+    bytes_in = sum(sum(streamed_experts(model.wafer.ledger.events(), layer).values()) for layer in range(spec.num_layers))
+    assert bytes_in == one * sum(np.unique(ids).size for trace in model.recorded_routing for ids in trace.topk_ids)
+
+
+def streamed_experts(events: Sequence[Event], layer: int) -> dict[int, int]:
+    """Bytes that streamed of every expert of a layer."""
+    found: dict[int, int] = {}
+    for event in events:
+        name = re.fullmatch(rf"layers\.{layer}\.experts\.(\d+)\..*", event.name)
+        if event.kind == "stream" and name is not None:
+            found[int(name[1])] = found.get(int(name[1]), 0) + event.bytes
+    return found
 
 
 def test_options_are_refused_with_the_rule() -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import wse_emu as wse
 from wse_emu.equivalence.tolerance import U
 from wse_emu.foundation.routing_rule import RoutingRule
 from wse_emu.layers.ffn import FfnWeights, dense_ffn, experts_ffn
-from wse_emu.layers.router import RouterWeights, route
+from wse_emu.layers.router import RouterWeights, report_chosen, route
+from wse_emu.testing.routing_rules import random_rule, random_rule_together
 from wse_emu.wafer.placement import Split, TokenBands
 
 from .definitions import normal
 from .programs import assert_same_bits, look, room, streamed, tokens
+from .test_routing_rules import weights_of
 
 F32 = NDArray[np.float32]
 X, WIDTH = normal(0, 7, 6), 5
@@ -76,8 +82,65 @@ def test_all_experts_unweighted_are_the_whole_softmax(implementation: str) -> No
     assert (np.abs(out - terms.sum(axis=1)) <= 40 * U * np.abs(terms).sum(axis=1)).all()
 
 
-def test_implementations_agree_to_the_bit() -> None:
-    experts = [net(e) for e in range(1, 6)]
-    outs = [mixture(experts, 2, RoutingRule(), name)[0] for name in IMPLEMENTATIONS]
+@settings(max_examples=15)
+@given(st.integers(0, 1 << 31), st.booleans(), st.integers(1, 3))
+@example(0, True, 1)
+@example(1, True, 2)
+@example(4, False, 3)
+def test_implementations_agree_to_the_bit_under_any_rule(seed: int, meet: bool, rows: int) -> None:
+    """MOE-2, rules under which tokens meet and refused ties too: the output is also the weighted sum of the chosen experts' outputs."""
+    rng = np.random.default_rng(seed)
+    rule, n, top_k = random_rule_together(rng, weights=True) if meet else random_rule(rng)
+    if rule.chooser == "token" and rule.capacity_factor is None and rng.integers(3) == 0:
+        rule = replace(rule, tie_policy="reject")
+    x, gate = X * np.float32(1 + rng.integers(3)), normal(seed, 6, n)
+    if rng.integers(4) == 0:
+        gate[:] = gate[:, :1]  # every expert scores alike
+    bias, correction = (normal(seed + i, n) if has else None for i, has in ((1, rule.router_use_bias), (2, rule.e_score_correction_bias)))
+    outs: list[F32 | str] = []
+    for way in IMPLEMENTATIONS[rule.probability_before_ffn :]:  # the first computes every token, which has no weight beforehand
+        wafer = wse.Wafer(rows=rows, cols=2)
+        bands = TokenBands(len(x), rows)
+        with tokens(wafer, x, bands) as placed, room(wafer, bands, Split.balanced(6, 2)) as out:
+            given_weights = weights_of(wafer, gate, bias, correction)
+            try:
+                with route(wafer, placed, given_weights, bands, top_k, rule, groups=(3, len(x) - 3)) as routing:
+                    each = [(e, FfnWeights(*(streamed(wafer, w) for w in net(e)))) for e in range(n)]
+                    before = rule.probability_before_ffn
+                    experts_ffn(wafer, placed, routing, [each], WIDTH, out, bands, n_experts=n, implementation=way, before=before)
+                outs.append(look(out))
+                ids, weights = routing.topk_ids, routing.topk_weights
+            except wse.TieError as error:
+                outs.append(str(error))
+    if isinstance(outs[0], str):
+        assert rule.tie_policy == "reject"
+        assert outs == outs[:1] * len(outs)
+        return
     for out in outs[1:]:
         assert_same_bits(out, outs[0])
+    total, size = np.zeros(x.shape), np.zeros(x.shape)
+    for token, slot in np.argwhere(ids >= 0).tolist():
+        w, (gate_up, down) = float(weights[token, slot]), (m.astype(np.float64) for m in net(ids[token, slot]))
+        g, u = np.split((x[token] * (w if rule.probability_before_ffn else 1)) @ gate_up.reshape(6, WIDTH, 2).transpose(2, 0, 1), 2)
+        y = (g / (1 + np.exp(-g)) * u)[0] @ down * (1 if rule.probability_before_ffn else w)
+        total[token] += y
+        size[token] += np.abs(y).max() + np.abs(g * u).max() * np.abs(down).max() * WIDTH * (1 if rule.probability_before_ffn else w)
+    assert (np.abs(outs[0] - total) <= 60 * U * size).all()
+
+
+@pytest.mark.parametrize(("n_experts", "top_k", "n_tokens"), [(32, 2, 12), (8, 2, 3), (16, 1, 16)])
+def test_random_routers_choose_as_many_experts_as_uniform_choice_expects(n_experts: int, top_k: int, n_tokens: int) -> None:
+    """MOE-9: E experts, T tokens, k each: ``E (1 - (1 - k / E)**T)`` in the mean over routers, as MemoryX is told.
+
+    The tokens are orthogonal, so that under a gate of independent normal numbers their choices are independent, and uniform.
+    """
+    rng, bands, wafer, seen = np.random.default_rng(0), TokenBands(n_tokens, 2), wse.Wafer(rows=2, cols=2), []
+    orthogonal = 4 * np.linalg.qr(rng.standard_normal((n_tokens, n_tokens)))[0]
+    with tokens(wafer, orthogonal.astype(np.float32), bands) as x:
+        for _ in range(120):
+            gate = RouterWeights(streamed(wafer, rng.standard_normal((n_tokens, n_experts), np.float32), "router"))
+            with route(wafer, x, gate, bands, top_k, RoutingRule()) as routing:
+                seen.append(report_chosen(wafer, routing, bands, n_experts).size)
+                assert seen[-1] == np.unique(routing.topk_ids).size
+    expected = n_experts * (1 - (1 - top_k / n_experts) ** n_tokens)
+    assert abs(np.mean(seen) - expected) < 4 * np.std(seen) / np.sqrt(len(seen))
