@@ -45,6 +45,7 @@ from wse_emu.layers.qk_norm import qk_norm
 from wse_emu.layers.query_temperature import place_factors
 from wse_emu.layers.rotary import ROTATE_QK, place_rotary
 from wse_emu.layers.router import RouterWeights, report_chosen, route
+from wse_emu.layers.router_backward import RouterMatrices, router_backward, share_split
 from wse_emu.layers.stream import StreamedHeads
 from wse_emu.layers.tiles import move_tokens
 from wse_emu.layers.weight_gradient import weight_gradient
@@ -558,6 +559,34 @@ def _experts_ffn_backward(layer: Layer) -> Case:
     peers = {"numpy": lambda: by_formula(x, d, factors)}
     bounds = tuple(2 * composed(r) for r in right)
     return Case(ours, peers, right, bounds, work, look=lambda both: tuple(gathered(one) for one in both))
+
+
+@both("router_backward")
+def _router_backward(layer: Layer) -> Case:
+    """Gradients of the gate and, added to nothing, of the input."""
+    wafer, x, k, gate = layer.wafer(), layer.x, layer.top_k, _gate(layer)
+    ids, d = _route_by_formula(x @ gate, k)[0], normal(layer.n_tokens, k, seed=5)
+    placed, dx = put(wafer, x), put(wafer, np.zeros_like(x))
+    d_share = put(wafer, d, share_split(k, layer.cols))
+    routing = route(wafer, placed, RouterWeights(streamed(gate)), layer.bands, k, MIXTRAL_ROUTING)
+    matrices = RouterMatrices(streamed(gate), streamed(np.ascontiguousarray(gate.T)))
+
+    def ours() -> Any:
+        return router_backward(wafer, placed, matrices, MIXTRAL_ROUTING, routing, d_share, dx, layer.bands, "router")
+
+    def by_formula(v: Any, grad: Any) -> Any:
+        scores = v @ gate
+        p = np.exp(scores - scores.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        chosen = np.take_along_axis(p, ids, axis=1)
+        total = chosen.sum(axis=1, keepdims=True)
+        wide = np.zeros_like(p)
+        np.put_along_axis(wide, ids, (grad - (chosen / total * grad).sum(axis=1, keepdims=True)) / total, axis=1)
+        return v.T @ (p * (wide - (p * wide).sum(axis=1, keepdims=True)))
+
+    right = by_formula(x.astype(np.float64), d.astype(np.float64))
+    work = Work(macs=3 * x.size * layer.n_experts, bytes=2 * x.nbytes + 12 * gate.size, tokens=layer.n_tokens)
+    return Case(ours, {"numpy": lambda: by_formula(x, d)}, (right,), (2e-5 * float(np.abs(d).max() + np.std(right)),), work)
 
 
 @both("experts_ffn")
