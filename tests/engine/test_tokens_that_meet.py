@@ -16,10 +16,14 @@ from .test_routing_rules import PROMPTS, SPEC, model_of
 
 RULES = {
     "sinkhorn": RoutingRule(router_selection_nonlinearity="sinkhorn", sinkhorn_n_iters=2),
-    "sinkhorn in 16 bits": RoutingRule(router_selection_nonlinearity="sinkhorn", selection_dtype="bfloat16"),
+    "sinkhorn in 16 bits": RoutingRule(
+        router_selection_nonlinearity="sinkhorn", expert_weighting_nonlinearity="sinkhorn", selection_dtype="bfloat16"
+    ),
     "switch": wse.ROUTING_PRESETS["switch"],
     "dropping": RoutingRule(capacity_factor=0.6, router_use_bias=True),
-    "rerouting": RoutingRule(capacity_factor=1.0, overflow="reroute", probability_before_ffn=True),
+    "rerouting": RoutingRule(
+        capacity_factor=1.0, overflow="reroute", probability_before_ffn=True, expert_weighting_nonlinearity="sinkhorn"
+    ),
     "experts choose": RoutingRule(chooser="expert", expert_weighting_normalization=False),
 }
 ANY = pytest.mark.parametrize("name", sorted(RULES))

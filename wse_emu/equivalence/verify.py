@@ -159,9 +159,11 @@ class _Verification:
                 self._notes.append("end to end: the routing of the run cannot be replayed")
                 return None
             routing = {layer: self._usable[layer, "topk_ids"] for layer in self._spec.moe_layers}
-            if self._spec.routing.weights_jump:
+            rule = self._spec.routing
+            if rule.weights_jump or rule.weighs_together:
                 shares = {layer: self._usable[layer, "topk_weights"] for layer in routing if (layer, "topk_weights") in self._usable}
-                self._notes.append("end to end: experts' weights are replayed with the choices: under this rule they jump")
+                why = "they jump" if rule.weights_jump else "they are shares of the tokens of a pass"
+                self._notes.append(f"end to end: experts' weights are replayed with the choices: under this rule {why}")
         chosen: dict[int, NDArray[np.bool_]] = {}
         for layer in self._spec.indexer_layers:
             if (layer, "index_keys") not in self._usable:
