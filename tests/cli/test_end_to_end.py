@@ -357,6 +357,10 @@ def test_another_routing_rule_is_run_verified_and_planned(checkpoint: Path, tmp_
     code, document, err = run(capsys, "verify", *words, "--routing", json.dumps(options))
     assert (code, err, document["model"]["spec"]["top_k"]) == (0, "", 1)
     assert document["model"]["spec"]["routing"]["routing_algorithm"] == "hash"
+    assert invoke(["plan", str(checkpoint), "--rows", "3", "--routing", "switch"]) == 0
+    assert "\nrouting capacity_factor 1.25, expert_weighting_normalization False\n" in capsys.readouterr().out
+    assert invoke(["verify", *words, "--tie-policy", "highest_id"]) == 0
+    assert "\nrouting   tie_policy highest_id\n" in capsys.readouterr().out
     plans = [
         run(capsys, "plan", str(checkpoint), "--rows", "2", "--cols", "4", "--prompt-tokens", "20", "--batch", "4", *more)[1]
         for more in ((), ("--bta-max-tile", "1"), ("--routing", '{"capacity_factor": 1.5}'), ("--moe-implementation", "functional"))

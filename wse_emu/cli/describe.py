@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from wse_emu.cli.patterns import layers_text
 from wse_emu.foundation.pattern_json import pattern_text, pattern_to_json
 from wse_emu.foundation.precision import FLOAT32, Precision
+from wse_emu.foundation.routing_rule import RoutingRule
 from wse_emu.foundation.units import counted
 
 if TYPE_CHECKING:
@@ -25,20 +26,28 @@ JSON_SCHEMA = 1
 """Version of the document that ``--json`` writes."""
 
 
-def header(request: Request, wafer: Wafer, precision: Precision = FLOAT32) -> str:
-    """What runs where, a line each."""
+def header(request: Request, wafer: Wafer, precision: Precision = FLOAT32, *, rerouted: bool = False) -> str:
+    """What runs where, a line each; also the routing rule, if it is not the checkpoint's own."""
     spec = request.spec
     shape = f"{counted(spec.num_layers, 'layer')}, hidden {spec.hidden_size}, {counted(spec.num_heads, 'head')} / {spec.num_kv_heads} kv"
     if spec.is_moe:
         shape += f", {counted(spec.num_experts, 'expert')}, top {spec.top_k}"
     cores = f"{wafer.rows} x {wafer.cols} = {counted(wafer.rows * wafer.cols, 'core')} of {wafer.spec.name}"
     attention = "".join(f"\nattention {line}" for line in attention_lines(spec))
+    routing = f"\nrouting   {rule_text(spec.routing)}" if rerouted else ""
     stored = "" if precision == FLOAT32 else f", stored in {precision}"
     return (
         f"model     {request.path.resolve().name}: {spec.family}, {spec.n_params:,} parameters\n"
         f"          {shape}\n"
-        f"wafer     {cores}, executor {wafer.executor}{stored}{attention}"
+        f"wafer     {cores}, executor {wafer.executor}{stored}{attention}{routing}"
     )
+
+
+def rule_text(rule: RoutingRule) -> str:
+    """A rule for people: what it has other than the default one, Mixtral's."""
+    default = RoutingRule()
+    said = [f"{f.name} {getattr(rule, f.name)}" for f in fields(rule) if getattr(rule, f.name) != getattr(default, f.name)]
+    return ", ".join(said) or "as Mixtral's"
 
 
 def attention_lines(spec: ModelSpec) -> list[str]:
@@ -60,8 +69,8 @@ def sampling_text(sampler: Sampler) -> str:
 
 def model_entry(path: Path, spec: ModelSpec) -> dict[str, Any]:
     """Entry ``model`` of a ``--json`` document."""
-    fields = {**asdict(replace(spec, patterns=())), "patterns": [pattern_to_json(pattern) for pattern in spec.patterns]}
-    return {"path": str(path), "family": spec.family, "n_params": spec.n_params, "spec": fields}
+    of_model = {**asdict(replace(spec, patterns=())), "patterns": [pattern_to_json(pattern) for pattern in spec.patterns]}
+    return {"path": str(path), "family": spec.family, "n_params": spec.n_params, "spec": of_model}
 
 
 def what_and_where(request: Request, model: WaferModel, lies: SramMap | None, precision: Precision = FLOAT32) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import sys
 
 from wse_emu.cli import options, patterns, rules
-from wse_emu.cli.describe import JSON_SCHEMA, attention_lines, model_entry
+from wse_emu.cli.describe import JSON_SCHEMA, attention_lines, model_entry, rule_text
 from wse_emu.cli.exits import Exit
 from wse_emu.cli.options import Growth, Keeping, NumberFormat, Placing, WaferName
 from wse_emu.cli.patterns import PatternOptions
@@ -96,6 +96,8 @@ def plan(
     print(f"model   {spec.family}, {spec.n_params:,} parameters; {batch} x ({prompt_tokens} + {new_tokens}) tokens")
     for line in attention_lines(spec):
         print(f"attention {line}")
+    if rule is not None:
+        print(f"routing {rule_text(spec.routing)}")
     print(f"wafer   {made.rows} x {made.cols} cores of {wafer.spec.name}")
     title = f"SRAM of the worst core {made.worst_core}"
     console().print(sram_table(title, made.blocks, made.peak_bytes, wafer.spec.sram_bytes_per_core))

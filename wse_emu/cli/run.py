@@ -135,7 +135,7 @@ def run(
     loaded = load(request, placing, new_tokens=max_new_tokens, verify=verify, quiet=as_json)
     outcome = Outcome(request, loaded, sampler, placing.precision, host_seconds={"load": time.perf_counter() - started})
     if not as_json:
-        print(header(request, loaded.wafer, placing.precision))
+        print(header(request, loaded.wafer, placing.precision, rerouted=rule is not None))
         print(f"prompt    {counted(len(request.ids), 'token')}, then up to {max_new_tokens} new, {sampling_text(sampler)}\n")
         print(outcome.prompt, end="", flush=True)
     generate(outcome, max_new_tokens, echo=not as_json)

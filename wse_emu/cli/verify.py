@@ -55,7 +55,7 @@ def verify(
     )  # fmt: skip
     loaded = load(request, placing, new_tokens=0, verify=True, quiet=as_json)
     if not as_json:
-        print(header(request, loaded.wafer, placing.precision), flush=True)
+        print(header(request, loaded.wafer, placing.precision, rerouted=rule is not None), flush=True)
     report = loaded.verify([request.ids])
     if as_json:
         where = what_and_where(request, loaded, loaded.wafer.sram.high_water_map, placing.precision)
