@@ -68,9 +68,19 @@ def test_isolated_and_dry_runs_leave_the_bits_and_the_ledger_of_the_batch(rows: 
     assert batched.wafer.sram.high_water_bytes == isolated.wafer.sram.high_water_bytes
 
 
-@pytest.mark.parametrize(
-    "options", [{"prefill_chunk": 4}, {"bta_max_tile": 1}, {"kv": "recompute"}, {"kv_growth": "concat"}, {"rows": 1}], ids=str
-)  # fmt: skip
+@pytest.mark.slow
+def test_plain_python_gives_the_bits_and_the_ledger() -> None:
+    batched, interpreted = (model_of(2, 2, executor) for executor in ("batched", "interpreted"))
+    assert_same([batched(IDS[0, :7]).logits], [interpreted(IDS[0, :7]).logits])
+    assert batched.wafer.ledger.events() == interpreted.wafer.ledger.events()
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"prefill_chunk": 4}, {"bta_max_tile": 1}, {"kv": "recompute"}, {"kv_growth": "concat"}, {"skip_zero_weights": True}, {"rows": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_chunks_tiles_and_what_is_kept_change_no_bit(options: dict[str, Any]) -> None:
     assert_same(everything(model_of()), everything(model_of(**options)))
 
@@ -219,6 +229,10 @@ def test_a_plan_is_what_a_run_takes() -> None:
     plan = plan_model(model.spec, rows=4, cols=3, prompt_tokens=3, new_tokens=2)
     model.generate(IDS[0, :3], 2)  # the step takes in more tokens than the prompt had
     assert plan.peak_bytes == model.wafer.sram.high_water_bytes
+    verified = plan_model(model.spec, rows=4, cols=3, prompt_tokens=9, new_tokens=0, verify=True)
+    model = model_of(memory={"add_chunked_attn_mask": False, "num_memory_tokens_per_chunk": 9})
+    model.record(IDS[0])
+    assert verified.peak_bytes == model.wafer.sram.high_water_bytes
     many = dataclasses.replace(spec.memory_tokens, attn_memory_chunk_size=9, num_memory_tokens_per_chunk=500)
     few = {"rows": 1, "cols": 1, "prompt_tokens": 8, "new_tokens": 2}  # the ninth token still belongs to the first chunk
     assert plan_model(dataclasses.replace(spec, memory_tokens=many), **few).fits

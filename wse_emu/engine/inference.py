@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Literal
 
@@ -207,7 +207,10 @@ def _execute(run: ForwardPass, token_ids: Ints, wanted: Ints, stream: LayerStrea
         last = layer + 1 == spec.num_layers
         then = weights.head_names if last else weights.layer_names(layer + 1)
         with stream.layer(weights.layer_names(layer), then):
-            with stream.layer(weights.memory_names(layer)) if run.needs_memory_weights else nullcontext():
+            if run.needs_memory_weights:
+                with stream.layer(weights.memory_names(layer)):
+                    attention_block(run, x)
+            else:
                 attention_block(run, x)
             ffn_block(run, x, stream)
         run.note_hidden(x)
