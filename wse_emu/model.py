@@ -433,8 +433,8 @@ class WaferModel:
         Returns
         -------
         VerifyReport
-            ``passed``, and a table to print; a failure names the first stage, core, token and expert. Memory tokens are verified as all others
-            are, and positions count them.
+            ``passed``, and a table to print; a failure names the first stage, core, token and expert. Memory tokens are verified as all
+            others are, and positions count them.
         """
         prompts = _Prompts.read(input_ids, attention_mask, self.spec)
         if n_prompt is not None and (type(n_prompt) is not int or not 1 <= n_prompt <= prompts.ids.shape[1]):
