@@ -311,7 +311,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"rotary": wse.RotarySpec(skipped_layers=(1,))}, "`skipped_layers of rotary` does not go with `memory_tokens`, got (1,)"),
     ({"sliding_window": 4, "sliding_layers": (0,)}, "`sliding_window` does not go with `add_chunked_attn_mask`"),
     ({"chunk_size": 4, "chunked_layers": (0,)}, "`chunk_size` does not go with `add_chunked_attn_mask`"),
-    ({"patterns": (AttentionPattern(window=4), AttentionPattern())}, "`patterns` must all be AttentionPattern"),
+    ({"patterns": (AttentionPattern(window=4), AttentionPattern())}, "`patterns` does not go with `add_chunked_attn_mask`"),
     (
         {"num_kv_heads": 4, "latent": wse.LatentAttention(kv_lora_rank=4, qk_nope_head_dim=4, v_head_dim=4), "biases": wse.Biases()},
         "`latent` does not go with `memory_tokens`",

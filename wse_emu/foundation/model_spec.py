@@ -213,11 +213,10 @@ class ModelSpec:
         if self.context_length > MAX_CHUNK * memory.attn_memory_chunk_size:
             rule = f"at least {-(-self.context_length // MAX_CHUNK)} for a context of {self.context_length} tokens"
             raise SpecError(f"memory tokens: `attn_memory_chunk_size` must be {rule}, got {memory.attn_memory_chunk_size}")
-        for name in ("sliding_window", "chunk_size"):
-            if getattr(self, name) is not None:
-                raise SpecError(f"`{name}` does not go with `add_chunked_attn_mask`, which is the pattern of all layers")
-        if any(pattern != memory.pattern for pattern in self.patterns):
-            raise SpecError(f"`patterns` must all be {memory.pattern} with `add_chunked_attn_mask`, or none be given")
+        others = any(pattern != memory.pattern for pattern in self.patterns)
+        for name, there in (("sliding_window", self.sliding_window), ("chunk_size", self.chunk_size), ("patterns", others or None)):
+            if there is not None:
+                raise SpecError(f"`{name}` does not go with `add_chunked_attn_mask` of `memory_tokens`, which is the pattern of all layers")
 
     def _check_rules(self) -> None:
         if self.memory_tokens is not None:
