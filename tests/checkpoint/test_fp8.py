@@ -129,6 +129,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         ({scales: stored[scales][:, 1:]}, r"mqa\.weight has shape \(10, 20\) and scales of shape \(2, 3\); one scale for every"),
         ({scales: None}, r"is stored as F8_E4M3, but its scales .*weight_scale_inv are missing"),
         ({NAME: stored[NAME].astype(np.float64)}, r"are stored as F64|is stored as F64"),
+        ({scales: stored[scales].astype(np.float64)}, r"_scale_inv is stored as F64; readable are float32, .*, F8_E8M0, U8"),
     ]):  # fmt: skip
         some = {name: value for name, value in {**stored, **change}.items() if value is not None}
         with pytest.raises(CheckpointError, match=message):

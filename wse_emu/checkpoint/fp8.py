@@ -27,6 +27,8 @@ from wse_emu.foundation.errors import CheckpointError
 _SCALES = "_scale_inv"
 _ACTIVATION = "activation_scale"
 _STORED = "F8_E4M3"
+_NUMBERS = ("float32", "float16", "bfloat16")
+"""Types of scales that are numbers."""
 _POWERS = ("F8_E8M0", "U8")
 """Types of scales that are stored as exponents."""
 
@@ -86,6 +88,9 @@ class Fp8Tensors:
         if name + _SCALES not in names:
             raise CheckpointError(f"{self._where}: {name} is stored as {_STORED}, but its scales {name + _SCALES} are missing")
         scales = self._source.shape(name + _SCALES)
+        stored = self._source.dtype(name + _SCALES)
+        if stored not in (*_NUMBERS, *_POWERS):
+            raise CheckpointError(f"{self._where}: {name + _SCALES} is stored as {stored}; readable are {', '.join((*_NUMBERS, *_POWERS))}")
         block = self._form.block
         if len(shape) < 2 or scales not in self._grids(shape):
             rule = "one scale for every matrix" if block is None else f"one scale for every {block[0]} x {block[1]} elements of a matrix"
