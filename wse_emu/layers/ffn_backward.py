@@ -190,7 +190,7 @@ def _put_shares(
     wafer: Wafer, rooms: _Rooms, shares: PlacedTensor, routing: Routing, expert: int, tokens: Selection, bands: TokenBands
 ) -> None:
     """Every core's part of the gradient of its tokens' weights for one expert, over its own features."""
-    rows, n_cols, macs = np.flatnonzero(tokens.counts), rooms.split.used.size, 0
+    rows, runs, macs = np.flatnonzero(tokens.counts), 0, 0
     with wafer.sram.code(PUT_ROW_PRODUCTS.name, PUT_ROW_PRODUCTS.code_bytes):
         if wafer.cores is not None:
             for row in rows.tolist():
@@ -201,18 +201,20 @@ def _put_shares(
                         "expert": expert, "topk_ids": routing.ids.held[row, col], "out": shares.held[row, col],
                     }  # fmt: skip
                     macs += wafer.cores.run(PUT_ROW_PRODUCTS, (row, col), args)
+                    runs += 1
         else:
+            runs = int(rows.size * rooms.split.used.size)
             macs = int(tokens.counts.sum()) * rooms.split.total
             if not wafer.is_dry:
                 for col in rooms.split.used.tolist():
                     h, u = (panel(tensor, col, tokens.n_tokens) for tensor in (rooms.h, rooms.u))
                     put_row_products(h, u, tokens.rows, expert, routing.topk_ids, panel(shares, col, bands.n_tokens))
-    wafer.record(Event(None, "", "launch", PUT_ROW_PRODUCTS.name, count=int(rows.size * n_cols), macs=macs))
+    wafer.record(Event(None, "", "launch", PUT_ROW_PRODUCTS.name, count=runs, macs=macs))
 
 
 def _scale_hidden(wafer: Wafer, rooms: _Rooms, tokens: Selection) -> None:
     """The hidden layer's gradient times the tokens' weights, where the hidden layer was."""
-    rows = np.flatnonzero(tokens.counts)
+    rows, runs = np.flatnonzero(tokens.counts), 0
     with wafer.sram.code(SCALE_ROWS.name, SCALE_ROWS.code_bytes):
         if wafer.cores is not None:
             for row in rows.tolist():
@@ -221,8 +223,9 @@ def _scale_hidden(wafer: Wafer, rooms: _Rooms, tokens: Selection) -> None:
                     u, h = (tensor.held[row, col].view(slice(0, m)) for tensor in (rooms.u, rooms.h))
                     args = {"x": u, "rows": np.arange(m), "scale": tokens.heads(row, col)[1], "out": h}
                     wafer.cores.run(SCALE_ROWS, (row, col), args)
-        elif not wafer.is_dry:
-            m = tokens.n_tokens
-            for col in rooms.split.used.tolist():
+                    runs += 1
+        else:
+            runs, m = int(rows.size * rooms.split.used.size), tokens.n_tokens
+            for col in [] if wafer.is_dry else rooms.split.used.tolist():
                 SCALE_ROWS.body(panel(rooms.u, col, m), np.arange(m), tokens.scale, panel(rooms.h, col, m))
-    wafer.record(Event(None, "", "launch", SCALE_ROWS.name, count=int(rows.size * rooms.split.used.size)))
+    wafer.record(Event(None, "", "launch", SCALE_ROWS.name, count=runs))

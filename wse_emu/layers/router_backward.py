@@ -103,7 +103,7 @@ def _through_rule(
 ) -> None:  # fmt: skip
     """From gradients of weights to those of logits, on the first core of every row."""
     n_experts, code, kernel = logits.placement.shape[1], router_code(rule), ROUTE_TOKENS_BACKWARD
-    rows = bands.split.used.tolist()
+    rows, runs = bands.split.used.tolist(), 0
     place = wafer.placement((BACKWARD_ROWS, n_experts), (None, None), ("col", Split.single(n_experts, 0, wafer.cols)))
     with wafer.empty("router work", place) as work, wafer.sram.code(kernel.name, kernel.code_bytes):
         if wafer.cores is not None:
@@ -111,7 +111,10 @@ def _through_rule(
             for row in rows:
                 blocks = {key: tensor.held[row, 0] for key, tensor in named.items()}
                 wafer.cores.run(kernel, (row, 0), {**blocks, "rule": code})
-        elif not wafer.is_dry:
-            given, shares, out = (panel(tensor, 0, bands.n_tokens) for tensor in (logits, d_share, d_logits))
-            route_tokens_backward(given, routing.topk_ids, shares, code, np.empty((BACKWARD_ROWS, n_experts), np.float32), out)
-    wafer.record(Event(None, "", "launch", kernel.name, count=len(rows)))
+                runs += 1
+        else:
+            runs = len(rows)
+            if not wafer.is_dry:
+                given, shares, out = (panel(tensor, 0, bands.n_tokens) for tensor in (logits, d_share, d_logits))
+                route_tokens_backward(given, routing.topk_ids, shares, code, np.empty((BACKWARD_ROWS, n_experts), np.float32), out)
+    wafer.record(Event(None, "", "launch", kernel.name, count=runs))
