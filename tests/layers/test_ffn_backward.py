@@ -159,3 +159,9 @@ def test_no_work_block_is_left_behind(rows: int) -> None:
     with tokens(wafer, normal(0, 3, 4), bands) as x, room(wafer, bands, Split.balanced(4, 2)) as dx:
         dense_ffn_backward(wafer, x, on(wafer, net_of(1, 4, 3), "silu", ""), x, dx, bands, "layer")
     assert not wafer.sram.live
+
+
+def test_another_implementation_is_refused() -> None:
+    wafer, bands = wse.Wafer(rows=1, cols=1), TokenBands(1, 1)
+    with tokens(wafer, normal(0, 1, 2), bands) as x, pytest.raises(wse.InputError, match="got 'functional'"):
+        experts_ffn_backward(wafer, x, None, [], 2, x, x, x, bands, "layer", n_experts=1, implementation="functional")

@@ -68,7 +68,9 @@ def decided(block: Block, x: np.ndarray, numbers: np.ndarray) -> Decision:
         if logits is None:
             return Decision(stages["topk_ids"], stages["topk_weights"].astype(F))
         logits = logits.astype(F)
-        share = routing.weights(logits.astype(np.float64), stages["topk_ids"], block.spec.routing)
+        share = stages["topk_weights"]
+        if not block.spec.routing.weighs_together:
+            share = routing.weights(logits.astype(np.float64), stages["topk_ids"], block.spec.routing)
     return Decision(stages["topk_ids"], share.astype(F), logits)
 
 
@@ -151,6 +153,7 @@ NUMBERS = np.arange(24)
         (RoutingRule(router_selection_nonlinearity="sinkhorn"), 2, False),
         (RoutingRule(router_selection_nonlinearity="sinkhorn", expert_weighting_nonlinearity="sigmoid"), 1, True),
         (RoutingRule(router_selection_nonlinearity="sinkhorn", expert_weighting_normalization=False), 1, False),
+        (RoutingRule(router_selection_nonlinearity="sinkhorn", expert_weighting_nonlinearity="sinkhorn"), 2, True),
     ],
 )
 @pytest.mark.parametrize("way", IMPLEMENTATIONS)

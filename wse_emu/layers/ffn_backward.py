@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wse_emu.foundation.activations import Activation
+from wse_emu.foundation.errors import InputError
 from wse_emu.layers.ffn import FILL_ZERO, SCALE_ROWS, ExpertLists, on_selected
 from wse_emu.layers.linear import COMBINE, DEFAULT_CHUNK, GEGLU_INTO, SWIGLU_INTO, Selection, all_gather_bands, matmul
 from wse_emu.layers.router import Routing
@@ -152,7 +153,14 @@ def experts_ffn_backward(
     -------
     dict of int to FfnGradients
         Exactly 0 for an expert that no token chose.
+
+    Raises
+    ------
+    InputError
+        If `implementation` is another.
     """
+    if implementation not in ("experimental", "optimized"):
+        raise InputError(f"`implementation` must be 'experimental' or 'optimized' in a backward pass on the wafer, got {implementation!r}")
     found: dict[int, FfnGradients] = {}
     slots = routing.topk_ids.shape[1]
     with ExitStack() as held:
