@@ -431,7 +431,8 @@ def _dense_ffn_backward(layer: Layer) -> Case:
     placed, placed_d, dx = put(wafer, x), put(wafer, d), room(wafer, layer.n_tokens, Split.balanced(layer.hidden, layer.cols))
 
     def ours() -> Any:
-        found = dense_ffn_backward(wafer, placed, weights, placed_d, dx, layer.bands, "layer")
+        # Slabs of the transposed projection have twice the rows: with pieces of 32 columns they would not fit.
+        found = dense_ffn_backward(wafer, placed, weights, placed_d, dx, layer.bands, "layer", chunk=16)
         return dx, found
 
     def look(result: Any) -> Any:

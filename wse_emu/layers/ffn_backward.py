@@ -105,17 +105,24 @@ def dense_ffn_backward(
         Most columns of one streamed or drained piece.
     """
     forward, backward = _KERNELS[weights.activation]
-    with ExitStack() as held:
-        rooms = _Rooms(wafer, x, weights.down_t.n_out, bands, held)
-        matmul(wafer, x, weights.gate_up, rooms.y, bands, chunk=chunk)
-        all_gather_bands(wafer, rooms.y, bands)
-        wafer.launch(forward, y=rooms.y, first=0, h=rooms.h)
-        matmul(wafer, d_out, weights.down_t, rooms.u, bands, chunk=chunk)
-        all_gather_bands(wafer, rooms.u, bands)
-        wafer.launch(backward, y=rooms.y, dh=rooms.u, dy=rooms.dy)
-        d_down = weight_gradient(wafer, rooms.h, d_out, bands, f"{name}.down", chunk=chunk)
-        d_gate_up = weight_gradient(wafer, x, rooms.dy, bands, f"{name}.gate_up", chunk=chunk)
-        matmul(wafer, rooms.dy, weights.gate_up_t, dx, bands, chunk=chunk)
+    split = Split.balanced(weights.down_t.n_out, wafer.cols)
+
+    def room(name: str, columns: Split) -> PlacedTensor:
+        return wafer.empty(name, wafer.placement((bands.n_tokens, columns.total), x.placement.axis0, ("col", columns)))
+
+    with room("gradient of gate and up", split.scaled(2)) as dy:
+        with room("gate and up", split.scaled(2)) as y:  # each block only as long as it is needed: this is where SRAM is short
+            matmul(wafer, x, weights.gate_up, y, bands, chunk=chunk)
+            all_gather_bands(wafer, y, bands)
+            with room("ffn hidden", split) as h:
+                wafer.launch(forward, y=y, first=0, h=h)
+                d_down = weight_gradient(wafer, h, d_out, bands, f"{name}.down", chunk=chunk)
+            with room("gradient of ffn hidden", split) as u:
+                matmul(wafer, d_out, weights.down_t, u, bands, chunk=chunk)
+                all_gather_bands(wafer, u, bands)
+                wafer.launch(backward, y=y, dh=u, dy=dy)
+        d_gate_up = weight_gradient(wafer, x, dy, bands, f"{name}.gate_up", chunk=chunk)
+        matmul(wafer, dy, weights.gate_up_t, dx, bands, chunk=chunk)
     all_gather_bands(wafer, dx, bands)
     return FfnGradients(d_gate_up, d_down)
 
