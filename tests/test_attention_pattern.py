@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import wse_emu as wse
+from wse_emu.engine.plan import plan_model
 from wse_emu.foundation.attention_pattern import FULL, AttentionPattern
 from wse_emu.foundation.key_ranges import merged
 from wse_emu.reference.formulas import visible
@@ -116,6 +118,7 @@ def test_merged_ranges_hold_the_same_keys(spans) -> None:
         ({"block_size": 4, "blocks": (0, (0, 1))}, "`blocks[0]` must name blocks 0..0 in ascending order, its own among them, got 0"),
         ({"mask": 3}, "`mask` must be a function of query and key positions, or an array of booleans, got 3"),
         ({"mask": np.ones((2, 3), bool)}, "as many keys as queries, got bool of shape (2, 3); give one pattern for each head as `heads`"),
+        ({"mask": np.ones((0, 0), bool)}, "as many keys as queries, got bool of shape (0, 0)"),
         ({"mask": np.ones((2, 2))}, "must hold booleans (queries, keys), as many keys as queries, got float64 of shape (2, 2)"),
         ({"heads": (FULL, 4)}, "`heads[1]` must be an AttentionPattern without `heads`, got 4"),
         ({"heads": (AttentionPattern(heads=(FULL,)),)}, "`heads[0]` must be an AttentionPattern without `heads`"),
@@ -228,6 +231,25 @@ def test_masks_that_are_none_are_refused() -> None:
     assert AttentionPattern(mask=lambda q, k: np.True_).ranges(q).n_admitted == 10
     with pytest.raises(wse.SpecError, match=r"describes 1 blocks of 2 queries, there is one at position 2"):
         AttentionPattern(block_size=2, blocks=((0,),)).ranges(q)
+
+
+def test_a_text_longer_than_its_patterns_describe_is_refused_before_anything_runs() -> None:
+    config = {"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "intermediate_size": 4, "num_hidden_layers": 2,
+              "num_attention_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+    listed, blocks = AttentionPattern.listed([[q] for q in range(12)]), AttentionPattern(block_size=4, blocks=((0,), (0, 1)))
+    model = wse.from_config(config, attention=[AttentionPattern(heads=(FULL, listed)), blocks], wafer=wse.Wafer(rows=2, cols=2))
+    assert (model.spec.context_length, model.spec.most_tokens) == (64, 8)
+    assert np.isfinite(model(np.arange(8)).logits).all()
+    n_events = len(model.wafer.ledger)
+    for refused in (lambda: model(np.arange(9)), lambda: model.generate(np.arange(6), 3)):
+        with pytest.raises(wse.InputError, match="new ones are more than the 8 tokens that its patterns of attention describe"):
+            refused()
+    assert len(model.wafer.ledger) == n_events
+    with pytest.raises(wse.InputError, match="7 tokens of prompt and 2 new ones are more than the 8 tokens"):
+        plan_model(model.spec, rows=2, cols=2, prompt_tokens=7, new_tokens=2)
+    assert plan_model(model.spec, rows=2, cols=2, prompt_tokens=7, new_tokens=1).max_context == 8
+    memory = wse.MemoryTokens(attn_memory_chunk_size=3, num_memory_tokens_per_chunk=2)
+    assert replace(model.spec, memory_tokens=memory).most_tokens == 6, "six of the text and two between them"
 
 
 def test_layers_of_a_model_take_patterns_and_some_stay_dense() -> None:

@@ -262,7 +262,7 @@ class WaferModel:
         self._engine: Engine | None = None
         self._disk_bytes = DiskBytes(checkpoint.tensors.stored_bytes, checkpoint.spec)
         if wafer is None and max_tokens is not None:
-            limit = min(max_tokens, self.spec.context_length)
+            limit = min(max_tokens, self.spec.most_tokens)
             self._choose_grid(Workload.of((limit,), 0, prefill_chunk, memory=self.spec.memory_tokens))
 
     def __repr__(self) -> str:
@@ -274,7 +274,7 @@ class WaferModel:
         """The wafer; if none was given and none chosen yet, the smallest square grid for 512 tokens (or the model's positions)."""
         with self.turn.lock:
             if self._wafer is None:
-                limit = min(_DEFAULT_TOKENS, self.spec.context_length)
+                limit = min(_DEFAULT_TOKENS, self.spec.most_tokens)
                 self._choose_grid(Workload.of((limit,), 0, self.prefill_chunk, memory=self.spec.memory_tokens))
             assert self._wafer is not None
             return self._wafer
@@ -606,11 +606,7 @@ class _Prompts:
             raise InputError(
                 f"`input_ids`: sequence {i}, token {t}: id {int(ids[i, t])} lies outside the vocabulary 0..{spec.vocab_size - 1}"
             )
-        longest = int(mask.sum(axis=1).max())
-        if longest + new_tokens > spec.context_length:
-            raise InputError(
-                f"{longest} tokens of prompt and {show(new_tokens)} new ones are more than the model's {spec.context_length} positions"
-            )
+        spec.check_length(int(mask.sum(axis=1).max()), new_tokens)
         return _Prompts(ids.astype(np.int64), mask, batched, spec.memory_tokens)
 
 

@@ -252,3 +252,10 @@ def test_a_scale_for_each_matrix_and_scales_of_activations(tmp_path: Path) -> No
                 np.testing.assert_array_equal(opened.tensors.read(name), values, err_msg=name)
             by_config = bytes_by_config(config, opened.spec)
             assert [by_config(name) for name in in_fp8] == [opened.tensors.stored_bytes(name) for name in in_fp8]
+        powers = config | {"quantization_config": says | {"scale_fmt": "ue8m0"}}
+        for i, name in enumerate(in_fp8):
+            stored[name + "_scale_inv"] = np.full(shape, 120 + i % 7, np.uint8)
+        with open_checkpoint(fp8_files.write(tmp_path / f"{family}{len(shape)}{sum(shape)} powers", stored, powers)) as opened:
+            for i, name in enumerate(in_fp8):
+                exact = NUMBERS[stored[name].view(np.uint8)] * np.float32(2.0 ** (i % 7 - 7))
+                np.testing.assert_array_equal(opened.tensors.read(name), exact, err_msg=name)

@@ -375,6 +375,18 @@ def test_another_routing_rule_is_run_verified_and_planned(checkpoint: Path, tmp_
     assert streamed[1] - streamed[0] >= 3 * attention  # once for each of four tiles
 
 
+def test_a_tie_that_is_refused_is_bad_input(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(checkpoint / "model.safetensors")
+    save_file({name: w * (not name.endswith("gate.weight")) for name, w in tensors.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    code, document, err = run(capsys, "verify", str(tmp_path), "--ids", ids_file(tmp_path, 3), "--tie-policy", "reject")
+    assert (code, document) == (2, None)
+    assert "layer 0, sequence 0" in err
+    assert "wse-emu itself" not in err
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [

@@ -30,7 +30,7 @@ CODES = {
     errors.TraceError: Exit.USAGE,
     errors.BusyError: Exit.INTERNAL,
     errors.ForkError: Exit.INTERNAL,
-    errors.TieError: Exit.INTERNAL,
+    errors.TieError: Exit.USAGE,
     errors.NumberOverflowError: Exit.USAGE,
     KeyboardInterrupt: Exit.INTERRUPTED,
     BrokenPipeError: Exit.BROKEN_PIPE,

@@ -70,7 +70,7 @@ def test_what_is_default_is_left_out_and_null_is_default() -> None:
         ({"indices": [[0], [0, 1]]}, "here: `indices` must have rows of one length; fill shorter ones with -1"),
         ({"indices": [[0.0]]}, r"here: `indices` must hold integers in -1\.\.281474976710656, got \[\[0\.0\]\]"),
         ({"indices": [[-2]]}, r"here: `indices` must hold integers in -1\.\."),
-        ({"indices": [[0]], "topk_length": 1}, "here: `topk_length` must hold integers"),
+        ({"indices": [[0]], "topk_length": 1}, "here: `topk_length` must be a list with a number for every query, got 1"),
         ({"indices": [[0]], "topk_length": [2]}, r"here: `topk_length` must lie in 0\.\.1, got 2 to 2"),
         ({"topk_length": [1]}, "here: `indices` stands alone or with `topk_length`, got `topk_length`"),
         ({"indices": [[0]], "window": 3}, "here: `indices` stands alone or with `topk_length`, got `indices`, `window`"),

@@ -151,13 +151,13 @@ class Fp8Tensors:
     def _scales(self, name: str, lead: tuple[int | slice, ...]) -> NDArray[np.float32]:
         """All scales of the matrices that `lead` selects, on two axes behind the others."""
         scales, shape = name + _SCALES, self._source.shape(name + _SCALES)
-        if len(shape) < len(self.shape(name)):  # one for each matrix
-            return self._source.read(scales).reshape(*self.shape(name)[:-2], 1, 1)[lead]
-        whole = (*lead, slice(None), slice(None))
-        if self._source.dtype(scales) not in _POWERS:
-            return self._source.read_part(scales, whole)
-        powers: NDArray[np.float32] = POWERS[self._source.read_codes(scales, whole)]
-        return powers
+        of_matrices = len(shape) < len(self.shape(name))  # one for each
+        key = (slice(None),) * len(shape) if of_matrices else (*lead, slice(None), slice(None))
+        if self._source.dtype(scales) in _POWERS:
+            found: NDArray[np.float32] = POWERS[self._source.read_codes(scales, key)]
+        else:
+            found = self._source.read(scales) if of_matrices else self._source.read_part(scales, key)
+        return found.reshape(*self.shape(name)[:-2], 1, 1)[lead] if of_matrices else found
 
     def close(self) -> None:
         """Let go of the source."""

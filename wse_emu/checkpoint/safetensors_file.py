@@ -145,6 +145,8 @@ class SafetensorsFile:
         entry = self.entries[name]
         if entry.dtype not in dtypes or len(key) > len(entry.shape):
             raise CheckpointError(f"{self.path}: {name!r} is {entry.dtype} of shape {entry.shape}, {len(key)} indices asked")
+        if not key:
+            return self._stored(name, 0, entry.shape)
         first, axis = 0, 0
         while isinstance(index := key[axis], int):
             first, axis = (first + index) * entry.shape[axis + 1], axis + 1

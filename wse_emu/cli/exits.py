@@ -17,6 +17,7 @@ from wse_emu.foundation.errors import (
     SpecError,
     SramOverflowError,
     StoreError,
+    TieError,
     TraceError,
     WseError,
 )
@@ -62,6 +63,7 @@ _CODES: tuple[tuple[type[BaseException], Exit], ...] = (
     (InputError, Exit.USAGE),
     (TraceError, Exit.USAGE),
     (NumberOverflowError, Exit.USAGE),  # of a format that was asked for
+    (TieError, Exit.USAGE),  # by a rule that was asked for
     (KeyboardInterrupt, Exit.INTERRUPTED),
     (BrokenPipeError, Exit.BROKEN_PIPE),
     (WseError, Exit.INTERNAL),

@@ -97,9 +97,8 @@ def load(request: Request, placing: Placing, *, new_tokens: int, verify: bool, q
     import wse_emu as wse
     from wse_emu.engine.plan import plan_model
 
-    n_prompt, limit = len(request.ids), request.spec.context_length
-    if n_prompt + new_tokens > limit:
-        raise InputError(f"{n_prompt} tokens of prompt and {show(new_tokens)} new ones are more than the model's {limit} positions")
+    n_prompt = len(request.ids)
+    request.spec.check_length(n_prompt, new_tokens)
     tell_of_a_cold_start(quiet=quiet)
     rows, cols = grid(placing.rows, placing.cols)
     work = [(n_prompt + new_tokens, 0, True)] if verify else []

@@ -241,11 +241,7 @@ def plan_model(
     for name, n, most in (("rows", rows, wafer_spec.n_rows), ("cols", cols, wafer_spec.n_cols)):
         if n is not None and (type(n) is not int or not 1 <= n <= most):
             raise SpecError(f"`{name}` must be an integer in 1..{most} or None, got {show(n)}")
-    if prompt_tokens + new_tokens > spec.context_length:
-        raise InputError(
-            f"{show(prompt_tokens)} tokens of prompt and {show(new_tokens)} new ones are more than the model's "
-            f"{spec.context_length} positions"
-        )
+    spec.check_length(prompt_tokens, new_tokens)
     check_prompt_tokens(prompt_tokens * batch)
     options = options or EngineOptions()
     options.check_batch(batch)
@@ -388,9 +384,7 @@ def _max_context(
             return False
         return True
 
-    longest, described = spec.context_length, [n for pattern in spec.patterns if (n := pattern.n_positions) is not None]
-    if described:
-        longest = _last(0, longest, lambda n: spec.sequence_length(n) <= min(described), step=1)
+    longest = spec.most_tokens
     finest = options if options.chunk is not None else replace(options, chunk=CHUNKS[-1])
     length = _last(0, longest, lambda n: fits(n, finest), step=rows)
     if finest is options or length == longest or not fits(length + 1, options):

@@ -27,7 +27,7 @@ class MaskArray:
     __slots__ = ("_hash", "values")
 
     def __init__(self, values: NDArray[np.bool_]) -> None:
-        if values.dtype != np.bool_ or values.ndim != 2 or values.shape[0] != values.shape[1]:
+        if values.dtype != np.bool_ or values.ndim != 2 or values.shape[0] != values.shape[1] or not values.size:
             raise SpecError(
                 "attention pattern: an array as `mask` must hold booleans (queries, keys), as many keys as queries, got "
                 f"{values.dtype} of shape {values.shape}; give one pattern for each head as `heads`"

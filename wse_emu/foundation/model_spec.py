@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -12,7 +12,7 @@ from wse_emu.foundation.arguments import MAX_FLOAT32, MIN_FLOAT32, show
 from wse_emu.foundation.attention_pattern import FULL, AttentionPattern
 from wse_emu.foundation.biases import Biases
 from wse_emu.foundation.clamped_experts import ClampedExperts
-from wse_emu.foundation.errors import SpecError
+from wse_emu.foundation.errors import InputError, SpecError
 from wse_emu.foundation.indexer import Indexer
 from wse_emu.foundation.latent_attention import LatentAttention
 from wse_emu.foundation.memory_tokens import MAX_CHUNK, MemoryTokens
@@ -391,6 +391,26 @@ class ModelSpec:
         """
         stretched = 0 if self.rope_scaling is None else self.rope_scaling.context_length
         return max(self.max_position_embeddings, stretched)
+
+    @property
+    def most_tokens(self) -> int:
+        """Longest text that the model has positions for, and that its patterns of attention describe."""
+        described = min((n for pattern in self.patterns if (n := pattern.n_positions) is not None), default=None)
+        if described is None:
+            return self.context_length
+        return bisect_right(range(self.context_length + 1), described, key=self.sequence_length) - 1
+
+    def check_length(self, n_prompt: int, new_tokens: int) -> None:
+        """Refuse a text that is longer than `most_tokens`.
+
+        Raises
+        ------
+        InputError
+        """
+        most = self.most_tokens
+        if n_prompt + new_tokens > most:
+            limit = f"model's {most} positions" if most == self.context_length else f"{most} tokens that its patterns of attention describe"
+            raise InputError(f"{show(n_prompt)} tokens of prompt and {show(new_tokens)} new ones are more than the {limit}")
 
     def sequence_length(self, n: int) -> int:
         """Tokens of a sequence with `n` of the text: its memory tokens too, if the model has any."""

@@ -128,8 +128,10 @@ def _of_lists(given: dict[str, Any], where: str) -> tuple[NDArray[np.int64], NDA
     rows, lengths = _lists(given["indices"], f"{where}: `indices`"), given.get("topk_length")
     if any(len(row) != len(rows[0]) for row in rows):
         raise SpecError(f"{where}: `indices` must have rows of one length; fill shorter ones with -1")
-    for name, value in (("indices", [i for row in rows for i in row]), ("topk_length", [] if lengths is None else lengths)):
-        if not isinstance(value, list) or any(type(i) is not int or not -1 <= i <= MAX_KEYS for i in value):
+    if not isinstance(lengths, list | None):
+        raise SpecError(f"{where}: `topk_length` must be a list with a number for every query, got {show(lengths)}")
+    for name, value in (("indices", [i for row in rows for i in row]), ("topk_length", lengths or [])):
+        if any(type(i) is not int or not -1 <= i <= MAX_KEYS for i in value):
             raise SpecError(f"{where}: `{name}` must hold integers in -1..{MAX_KEYS}, got {show(given[name])}")
     listed = np.array(rows, np.int64).reshape(len(rows), -1 if rows else 0)
     return listed, None if lengths is None else np.array(lengths, np.int64)
